@@ -1,0 +1,16 @@
+"""minioutro: SmolVLM2 and OutRo, small enough to be read in an evening. Start with model.py."""
+
+import torch
+
+from minioutro.model import Cache, OutRo, VideoLM
+from minioutro.prompt import Processor
+from minioutro.video import Video, read_video
+
+__all__ = ["Cache", "OutRo", "Processor", "Video", "VideoLM", "load", "read_video"]
+
+
+def load(path_or_repo, revision: str | None = None, device: str = "cpu",
+         dtype: torch.dtype = torch.float32) -> tuple[VideoLM, Processor]:
+    """The model and the processor of a checkpoint: a folder, or a repository of the Hugging Face hub."""
+    return (VideoLM.from_pretrained(path_or_repo, revision, device, dtype),
+            Processor.from_pretrained(path_or_repo, revision))

@@ -1,0 +1,694 @@
+"""A small video language model (SmolVLM2), its attention sink, and what OutRo does with it.
+
+A sink is a token that draws far more attention than its meaning explains. OutRo ("On the Nature of
+Attention Sink that Shapes Decoding Strategy in MLLMs", arXiv 2603.14337) uses it while the prompt is
+read, without training, without a second pass and without looking at attention weights. In every
+decoder layer but the last two:
+
+  1. find the sinks      tokens with one huge coordinate                          find_sinks
+  2. build the mask      each token may attend to itself and to what came before  causal_mask
+  3. open the sink rows  a new sink may attend to the whole prompt, once          open_sink_rows
+  4. attend              softmax(q k^T / sqrt(D)) v                               attention
+  5. sink value          the mean value vector of the sinks                       sink_value
+  6. align               turn every other token's output towards it               align_with_sink
+
+Everything else here is a standard vision language model, and differs from a plain Llama in this:
+  - a SigLIP encoder turns a frame into P patch vectors; a pixel shuffle folds scale_factor^2 of them
+    into one and one linear layer projects it: M image tokens a frame;
+  - in the prompt each image token's embedding is replaced by one projected vector, in order of time;
+  - image tokens are causal like all others, and positions simply count 0, 1, 2, ... over everything;
+  - the attention mask is always an explicit boolean tensor: it is what OutRo edits.
+
+Sources are tagged: *paper* (its abstract), *release* (the published code, github.com/kaistmm/OutRo at
+commit 2bee38c: file and function), *ours* (a choice, with its reason). The architecture itself is
+that of SmolVLM2 as the transformers library computes it; attribute names are the checkpoint's keys.
+
+Shapes, here, in the tests and in every comment:
+  B batch            F frames           P patches a frame    M image tokens a frame
+  S prompt tokens    Q query positions  K key positions      H query heads    G key-value heads
+  D head size        C hidden size      N sinks              V vocabulary
+
+A dict given as `trace` receives, by name (l is a layer, 0-based):
+  vision.features (B*F,P,C of the encoder)     projected (B,F*M,C)     logits (B,S,V)
+  layers.l.hidden (B,S,C) the input of layer l         layers.l.ratio (B,S) max |h| over median |h|
+  layers.l.is_sink (B,S)                               layers.l.relaxed (B,S) opened at this layer
+  layers.l.v_sink (B,G,D)                              layers.l.out, .aligned (B,H,S,D) before, after
+  layers.l.cosine, .cosine_aligned (B,H,S) of out and aligned with v_sink
+and, only for the layers listed in trace["weights_of"]:
+  layers.l.weights (B,H,S,S) probabilities             layers.l.may_attend (S,S) or (B,S,S)
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minioutro import weights as checkpoint
+
+# ------------------------------------------------------------------------------------------------
+# 1. Configuration: the fields of config.json that change the mathematics, with its names
+# ------------------------------------------------------------------------------------------------
+# A field that is absent from the file takes the default that transformers gives it.
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    hidden_size: int = 1152
+    intermediate_size: int = 3072        # width of the MLP
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    image_size: int = 224                # pixels on each side of the square frame
+    patch_size: int = 32                 # pixels on each side of a patch
+    layer_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    hidden_size: int = 4096                      # C
+    intermediate_size: int = 11008               # width of the MLP
+    num_hidden_layers: int = 32                  # L
+    num_attention_heads: int = 32                # H
+    num_key_value_heads: int | None = None       # G; the reader of the file fills in H
+    head_dim: int | None = None                  # D; the reader of the file fills in C / H
+    vocab_size: int = 32000                      # V
+    max_position_embeddings: int = 2048          # the context: the most tokens in prompt and answer
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0                  # the slowest wave of RoPE has about this period
+
+
+@dataclass(frozen=True)
+class Config:
+    vision_config: VisionConfig
+    text_config: TextConfig
+    image_token_id: int = 128257
+    scale_factor: int = 2                        # pixel shuffle: M = P / scale_factor^2
+    tie_word_embeddings: bool = False            # True: the output head is the embedding table
+
+
+def read_config(folder) -> Config:
+    raw, fill = checkpoint.read_config(folder), checkpoint.fill
+    return fill(Config, raw, "config.json",
+                vision_config=fill(VisionConfig, raw["vision_config"], "vision_config"),
+                text_config=fill(TextConfig, raw["text_config"], "text_config"))
+
+
+@dataclass(frozen=True)
+class OutRo:
+    """The constants of the method. Source: release, model/outro.py, unless it says *ours*."""
+    abs_threshold: float = 100.0         # a sink has some |h| of at least this ...
+    median_multiple: float = 1000.0      # ... and of at least this many times the median |h|
+    relax: bool = True                   # step 3 on; the switches are *ours*, for ablation
+    align: bool = True                   # step 6 on
+    gamma: float = 3.0                   # strength of the alignment; 0 is none
+    temperature: float = 0.1             # cosines well above it open the gate of step 6 fully
+    relax_every: int | None = None       # step 3 at every so many layers; None: max(1, L // 7)
+    skip_last: int = 2                   # the last layers, which are never touched
+
+    def __post_init__(self):
+        """Raises: ValueError for a constant that the formulas cannot take."""
+        for name in ("temperature", "relax_every"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. SigLIP: a frame -> P patch vectors
+# ------------------------------------------------------------------------------------------------
+
+
+def position_ids(is_valid: Tensor) -> Tensor:
+    """Which learned position each patch takes.
+
+    is_valid: bool[B,n,n], True for the patches in the top left corner that hold picture, not padding.
+    Returns: int64[B,n*n]; a smaller picture spreads over the same n positions a side, padding gets 0.
+    """
+    B, n, _ = is_valid.shape
+    boundaries = torch.arange(1 / n, 1.0, 1 / n, device=is_valid.device)
+
+    def bucket(n_valid):                                                         # (B,) -> (B,n)
+        fraction = torch.arange(n, device=n_valid.device) * (1.0 / n_valid[:, None])
+        return torch.bucketize(fraction.clamp(max=1 - 1e-6), boundaries, right=True)
+
+    row, column = bucket(is_valid[:, :, 0].sum(1)), bucket(is_valid[:, 0, :].sum(1))
+    ids = row[:, :, None] * n + column[:, None, :]
+    return ids.masked_fill(~is_valid, 0).flatten(1)
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        n = c.image_size // c.patch_size
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size)
+        self.position_embedding = nn.Embedding(n * n, c.hidden_size)
+
+    def forward(self, pixels: Tensor, is_valid: Tensor) -> Tensor:
+        x = self.patch_embedding(pixels)                             # (B,3,size,size) -> (B,C,n,n)
+        x = x.flatten(2).transpose(1, 2)                             # (B,C,n,n) -> (B,P,C), row by row
+        return x + self.position_embedding(position_ids(is_valid))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.n_heads = c.num_attention_heads
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(c.hidden_size, c.hidden_size)
+                                        for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
+                                  "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
+
+    def forward(self, x: Tensor, may_attend: Tensor) -> Tensor:
+        attn = self.self_attn
+        y = self.layer_norm1(x)
+        q = split_heads(attn.q_proj(y), self.n_heads)                          # (B,P,C) -> (B,H,P,D)
+        k = split_heads(attn.k_proj(y), self.n_heads)
+        v = split_heads(attn.v_proj(y), self.n_heads)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
+        x = x + attn.out_proj(merge_heads(out))
+        y = F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh")
+        return x + self.mlp.fc2(y)
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.patch_size = c.patch_size
+        self.embeddings = VisionEmbeddings(c)
+        self.encoder = nn.ModuleDict({
+            "layers": nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))})
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+    def forward(self, pixels: Tensor, pixel_mask: Tensor | None) -> Tensor:
+        """pixels: float[B,3,size,size]; pixel_mask: bool[B,size,size], False is padding -> [B,P,C]"""
+        if pixel_mask is None:
+            pixel_mask = torch.ones_like(pixels[:, 0])
+        is_valid = F.max_pool2d(pixel_mask.float(), self.patch_size) > 0       # any pixel -> (B,n,n)
+        x = self.embeddings(pixels, is_valid)
+        may_attend = is_valid.flatten(1)[:, None, None, :]                     # (B,1,1,P): by key only
+        for layer in self.encoder.layers:
+            x = layer(x, may_attend)
+        return self.post_layernorm(x)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Connector: P patch vectors -> M image tokens of the decoder's width
+# ------------------------------------------------------------------------------------------------
+
+
+def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
+    """Fold each scale x scale square of neighbouring patches into one vector.
+
+    x: float[B,P,C], patches row by row. Returns: float[B, P/scale^2, C*scale^2].
+    """
+    B, P, C = x.shape
+    n = int(P ** 0.5)
+    x = x.view(B, n // scale, scale, n // scale, scale, C)      # (B, Y, dy, X, dx, C)
+    x = x.transpose(2, 3)                                       # (B, Y, X, dy, dx, C)
+    return x.reshape(B, P // scale**2, C * scale**2)
+
+
+class Connector(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.scale = c.scale_factor
+        n_in = c.vision_config.hidden_size * c.scale_factor**2
+        self.modality_projection = nn.ModuleDict({
+            "proj": nn.Linear(n_in, c.text_config.hidden_size, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.modality_projection.proj(pixel_shuffle(x, self.scale))     # (B,P,Cv) -> (B,M,C)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Pieces of the decoder: heads, norm, positions
+# ------------------------------------------------------------------------------------------------
+
+
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    B, S, _ = x.shape
+    return x.view(B, S, n_heads, -1).transpose(1, 2)            # (B,S,H*D) -> (B,H,S,D)
+
+
+def merge_heads(out: Tensor) -> Tensor:
+    return out.transpose(1, 2).flatten(2)                       # (B,H,S,D) -> (B,S,H*D)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()                            # a square of 15,000 does not fit into float16
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rope_tables(start: int, end: int, D: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, start <= position < end: two float[end-start,D]."""
+    frequencies = theta ** -(torch.arange(0, D, 2, device=like.device).float() / D)       # (D/2,)
+    positions = torch.arange(start, end, device=like.device).float()
+    angles = positions[:, None] * frequencies                                    # (S,D/2), radians
+    angles = torch.cat([angles, angles], dim=-1)                                 # (S,D)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x: float[B,H,S,D].
+
+    Pair i of a head is (x[i], x[i + D/2]), the split halves of the Hugging Face checkpoints. The
+    original Llama pairs neighbours, (x[2i], x[2i+1]); its weights are the same up to a permutation
+    of the rows of q_proj and k_proj, and the wrong convention looks almost right for ten tokens.
+    """
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Masks: one polarity everywhere, True = this query may attend to that key
+# ------------------------------------------------------------------------------------------------
+
+
+def causal_mask(n_query: int, n_key: int, device=None) -> Tensor:
+    """The causal mask of the last n_query of n_key positions: bool[Q,K].
+
+    The triangle counts from the lower right corner, so that with a cache (Q < K) new tokens see all
+    that came before:
+
+        Q = K = 4        Q = 2, K = 4      sink 1 opened (open_sink_rows)
+        ■ · · ·                            ■ · · ·
+        ■ ■ · ·                            ■ ■ ■ ■
+        ■ ■ ■ ·          ■ ■ ■ ·           ■ ■ ■ ·
+        ■ ■ ■ ■          ■ ■ ■ ■           ■ ■ ■ ■
+
+    Every row has a True: a row without one would be 0/0 in the softmax.
+    """
+    assert 0 < n_query <= n_key, f"{n_query} queries are not the last of {n_key} positions"
+    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
+    return ones.tril(diagonal=n_key - n_query)
+
+
+def open_sink_rows(may_attend: Tensor, is_sink: Tensor) -> Tensor:
+    """Let each sink attend to the whole prompt, later tokens included; all other rows stay.
+
+    may_attend: bool[S,S] or bool[B,S,S]; is_sink: bool[B,S]. Returns: bool[B,S,S].
+    Keys and values are not changed: the others meet the richer sink in the next layer.
+    Source: paper (attend beyond the causal constraint); release, model/outro.py, where the same rows
+    are computed a second time without a mask.
+    """
+    assert may_attend.shape[-2:] == (is_sink.shape[1],) * 2, (may_attend.shape, is_sink.shape)
+    return may_attend | is_sink[:, :, None]                     # (S,S) | (B,S,1) -> (B,S,S)
+
+
+def show_mask(may_attend: Tensor, labels: list[str] | None = None) -> str:
+    """A mask as text, one row a line, ■ where the query may attend. A label is put behind its row.
+
+    Example: show_mask(causal_mask(2, 3), ["", "new"]) -> "■ ■ ·\\n■ ■ ■   <- new"
+    """
+    assert may_attend.dim() == 2, f"one mask (Q,K) at a time, not {tuple(may_attend.shape)}"
+    rows = [" ".join("■" if allowed else "·" for allowed in row) for row in may_attend.tolist()]
+    labels = labels or [""] * len(rows)
+    assert len(labels) == len(rows), f"{len(labels)} labels for {len(rows)} rows"
+    return "\n".join(row + (f"   <- {label}" if label else "") for row, label in zip(rows, labels))
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. The method, as functions: tensors in, tensors out
+# ------------------------------------------------------------------------------------------------
+
+
+def activation_ratio(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The two numbers that the rule for sinks compares.
+
+    hidden: float[B,S,C]. Returns: the largest |h| of each token, float[B,S], and the median |h| over
+    all tokens and coordinates of the item, float[B,1] (the lower one of the two middle values).
+    """
+    magnitude = hidden.abs().float()
+    return magnitude.amax(-1), magnitude.flatten(1).median(dim=1, keepdim=True).values
+
+
+def find_sinks(hidden: Tensor, abs_threshold: float, median_multiple: float) -> Tensor:
+    """A token is a sink if one of its coordinates is massive, by itself and against its prompt.
+
+    hidden: float[B,S,C], the input of a decoder layer before its norm. Returns: bool[B,S].
+    Source: release, model/outro.py; the rule of "Massive Activations in LLMs" (arXiv 2402.17762).
+    The release searches batch item 0 and uses its sinks for all; each item has its own here.
+    """
+    assert hidden.dim() == 3, f"hidden states are (B,S,C), not {tuple(hidden.shape)}"
+    largest, median = activation_ratio(hidden)                  # (B,S), (B,1)
+    return largest >= (median_multiple * median).clamp(min=abs_threshold)
+
+
+def repeat_heads(x: Tensor, H: int) -> Tensor:
+    """Grouped-query attention: head j of G serves the H/G query heads j*H/G, ..., (j+1)*H/G - 1."""
+    return x.repeat_interleave(H // x.shape[1], dim=1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention written out, for reading and for its weights; the fused call gives the same `out`.
+
+    q: float[B,H,Q,D]; k, v: float[B,G,K,D]; may_attend: bool[Q,K] or bool[B,Q,K].
+    Returns: out float[B,H,Q,D] and weights float[B,H,Q,K], probabilities that sum to 1 over K.
+    """
+    B, H, Q, D = q.shape
+    k, v = repeat_heads(k, H), repeat_heads(v, H)                       # (B,G,K,D) -> (B,H,K,D)
+    scores = q @ k.transpose(-1, -2) / D**0.5                           # (B,H,Q,K)
+    if may_attend.dim() == 3:
+        may_attend = may_attend[:, None]                                # one mask for all heads
+    scores = scores.masked_fill(~may_attend, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v, weights
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> Tensor:
+    """`attention` without its weights, in one call that never builds the (Q,K) matrix of scores."""
+    if may_attend.dim() == 3:
+        may_attend = may_attend[:, None]
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
+
+
+def sink_value(v: Tensor, is_sink: Tensor) -> Tensor:
+    """The mean value vector of an item's sinks, for each key-value head.
+
+    v: float[B,G,S,D]; is_sink: bool[B,S]. Returns: float[B,G,D], zeros for an item without sinks.
+    Source: paper (the sink's value acts as a shared bias); release, model/outro.py.
+    """
+    assert v.shape[0] == is_sink.shape[0] and v.shape[2] == is_sink.shape[1], (v.shape, is_sink.shape)
+    of_sinks = v * is_sink[:, None, :, None]                    # (B,G,S,D), zero but at the sinks
+    n_sinks = is_sink.sum(1).clamp(min=1)                       # (B,)
+    return of_sinks.sum(2) / n_sinks[:, None, None]
+
+
+def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float,
+                    temperature: float) -> Tensor:
+    """Turn each head's output towards the sink's value, in their plane, keeping its length.
+
+        c  = cos(out, v_sink)                     g = tanh(relu(c) / temperature)
+        p  = (<out, v_sink> / |v_sink|^2) v_sink, the part of out along v_sink
+        o' = out + g * gamma * p                  result = o' * |out| / |o'|
+
+    An output at 80 degrees comes to 56, one at 45 to 14; one at 90 or more stays (gamma 3).
+
+    out: float[B,H,S,D], before o_proj; v_sink: float[B,G,D]; ever_sink: bool[B,S], tokens that were
+    a sink at this or an earlier layer and are left alone, as are items whose v_sink is zero.
+    Returns: float[B,H,S,D]. Computed in float32: the 1e-8 below is zero in float16.
+    Source: paper (align non-sink tokens with the sink); release, model/outro.py.
+    """
+    B, H, S, D = out.shape
+    assert ever_sink.shape == (B, S), (out.shape, ever_sink.shape)
+    o = out.float()
+    v = repeat_heads(v_sink, H)[:, :, None].float()                               # (B,H,1,D)
+    cosine = F.cosine_similarity(o, v, dim=-1, eps=1e-12)[..., None]              # (B,H,S,1)
+    gate = torch.tanh(cosine.relu() / temperature)
+    along = (o * v).sum(-1, keepdim=True) / (v.pow(2).sum(-1, keepdim=True) + 1e-8) * v
+    turned = o + gate * gamma * along
+    turned = turned * o.norm(dim=-1, keepdim=True) / (turned.norm(dim=-1, keepdim=True) + 1e-8)
+    has_sink = (v_sink != 0).any(-1).any(-1)                                      # (B,)
+    turns = has_sink[:, None] & ~ever_sink                                        # (B,S)
+    return torch.where(turns[:, None, :, None], turned.to(out.dtype), out)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. What outlives a layer: the key-value cache, and in it what OutRo remembers of the prompt
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sinks:
+    """Made when the prompt is read, then fixed: generated tokens are never searched for sinks."""
+    ever_sink: Tensor                                           # bool[B,S], at any layer so far
+    relaxed: Tensor                                             # bool[B,S], row opened at any layer
+    v_sink: list[Tensor] = field(default_factory=list)          # of each layer, float[B,G,D]
+
+
+@dataclass
+class Cache:
+    """Keys and values of all tokens so far. Empty at first; the call that fills it is the prompt."""
+    k: list[Tensor] = field(default_factory=list)               # of each layer, float[B,G,K,D]
+    v: list[Tensor] = field(default_factory=list)
+    sinks: Sinks | None = None                                  # None: the prompt was read without OutRo
+
+    @property
+    def length(self) -> int:
+        return self.k[0].shape[2] if self.k else 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new positions of a layer and return all of its keys and values."""
+        if layer == len(self.k):
+            self.k.append(k)
+            self.v.append(v)
+        else:
+            self.k[layer] = torch.cat([self.k[layer], k], dim=2)
+            self.v[layer] = torch.cat([self.v[layer], v], dim=2)
+        return self.k[layer], self.v[layer]
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. The decoder layer: where the six steps happen
+# ------------------------------------------------------------------------------------------------
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: TextConfig, index: int):
+        super().__init__()
+        C, D, H, G = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
+        self.index, self.n_layers, self.n_heads, self.n_kv_heads = index, c.num_hidden_layers, H, G
+        self.input_layernorm = RMSNorm(C, c.rms_norm_eps)
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(C, H * D, bias=False),
+                                        "k_proj": nn.Linear(C, G * D, bias=False),
+                                        "v_proj": nn.Linear(C, G * D, bias=False),
+                                        "o_proj": nn.Linear(H * D, C, bias=False)})
+        self.post_attention_layernorm = RMSNorm(C, c.rms_norm_eps)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(C, c.intermediate_size, bias=False),
+                                  "up_proj": nn.Linear(C, c.intermediate_size, bias=False),
+                                  "down_proj": nn.Linear(c.intermediate_size, C, bias=False)})
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, may_attend: Tensor, cache: Cache,
+                outro: OutRo | None, trace: dict | None) -> Tensor:
+        B, S, _ = hidden.shape
+        attn, l, L = self.self_attn, self.index, self.n_layers
+        is_prompt = l == len(cache.k)                            # nothing of this layer is cached yet
+
+        x = self.input_layernorm(hidden)
+        q = rotate(split_heads(attn.q_proj(x), self.n_heads), cos, sin)         # (B,S,C) -> (B,H,S,D)
+        k = rotate(split_heads(attn.k_proj(x), self.n_kv_heads), cos, sin)      # (B,S,C) -> (B,G,S,D)
+        v = split_heads(attn.v_proj(x), self.n_kv_heads)
+        k, v = cache.extend(l, k, v)                                            # -> (B,G,K,D)
+
+        # Steps 1 to 3: whose row is opened. Only a prompt is searched, and not in the last layers.
+        is_sink = relaxed = torch.zeros(B, S, dtype=torch.bool, device=hidden.device)
+        if outro and is_prompt and l < L - outro.skip_last:
+            is_sink = find_sinks(hidden, outro.abs_threshold, outro.median_multiple)
+            cache.sinks.ever_sink = cache.sinks.ever_sink | is_sink
+            if outro.relax and l % (outro.relax_every or max(1, L // 7)) == 0:
+                relaxed = is_sink & ~cache.sinks.relaxed                        # once per sink
+                cache.sinks.relaxed = cache.sinks.relaxed | relaxed
+                may_attend = open_sink_rows(may_attend, relaxed)
+
+        # Step 4: the explicit path only where its weights were asked for.
+        if trace is not None and l in trace.get("weights_of", ()):
+            out, weights = attention(q, k, v, may_attend)
+            trace[f"layers.{l}.weights"], trace[f"layers.{l}.may_attend"] = weights, may_attend
+        else:
+            out = fused_attention(q, k, v, may_attend)                          # (B,H,S,D)
+
+        # Steps 5 and 6: generated tokens are no sinks; they are aligned with the prompt's v_sink.
+        # The release compares prompt positions with index 0 of a one-token chunk, so there its
+        # alignment stops at the first generated token wherever token 0 is a sink.
+        aligned = out
+        if outro:
+            if is_prompt:
+                cache.sinks.v_sink.append(sink_value(v, is_sink))
+            ever_sink = cache.sinks.ever_sink if is_prompt else is_sink
+            if outro.align:
+                aligned = align_with_sink(out, cache.sinks.v_sink[l], ever_sink, outro.gamma,
+                                          outro.temperature)
+
+        if trace is not None:
+            v_sink = cache.sinks.v_sink[l] if outro else torch.zeros_like(v[:, :, 0])
+            self.file(trace, hidden, is_sink, relaxed, v_sink, out, aligned)
+
+        hidden = hidden + attn.o_proj(merge_heads(aligned))
+        x = self.post_attention_layernorm(hidden)
+        return hidden + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
+
+    def file(self, trace: dict, hidden, is_sink, relaxed, v_sink, out, aligned) -> None:
+        """Put what the other chapters look at into the trace, under the names of the legend."""
+        largest, median = activation_ratio(hidden)
+        v = repeat_heads(v_sink, self.n_heads)[:, :, None]                      # (B,H,1,D)
+        found = {"hidden": hidden, "ratio": largest / median, "is_sink": is_sink, "relaxed": relaxed,
+                 "v_sink": v_sink, "out": out, "aligned": aligned,
+                 "cosine": F.cosine_similarity(out, v, dim=-1),
+                 "cosine_aligned": F.cosine_similarity(aligned, v, dim=-1)}
+        trace.update({f"layers.{self.index}.{name}": value for name, value in found.items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. The whole model
+# ------------------------------------------------------------------------------------------------
+
+
+class VideoLM(nn.Module):
+    """SmolVLM2: frames and token ids -> logits. Its attribute tree is the checkpoint's key tree."""
+
+    def __init__(self, config: Config, eos_token_ids: tuple[int, ...] = ()):
+        super().__init__()
+        text = config.text_config
+        self.config, self.eos_token_ids = config, eos_token_ids
+        self.model = nn.ModuleDict({
+            "vision_model": VisionEncoder(config.vision_config),
+            "connector": Connector(config),
+            "text_model": nn.ModuleDict({
+                "embed_tokens": nn.Embedding(text.vocab_size, text.hidden_size),
+                "layers": nn.ModuleList(DecoderLayer(text, l) for l in range(text.num_hidden_layers)),
+                "norm": RMSNorm(text.hidden_size, text.rms_norm_eps)})})
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+
+    def encode(self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None,
+               trace: dict | None = None) -> Tensor:
+        """Encoder, pixel shuffle and projector, a frame at a time: memory does not grow with frames.
+
+        pixel_values: float[B,F,3,size,size] in -1..1; pixel_attention_mask: [B,F,size,size], nonzero
+        where there is picture (top left), or None where it is picture everywhere.
+        Returns: float[B,F*M,C], the image tokens of all frames in order.
+        Raises: ValueError if the frames are not of the size that the encoder's positions are for.
+        """
+        size = self.config.vision_config.image_size
+        if pixel_values.dim() != 5 or pixel_values.shape[2:] != (3, size, size):
+            raise ValueError(f"pixel_values must be (B,F,3,{size},{size}) for this model, "
+                             f"not {tuple(pixel_values.shape)}")
+        vision, connector = self.model.vision_model, self.model.connector
+        pixel_values = pixel_values.to(connector.modality_projection.proj.weight.dtype)
+        patches, image_tokens = [], []
+        for f in range(pixel_values.shape[1]):
+            mask = None if pixel_attention_mask is None else pixel_attention_mask[:, f] != 0
+            x = vision(pixel_values[:, f], mask)                                        # (B,P,Cv)
+            image_tokens.append(connector(x))                                           # (B,M,C)
+            if trace is not None:
+                patches.append(x)
+        if trace is not None:
+            trace["vision.features"] = torch.stack(patches, dim=1).flatten(0, 1)
+        return torch.cat(image_tokens, dim=1)
+
+    def merge(self, hidden: Tensor, input_ids: Tensor, features: Tensor) -> Tensor:
+        """Replace the embedding of each image token, in order, by a projected vector: (B,S,C)."""
+        is_image = input_ids == self.config.image_token_id                              # (B,S)
+        counts, n_features = is_image.sum(1).tolist(), features.shape[1]
+        if any(count != n_features for count in counts):
+            raise ValueError(f"the prompts have {counts} image tokens, the video gives {n_features} "
+                             f"feature vectors; they must match")
+        return hidden.masked_scatter(is_image[:, :, None], features.to(hidden.dtype))
+
+    def decode(self, input_ids: Tensor, pixel_values: Tensor | None = None,
+               features: Tensor | None = None, outro: OutRo | None = None,
+               cache: Cache | None = None, trace: dict | None = None,
+               pixel_attention_mask: Tensor | None = None) -> Tensor:
+        """`forward` without the output head: float[B,S,C], normed, ready for `head`."""
+        S, c, text = input_ids.shape[1], self.config.text_config, self.model.text_model
+        cache = Cache() if cache is None else cache
+        start, end = cache.length, cache.length + S
+        if end > c.max_position_embeddings:
+            raise ValueError(f"{end} tokens do not fit into the model's context of "
+                             f"{c.max_position_embeddings}; use fewer frames or a shorter question")
+        if outro and start == 0:
+            nothing = torch.zeros_like(input_ids, dtype=torch.bool)
+            cache.sinks = Sinks(ever_sink=nothing, relaxed=nothing)
+        if outro and cache.sinks is None:
+            raise ValueError("this cache was filled without OutRo; give outro to the prompt's call too")
+
+        hidden = text.embed_tokens(input_ids)                                           # (B,S,C)
+        if pixel_values is not None:
+            features = self.encode(pixel_values, pixel_attention_mask, trace)
+        if features is not None:
+            hidden = self.merge(hidden, input_ids, features)
+            if trace is not None:
+                trace["projected"] = features
+
+        cos, sin = rope_tables(start, end, c.head_dim, c.rope_theta, like=hidden)
+        may_attend = causal_mask(S, end, hidden.device)
+        for layer in text.layers:
+            hidden = layer(hidden, cos, sin, may_attend, cache, outro, trace)
+        return text.norm(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, (self.model.text_model.embed_tokens if tied else self.lm_head).weight)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
+                features: Tensor | None = None, outro: OutRo | None = None,
+                cache: Cache | None = None, trace: dict | None = None,
+                pixel_attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the next token at every position.
+
+        input_ids: int64[B,S], prompts of equal length; with a filled cache only the new tokens.
+        pixel_values: float[B,F,3,size,size] in -1..1, or features: float[B,F*M,C] from `encode`, when
+        several runs share a video; neither: text only. outro: the method's constants, or None for the
+        plain model. cache, trace: an empty Cache and a dict, which are filled.
+        Returns: float[B,S,V].
+        Raises: ValueError if image tokens and features do not match, or the context is too short.
+        """
+        hidden = self.decode(input_ids, pixel_values, features, outro, cache, trace,
+                             pixel_attention_mask)
+        logits = self.head(hidden)
+        if trace is not None:
+            trace["logits"] = logits
+        return logits
+
+    # --------------------------------------------------------------------------------------------
+    # 10. Generation
+    # --------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def stream(self, input_ids: Tensor, pixel_values: Tensor | None = None,
+               features: Tensor | None = None, max_new_tokens: int = 64,
+               outro: OutRo | None = None, trace: dict | None = None):
+        """Yield the greedy answer's token ids one by one, eos included, then stop.
+
+        One prompt, int64[1,S]. The trace is filled while the prompt is read, with the logits of its
+        last position only, float[1,1,V]. The answer also ends where the model's context does.
+        Raises: ValueError for more than one prompt, and as `forward`.
+        """
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"stream answers one prompt at a time, not {input_ids.shape[0]}")
+        cache = Cache()
+        hidden = self.decode(input_ids, pixel_values, features, outro, cache, trace)
+        room = self.config.text_config.max_position_embeddings - input_ids.shape[1] + 1
+        for n in range(min(max_new_tokens, room)):
+            if n > 0:
+                hidden = self.decode(token, outro=outro, cache=cache)
+            logits = self.head(hidden[:, -1:])                                          # (1,1,V)
+            if trace is not None and n == 0:
+                trace["logits"] = logits
+            token = logits.argmax(-1)                                                   # (1,1)
+            yield token.item()
+            if token.item() in self.eos_token_ids:
+                return
+
+    def generate(self, *args, **kwargs) -> list[int]:
+        """All token ids of `stream`, which see."""
+        return list(self.stream(*args, **kwargs))
+
+    # --------------------------------------------------------------------------------------------
+    # 11. Loading
+    # --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo, revision: str | None = None, device: str = "cpu",
+                        dtype: torch.dtype = torch.float32) -> "VideoLM":
+        """A model from a folder or from a repository of the Hugging Face hub.
+
+        Reads config.json, generation_config.json (eos) and the safetensors. `load_report` of the model
+        then says in one line what was read. The parameters ask for no gradient.
+        Raises: ValueError or OSError that names the file and what is wrong with it.
+        """
+        folder = checkpoint.find(path_or_repo, revision, checkpoint.MODEL_FILES)
+        config = read_config(folder)
+        with torch.device("meta"):                       # shapes without memory, until the file's come
+            model = cls(config, checkpoint.read_eos(folder))
+        model.load_report = checkpoint.load_tensors(model, folder, device, dtype)
+        return model.eval().requires_grad_(False)

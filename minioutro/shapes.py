@@ -1,0 +1,143 @@
+"""A toy world: clips of coloured shapes that move or stay, with questions and their answers.
+
+A clip is drawn from one seed, 8 s at 8 frames a second, 64 x 64 pixels, on a noisy grey background.
+Everything about it is known, so that questions and right answers come with it.
+"""
+
+import random
+from dataclasses import dataclass
+
+import av
+from PIL import Image, ImageDraw
+
+FPS, DURATION, SIZE = 8, 8, 64              # frames a second, seconds, pixels on each side
+COLOURS = {"red": (215, 45, 45), "green": (50, 175, 70), "blue": (55, 95, 225),
+           "yellow": (230, 210, 50), "purple": (155, 60, 190), "white": (240, 240, 240)}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+COUNTS = ("none", "one", "two", "three")
+SCALE = 4                                   # shapes are drawn this much larger, then averaged
+
+
+@dataclass(frozen=True)
+class Shape:
+    colour: str
+    form: str                               # one of SHAPES
+    direction: str                          # one of DIRECTIONS, or "still"
+    start: tuple[float, float]              # centre at time 0, pixels from the top left corner
+    distance: float                         # pixels travelled in the whole clip
+    radius: float                           # pixels from the centre to the edge
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.form}"
+
+    def centre(self, seconds: float) -> tuple[float, float]:
+        dx, dy = DIRECTIONS.get(self.direction, (0, 0))
+        travelled = self.distance * seconds / DURATION
+        return self.start[0] + dx * travelled, self.start[1] + dy * travelled
+
+    def place(self, seconds: float) -> str:
+        """In which ninth of the frame the centre is: "top left", "top", ..., "middle", ..."""
+        x, y = (min(2, int(3 * coordinate / SIZE)) for coordinate in self.centre(seconds))
+        words = f"{('top', '', 'bottom')[y]} {('left', '', 'right')[x]}".strip()
+        return words or "middle"
+
+    def draw(self, canvas: ImageDraw.ImageDraw, seconds: float) -> None:
+        x, y = (SCALE * coordinate for coordinate in self.centre(seconds))
+        r, fill = SCALE * self.radius, COLOURS[self.colour]
+        if self.form == "circle":
+            canvas.ellipse((x - r, y - r, x + r, y + r), fill)
+        elif self.form == "square":
+            canvas.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
+        else:
+            canvas.polygon(((x, y - r), (x + 1.1 * r, y + r), (x - 1.1 * r, y + r)), fill)
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str
+    text: str
+    answer: str
+
+
+class Clip:
+    """One clip of the world, of `count` shapes with different colours and different forms."""
+
+    def __init__(self, seed: int, count: int):
+        rng = random.Random(seed)
+        self.seed, self.grey, self.noise = seed, rng.randint(15, 75), rng.randint(5, 25)
+        looks = list(zip(rng.sample(list(COLOURS), count), rng.sample(SHAPES, count)))
+        while True:
+            self.shapes = [self._place(rng, colour, form) for colour, form in looks]
+            if self._apart():
+                break
+
+    @staticmethod
+    def _place(rng: random.Random, colour: str, form: str) -> Shape:
+        direction = rng.choice([*DIRECTIONS, *DIRECTIONS, "still", "still", "still"])
+        radius, distance = rng.uniform(7, 10), rng.uniform(18, 36)
+        low, high = radius * 1.1, SIZE - radius * 1.1
+        start = [rng.uniform(low, high), rng.uniform(low, high)]
+        for axis, step in enumerate(DIRECTIONS.get(direction, (0, 0))):
+            if step:                        # the whole way must lie inside the frame
+                first, last = (low + distance, high) if step < 0 else (low, high - distance)
+                start[axis] = rng.uniform(first, last)
+        return Shape(colour, form, direction, tuple(start), distance, radius)
+
+    def _apart(self) -> bool:
+        """No two shapes touch, at any second."""
+        for seconds in range(DURATION + 1):
+            for i, a in enumerate(self.shapes):
+                for b in self.shapes[:i]:
+                    (ax, ay), (bx, by) = a.centre(seconds), b.centre(seconds)
+                    if max(abs(ax - bx), abs(ay - by)) < 1.1 * (a.radius + b.radius):
+                        return False
+        return True
+
+    def frame(self, index: int) -> Image.Image:
+        """Frame number `index` (0 .. FPS * DURATION - 1), RGB, 64 x 64."""
+        canvas = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), (self.grey,) * 3)
+        for shape in self.shapes:
+            shape.draw(ImageDraw.Draw(canvas), index / FPS)
+        rng = random.Random(self.seed * 1000 + index)
+        noise = Image.frombytes("L", (SIZE, SIZE), rng.randbytes(SIZE * SIZE))
+        return Image.blend(canvas.reduce(SCALE), noise.convert("RGB"), self.noise / 255)
+
+    def write(self, path) -> None:
+        """The whole clip as an H.264 mp4."""
+        with av.open(str(path), "w", format="mp4") as file:
+            stream = file.add_stream("libx264", rate=FPS, options={"crf": "23"})
+            stream.width = stream.height = SIZE
+            stream.pix_fmt = "yuv420p"
+            for index in range(FPS * DURATION):
+                file.mux(stream.encode(av.VideoFrame.from_image(self.frame(index))))
+            file.mux(stream.encode())
+
+    def description(self) -> str:
+        does = [f"a {s.name} " + ("stays still" if s.direction == "still" else f"moves {s.direction}")
+                for s in self.shapes]
+        text = ", ".join(does[:-1]) + " and " * (len(does) > 1) + does[-1]
+        return text[0].upper() + text[1:] + "."
+
+    def questions(self, index: int | None = None) -> list[Question]:
+        """Every question that the clip answers, or that frame number `index` of it does by itself."""
+        found = [Question("count", "How many shapes are there?", COUNTS[len(self.shapes)])]
+        for s in self.shapes:
+            found += [Question("colour", f"What colour is the {s.form}?", s.colour),
+                      Question("shape", f"What shape is {s.colour}?", s.form)]
+            if index is not None:
+                found.append(Question("place", f"Where is the {s.form}?", s.place(index / FPS)))
+                continue
+            moves = s.direction != "still"
+            found += [Question("start", f"Where does the {s.form} start?", s.place(0)),
+                      Question("end", f"Where does the {s.form} end?", s.place(DURATION - 1 / FPS)),
+                      Question("moves", f"Does the {s.form} move?", "Yes" if moves else "No")]
+            if moves:
+                found.append(Question("direction", f"Which way does the {s.form} move?", s.direction))
+        colours = {s.colour for s in self.shapes}
+        found += [Question("is there", f"Is anything {colour}?", "Yes" if colour in colours else "No")
+                  for colour in COLOURS]
+        if index is None:
+            found.append(Question("describe", "What happens in this video?", self.description()))
+        return found

@@ -1,0 +1,157 @@
+"""A video file -> a few frames, evenly spread, and the time at which each is shown."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from PIL import Image
+
+
+@dataclass
+class Video:
+    frames: list[Image.Image]       # RGB, upright
+    seconds: list[float]            # when each is shown, from the start of the video
+    duration: float                 # of the whole video, in seconds
+    total_frames: int               # in the whole video
+
+
+def sample_indices(total_frames: int, native_fps: float, duration: float, fps: float = 1.0,
+                   max_frames: int = 64) -> list[int]:
+    """The frames that the model is shown: `fps` of them a second, at most max_frames, evenly spread.
+
+    The first and the last frame are among them; where not every second fits, the first and the last
+    second of the video are left out, which are often titles.
+    Raises: ValueError if fps or max_frames is not positive.
+    Source: the video sampling of SmolVLM's processor in transformers.
+    Example: sample_indices(32, 10.0, 3.2) -> [0, 15, 31]
+    """
+    if fps <= 0 or max_frames < 1:
+        raise ValueError(f"fps {fps} and max_frames {max_frames}: both must be positive")
+    wanted = max(1, min(round(fps * duration), max_frames))
+    first, last = 0, total_frames - 1
+    if duration - 2 > max_frames * fps:
+        first, last = int(native_fps), min(int(total_frames - native_fps), last)
+        if first >= last:
+            first, last = 0, total_frames - 1
+    if wanted == 1:
+        return [first]
+    step = (last - first) / (wanted - 1)            # in this order, rounding is that of np.linspace
+    return sorted({int(i * step + first) for i in range(wanted - 1)} | {last})
+
+
+def resize_longest_edge(image: Image.Image, longest_edge: int) -> Image.Image:
+    """Scale to this longest edge, in pixels; the other follows, made even as the models' release does.
+
+    Doing it twice is doing it once.
+    """
+    w, h = image.size
+    scale = longest_edge / (w / h) if w >= h else longest_edge * (w / h)
+    shorter = max(1, int(scale) + int(scale) % 2)
+    size = (longest_edge, shorter) if w >= h else (shorter, longest_edge)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def read_video(path, fps: float = 1.0, max_frames: int = 64,
+               longest_edge: int | None = None) -> Video:
+    """Sample a video, an animation or a picture.
+
+    With longest_edge each frame is scaled as soon as it is decoded, so that a long video never lies
+    in memory whole. Which frames there are is first read from the packets, without decoding. If one
+    that was chosen then does not appear (a broken packet, a wrong time), all are decoded to see.
+    Raises: OSError if there is no such file; ValueError that says why it gives no frames.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; check the path")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give one video or picture")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; copy or download it again")
+    for timeline in (packet_timeline, frame_timeline):
+        pts, seconds, duration = timeline(path)
+        if pts:
+            indices = sample_indices(len(pts), len(pts) / duration, duration, fps, max_frames)
+            frames = take(path, {i: pts[i] for i in indices}, longest_edge)
+            if len(frames) == len(indices):
+                return Video(frames, [seconds[i] for i in indices], duration, len(pts))
+    raise ValueError(f"{path}: no frame of it can be decoded; try to play it, or convert it to mp4")
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[av.VideoStream]:
+    """The first stream of video that is not the cover of an album."""
+    try:
+        # as an open file: FFmpeg reads some names as patterns or addresses
+        with path.open("rb") as file, av.open(file) as container:
+            streams = [s for s in container.streams.video
+                       if not s.disposition & av.stream.Disposition.attached_pic]
+            if not streams:
+                kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+                raise ValueError(f"{path} has no video stream, only {kinds}; give a video")
+            streams[0].thread_type = "AUTO"
+            yield streams[0]
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} is not a video that can be read ({error.strerror}); try to play it, "
+                         f"or convert it to mp4") from None
+
+
+def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of a stream; a file that is cut off ends where it is cut."""
+    try:
+        yield from stream.container.demux(stream)
+    except av.FFmpegError:
+        return
+
+
+def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames of a stream in the order in which they are shown, without those that are broken."""
+    for packet in demux(stream):
+        try:
+            yield from packet.decode()
+        except av.FFmpegError:
+            continue
+
+
+def packet_timeline(path: Path) -> tuple[list[int], list[float], float]:
+    """Of every frame that should be shown: pts and seconds, both sorted; and the duration."""
+    with open_video(path) as stream:
+        packets = [p for p in demux(stream) if p.size and not p.is_discard]
+        packets = sorted((p.pts, p.duration) for p in packets if p.pts is not None)
+        return timeline([pts for pts, _ in packets], packets[-1][1] if packets else 0, stream)
+
+
+def frame_timeline(path: Path) -> tuple[list[int | None], list[float], float]:
+    """The same for every frame that can be decoded; pts in the order in which they are shown."""
+    with open_video(path) as stream:
+        frames = [(frame.pts, frame.duration) for frame in decode(stream)]
+        return timeline([pts for pts, _ in frames], frames[-1][1] if frames else 0, stream)
+
+
+def timeline(pts: list, last: int | None, stream: av.VideoStream):
+    """Add seconds and duration to the pts of frames; last is how long the last is shown, if known."""
+    unit = stream.time_base
+    times = sorted(p for p in pts if p is not None)
+    if len(times) < len(pts):                   # without clock: count frames at the stated rate
+        times, unit = list(range(len(pts))), 1 / Fraction(stream.average_rate or 25)
+    steps = sorted(b - a for a, b in zip(times, times[1:]))
+    last = last or (steps[len(steps) // 2] if steps else 0) or 1
+    seconds = [float((t - times[0]) * unit) for t in times]
+    return pts, seconds, float((times[-1] - times[0] + last) * unit) if times else 0.0
+
+
+def take(path: Path, chosen: dict[int, int | None], longest_edge: int | None) -> list[Image.Image]:
+    """Decode the frames with these indices, upright; one whose pts is another than stated is left out."""
+    images = []
+    with open_video(path) as stream:
+        for index, frame in enumerate(decode(stream)):
+            if index in chosen and frame.pts == chosen[index]:
+                image = frame.to_image()
+                if frame.rotation % 90 == 0:        # degrees; a damaged header may hold any number
+                    image = image.rotate(frame.rotation, expand=True)
+                images.append(resize_longest_edge(image, longest_edge) if longest_edge else image)
+            if index >= max(chosen):
+                break
+    return images

@@ -1,0 +1,200 @@
+"""Find a checkpoint, read it strictly, and say what is wrong with it.
+
+A checkpoint is a folder with config.json, generation_config.json (optional) and the weights, either
+model.safetensors or several files named by model.safetensors.index.json. It lies on this machine or
+on the Hugging Face hub, from where only the files that are needed are fetched, once.
+"""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json",
+               "model*.safetensors")
+PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json", "processor_config.json")
+INDEX = "model.safetensors.index.json"
+
+# What the code computes. A config that asks for another value of these is refused.
+FIXED = {
+    "config.json": {"model_type": "smolvlm"},
+    "text_config": {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+                    "mlp_bias": False, "rope_type": "default", "rope_interleaved": False,
+                    "qk_layer_norms": False, "use_resampler": False},
+    "vision_config": {"model_type": "smolvlm_vision", "hidden_act": "gelu_pytorch_tanh",
+                      "num_channels": 3},
+}
+# Fields that SmolVLM's own code does not read, or that say nothing about what is computed here. A
+# field that is in no list is refused, unless it is off (null or false): it may change the mathematics.
+IGNORED = (
+    "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "initializer_range", "neftune_noise_alpha", "is_llama_config", "pretraining_tp",
+    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "_pad_token_id",
+    "image_seq_len", "video_token_id", "transformers.js_config", "_flash_attn_2_enabled",
+    "_attn_implementation_autoset", "chunk_size_feed_forward", "is_encoder_decoder",
+    "output_hidden_states", "output_attentions", "return_dict", "problem_type", "id2label", "label2id",
+    # of a section; what counts is text_config's vocab_size and the top's tie_word_embeddings
+    "vocab_size", "tie_word_embeddings",
+    # left over from Idefics, which SmolVLM was made from; perceiver_config holds decoys of real names
+    "perceiver_config", "pixel_shuffle_factor", "max_image_size", "size", "use_base_siglip",
+    "use_reentrant_checkpointing",
+)
+
+
+def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The folder with the files: path_or_repo itself, or the hub's cache after fetching them.
+
+    Without network a repository that was fetched before is taken from the cache.
+    Raises: ValueError that says what is missing and what to try.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path_or_repo} is a file; give the folder that holds config.json")
+
+    # imported here: it takes longer to import than the rest of the module, and a folder needs none
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (GatedRepoError, HFValidationError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError, RevisionNotFoundError)
+    from huggingface_hub.utils import tqdm
+    name = f"{path_or_repo} at revision {revision}" if revision else str(path_or_repo)
+    try:
+        return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns,
+                                      tqdm_class=tqdm))
+    except HFValidationError:
+        raise ValueError(f"{path_or_repo} is neither a folder here nor the name of a repository "
+                         f"(owner/name); check the path") from None
+    except GatedRepoError:
+        raise ValueError(f"{name} asks for a licence on the hub first; accept it on its page, then "
+                         f"log in with `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{path_or_repo} has no revision {revision}; leave it out for the newest") \
+            from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"{path_or_repo} is neither a folder here nor a public repository of the hub; "
+                         f"check the name") from None
+    except LocalEntryNotFoundError:
+        raise ValueError(f"{name} is no folder here, is not in the cache, and the hub cannot be reached;"
+                         f" connect once, or copy its files into a folder and give that") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}; fetch it again")
+    return content
+
+
+def read_config(folder: Path) -> dict:
+    """config.json, with the defaults that depend on other fields filled in.
+
+    Raises: ValueError for another model_type, or if text_config or vision_config is missing.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "smolvlm":
+        raise ValueError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not "
+                         f"supported, only 'smolvlm' (SmolVLM2)")
+    for section in ("text_config", "vision_config"):
+        if not isinstance(config.get(section), dict):
+            raise ValueError(f"{folder / 'config.json'} has no section {section}; fetch it again")
+    text = config["text_config"]
+    # "rope_parameters" since transformers 5; before, rope_theta stood by itself
+    text.update(text.pop("rope_parameters", None) or {})
+    text.setdefault("num_attention_heads", 32)
+    if text.get("num_key_value_heads") is None:
+        text["num_key_value_heads"] = text["num_attention_heads"]
+    if text.get("head_dim") is None:
+        text["head_dim"] = text.get("hidden_size", 4096) // text["num_attention_heads"]
+    return config
+
+
+def fill(config_class, section: dict, name: str, **parts):
+    """Make a config dataclass of the fields that it has; parts are given, not read.
+
+    Raises: ValueError for a field whose value is not implemented, or that is unknown and not off.
+    """
+    known = {field.name for field in fields(config_class)} - set(parts)
+    for field, value in section.items():
+        if field in FIXED[name] and value != FIXED[name][field]:
+            raise ValueError(f"config.json, {name}: {field} = {value!r} is not implemented, only "
+                             f"{FIXED[name][field]!r}")
+        if value and field not in (*known, *parts, *FIXED[name], *IGNORED):
+            raise ValueError(f"config.json, {name}: {field} = {value!r} is unknown and may change what the"
+                             f" model computes; if you know that it does not, remove it")
+    return config_class(**{field: value for field, value in section.items() if field in known}, **parts)
+
+
+def read_eos(folder: Path) -> tuple[int, ...]:
+    """The token ids that end an answer, from generation_config.json; none without that file."""
+    path = folder / "generation_config.json"
+    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def load_tensors(model: torch.nn.Module, folder: Path, device, dtype: torch.dtype) -> str:
+    """Fill a model that was built on the meta device, and report in one line.
+
+    The file's tensors must be exactly the model's, by name and shape; whether they are float32,
+    float16 or bfloat16 there, they become dtype.
+    Raises: ValueError with the first five missing, unexpected and mis-shaped names.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    where, shapes = locate(folder)
+    ignored = [] if "lm_head.weight" in expected else ["lm_head.weight"]        # tied: never used
+    ignored = [name for name in ignored if name in shapes]
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected and name not in ignored]
+    misshaped = [f"{name} {shapes[name]} instead of {shape}" for name, shape in expected.items()
+                 if shapes.get(name, shape) != shape]
+    wrong = [f"{len(names)} {what}: {', '.join(names[:5])}" + ", ..." * (len(names) > 5)
+             for what, names in (("missing", missing), ("unexpected", unexpected),
+                                 ("mis-shaped", misshaped)) if names]
+    if wrong:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}; "
+                         f"fetch the folder again, or correct the config")
+    tensors = {}
+    for name in sorted(expected, key=lambda name: math.prod(expected[name]), reverse=True):
+        # A file is mapped into memory, and what was read of it stays there until it is closed. So it
+        # is opened anew for each tensor, and the largest, which is there twice for a moment, comes
+        # first. A tensor that needs no conversion is not copied: it is the mapping.
+        with safe_open(where[name], "pt") as file:
+            tensors[name] = file.get_tensor(name).to(device, dtype)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    return (f"{len(tensors)} tensors, {numbers:,} parameters as {str(dtype).split('.')[-1]}; 0 missing, "
+            f"0 unexpected, ignored: {', '.join(ignored) or 'none'}")
+
+
+def locate(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """In which file each tensor of a checkpoint lies, and its shape; nothing else is read."""
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
+        files = sorted(set(index["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    where, shapes = {}, {}
+    for path in (folder / file for file in files):
+        if not path.exists():
+            raise ValueError(f"{path} is missing; fetch it again (only safetensors are read)")
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in ("F32", "F16", "BF16"):
+                        raise ValueError(f"{path}: {name} is {part.get_dtype()}; only float32, float16 "
+                                         f"and bfloat16 are read")
+                    where[name], shapes[name] = path, tuple(part.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged or cut off ({error}); fetch it again") from None
+    return where, shapes

@@ -1,0 +1,350 @@
+"""The method: worked by hand, equal to the published code, and equal to a second, slower writing of it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import assert_close
+
+from minioutro import Cache, OutRo
+from minioutro import model as module
+from minioutro.model import (align_with_sink, attention, causal_mask, find_sinks, open_sink_rows, rotate,
+                             rope_tables, sink_value)
+
+CASES = ("dev_late", "dev_natural")
+
+
+# ---- the pure functions, by hand ----
+
+
+def test_find_sinks_by_hand():
+    """Six values, |h| = 0, 1, 1, 2, 5, 40: the lower of the two middle ones is 1.
+
+    Multiple 40: token 2 (40 >= 40) is a sink. Multiple 40.1, or a floor of 41: none is.
+    """
+    hidden = torch.tensor([[[1.0, -1.0], [0.0, 5.0], [2.0, -40.0]]])
+    assert find_sinks(hidden, 0.0, 40.0).tolist() == [[False, False, True]]
+    assert find_sinks(hidden, 40.0, 5.1).tolist() == [[False, False, True]]
+    assert find_sinks(hidden, 0.0, 5.0).tolist() == [[False, True, True]]
+    assert not find_sinks(hidden, 0.0, 40.1).any()
+    assert not find_sinks(hidden, 41.0, 1.0).any()
+
+
+def test_the_median_is_of_the_item_not_of_the_token_or_the_batch():
+    """Item 0 has median 1, item 1 median 10; 100 is 100 times the one and 10 times the other."""
+    hidden = torch.tensor([[[1.0, 1.0], [1.0, 100.0]], [[10.0, 10.0], [10.0, 100.0]]])
+    assert find_sinks(hidden, 0.0, 50.0).tolist() == [[False, True], [False, False]]
+    # token 1 of item 0 is a sink although its own median is not small against its largest value
+    assert find_sinks(torch.tensor([[[1.0, 1.0], [90.0, 100.0]]]), 0.0, 90.0).tolist() == [[False, True]]
+
+
+def test_sink_value_is_the_mean_over_sinks_by_head_and_item():
+    v = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)              # (B,G,S,D)
+    is_sink = torch.tensor([[True, False, True, False], [False] * 4])
+    v_sink = sink_value(v, is_sink)
+    assert v_sink.shape == (2, 3, 5)
+    assert v_sink[0].equal((v[0, :, 0] + v[0, :, 2]) / 2)
+    assert (v_sink[1] == 0).all()
+
+
+@pytest.mark.parametrize("before, after", [(85, 74.8), (80, 56.0), (70, 34.5), (60, 23.4), (45, 14.0),
+                                           (30, 8.2)])
+def test_alignment_angles(before, after):
+    """In a plane, with v_sink along x: o at angle a becomes (1 + 3g) cos a, sin a, g = tanh(cos a / 0.1)."""
+    angle = math.radians(before)
+    g = math.tanh(math.cos(angle) / 0.1)
+    assert math.degrees(math.atan2(math.sin(angle), (1 + 3 * g) * math.cos(angle))) == \
+        pytest.approx(after, abs=0.06)
+    out = 7 * torch.tensor([math.cos(angle), math.sin(angle)]).view(1, 1, 1, 2)
+    turned = align_with_sink(out, torch.tensor([[[0.3, 0.0]]]), torch.zeros(1, 1, dtype=torch.bool), 3.0,
+                             0.1).flatten()
+    assert math.degrees(math.atan2(turned[1], turned[0])) == pytest.approx(after, abs=0.06)
+    assert turned.norm().item() == pytest.approx(7, rel=1e-5)
+
+
+def heads(B=2, H=6, G=3, S=5, D=4):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(B, H, S, D, generator=generator), torch.randn(B, G, D, generator=generator)
+
+
+def test_alignment_keeps_length_and_plane_and_turns_only_towards_the_sink():
+    out, v_sink = heads()
+    turned = align_with_sink(out, v_sink, torch.zeros(2, 5, dtype=torch.bool), 3.0, 0.1)
+    assert torch.allclose(turned.norm(dim=-1), out.norm(dim=-1), atol=1e-5)
+    for h in range(6):
+        v = v_sink[:, h // 2, None]                                 # two query heads share one of G = 3
+        before = torch.cosine_similarity(out[:, h], v, dim=-1)
+        after = torch.cosine_similarity(turned[:, h], v, dim=-1)
+        assert (after[before > 0] > before[before > 0]).all()
+        assert torch.allclose(turned[:, h][before <= 0], out[:, h][before <= 0], atol=1e-6)
+        basis = torch.stack([out[:, h], v.expand_as(out[:, h])], dim=-1)        # (B,S,D,2)
+        residual = turned[:, h, :, :, None] - basis @ torch.linalg.pinv(basis) @ turned[:, h, :, :, None]
+        assert residual.abs().max() < 1e-5
+
+
+def test_alignment_of_no_strength_of_sinks_and_without_sinks():
+    out, v_sink = heads()
+    ever_sink = torch.tensor([[True, False, False, True, False], [False] * 5])
+    assert torch.allclose(align_with_sink(out, v_sink, ever_sink, 0.0, 0.1), out, atol=1e-6)
+    v_sink[1] = 0
+    turned = align_with_sink(out, v_sink, ever_sink, 3.0, 0.1)
+    assert turned[0][:, ever_sink[0]].equal(out[0][:, ever_sink[0]])
+    assert not torch.allclose(turned[0][:, ~ever_sink[0]], out[0][:, ~ever_sink[0]])
+    assert turned[1].equal(out[1])
+
+
+def test_alignment_of_half_precision_is_computed_in_float32():
+    """A float16 output of length 1e-4 would vanish in |o'| + 1e-8, and |v|^2 = 1e-8 in the other."""
+    out, v_sink = heads()
+    never = torch.zeros(2, 5, dtype=torch.bool)
+    small = align_with_sink(out.half() * 1e-3, v_sink.half() * 1e-3, never, 3.0, 0.1).float()
+    assert torch.allclose(small * 1e3, align_with_sink(out, v_sink, never, 3.0, 0.1), atol=0.05)
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature=0.0), dict(relax_every=0)])
+def test_constants_that_the_formulas_cannot_take(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OutRo(**wrong)
+
+
+# ---- equal to the published code ----
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sinks_rows_and_logits_equal_the_published_code(golden, case):
+    g, trace = golden(case), {}
+    L = g.meta["L"]
+    assert_close(g.model(g.input_ids, g.pixels, outro=g.outro(), trace=trace), g.tensors["logits_on"])
+    found = {name: torch.cat([trace[f"layers.{l}.{name}"] for l in range(L)])
+             for name in ("is_sink", "relaxed")}
+    assert found["is_sink"].equal(g.tensors["is_sink"].bool()) and found["is_sink"].any()
+    assert found["relaxed"].equal(g.tensors["is_relaxed"].bool()) and found["relaxed"].any()
+    assert_close(g.model(g.input_ids, g.pixels), g.tensors["logits_off"])
+    for switch, name in (("relax", "logits.align_only"), ("align", "logits.relax_only")):
+        outro = g.outro(**{switch: False})
+        assert_close(g.model(g.input_ids, g.pixels, outro=outro, trace=trace), g.tensors[name])
+    for l in range(L):                                              # of the last run, relaxation only
+        assert_close(trace[f"layers.{l}.hidden"], g.tensors[f"hidden.{l}"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generated_tokens_are_aligned_unlike_in_the_published_code(golden, decoded, case):
+    """The release tests index 0 of a one-token chunk against the prompt's sinks: no alignment there."""
+    g = golden(case)
+    assert g.model.generate(g.input_ids, g.pixels, max_new_tokens=24, outro=g.outro()) == \
+        decoded[case]["ids"]
+    assert g.model.generate(g.input_ids, g.pixels, max_new_tokens=24) == decoded[case]["off"]
+    cache, slip = Cache(), []
+    logits = g.model(g.input_ids, g.pixels, outro=g.outro(), cache=cache)
+    while len(slip) < 24:
+        slip.append(logits[0, -1].argmax().item())
+        logits = g.model(torch.tensor([slip[-1:]]), cache=cache)    # outro is forgotten from here on
+    assert slip == decoded[case]["no_decode_alignment"] != decoded[case]["ids"]
+
+
+# ---- equal to a second writing of it, without cache and without vectorising ----
+
+
+def slow_outro(model, input_ids, n_prompt, outro, features):
+    """Logits of one prompt and the tokens generated after it, all in one pass. Rows of sinks reach to the
+    prompt's end; only the prompt is searched. Written with loops, straight from the description."""
+    text, c = model.model.text_model, model.config.text_config
+    L, H, G, D = c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    S = input_ids.shape[1]
+    hidden = model.merge(text.embed_tokens(input_ids), input_ids, features)
+    cos, sin = rope_tables(0, S, D, c.rope_theta, hidden)
+    ever, opened = set(), set()
+    for l, layer in enumerate(text.layers):
+        x = layer.input_layernorm(hidden)[0]
+        q, k, v = (getattr(layer.self_attn, f"{n}_proj")(x).view(S, -1, D).transpose(0, 1)[None] for n in "qkv")
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        sinks, mask = [], causal_mask(S, S)
+        if l < L - outro.skip_last:
+            magnitude = hidden[0, :n_prompt].abs()
+            floor = max(outro.abs_threshold,
+                        outro.median_multiple * magnitude.flatten().sort().values[(n_prompt * c.hidden_size - 1) // 2])
+            sinks = [i for i in range(n_prompt) if magnitude[i].max() >= floor]
+        ever.update(sinks)
+        if outro.relax and l % max(1, L // 7) == 0:
+            for i in set(sinks) - opened:
+                mask[i, :n_prompt] = True
+            opened.update(sinks)
+        out, _ = attention(q, k, v, mask)
+        if outro.align and sinks:
+            for h in range(H):
+                v_sink = sum(v[0, h // (H // G), i] for i in sinks) / len(sinks)
+                for t in set(range(S)) - ever:
+                    o = out[0, h, t].clone()
+                    c_ = torch.dot(o, v_sink) / (o.norm() * v_sink.norm())
+                    gate = math.tanh(max(0.0, c_.item()) / outro.temperature)
+                    new = o + gate * outro.gamma * torch.dot(o, v_sink) / v_sink.norm()**2 * v_sink
+                    out[0, h, t] = new * o.norm() / new.norm()
+        hidden = hidden + layer.self_attn.o_proj(out[0].transpose(0, 1).reshape(1, S, H * D))
+        x = layer.post_attention_layernorm(hidden)
+        gate = torch.nn.functional.silu(layer.mlp.gate_proj(x))
+        hidden = hidden + layer.mlp.down_proj(gate * layer.mlp.up_proj(x))
+    return model.head(text.norm(hidden))
+
+
+@pytest.mark.parametrize("switches", [{}, {"relax": False}, {"align": False}])
+@pytest.mark.parametrize("case", CASES)
+def test_cached_decoding_equals_one_slow_pass(golden, case, switches):
+    g, cache, outro = golden(case), Cache(), golden(case).outro(**switches)
+    features, S = g.model.encode(g.pixels), g.input_ids.shape[1]
+    ids, steps = g.input_ids, [g.model(g.input_ids, features=features, outro=outro, cache=cache)]
+    for _ in range(4):
+        ids = torch.cat([ids, steps[-1][:, -1:].argmax(-1)], dim=1)
+        steps.append(g.model(ids[:, -1:], outro=outro, cache=cache))
+    assert_close(torch.cat(steps, dim=1), slow_outro(g.model, ids, S, outro, features), 5e-5)
+
+
+# ---- properties ----
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_off_is_the_baseline_bit_for_bit(golden, case):
+    g = golden(case)
+    baseline = g.model(g.input_ids, g.pixels)
+    nothing_on, no_sink = g.outro(relax=False, align=False), OutRo(median_multiple=1e9)
+    assert g.model(g.input_ids, g.pixels, outro=nothing_on).equal(baseline)
+    assert g.model(g.input_ids, g.pixels, outro=no_sink).equal(baseline)
+    assert not g.model(g.input_ids, g.pixels, outro=g.outro()).equal(baseline)
+    for outro in (nothing_on, no_sink):
+        assert g.model.generate(g.input_ids, g.pixels, outro=outro, max_new_tokens=8) == \
+            g.model.generate(g.input_ids, g.pixels, max_new_tokens=8)
+
+
+def test_each_item_of_a_batch_gets_what_it_gets_alone(golden):
+    """The second item has other frames and a shuffled question, so its sinks are others."""
+    g = golden("dev_natural")
+    features = torch.cat([g.model.encode(g.pixels), 3 * g.model.encode(g.pixels.flip(1))])
+    ids, outro = g.input_ids.repeat(2, 1), g.outro()
+    ids[1, -5:] = ids[1, -5:].flip(0)
+    both, alone, cache = {}, [{}, {}], Cache()
+    logits = g.model(ids, features=features, outro=outro, trace=both, cache=cache)
+    step = g.model(ids[:, :1], outro=outro, cache=cache)
+    for b in range(2):
+        single = Cache()
+        logits_b = g.model(ids[b:b + 1], features=features[b:b + 1], outro=outro, trace=alone[b],
+                           cache=single)
+        assert_close(logits[b:b + 1], logits_b, 1e-5)
+        assert_close(step[b:b + 1], g.model(ids[b:b + 1, :1], outro=outro, cache=single), 1e-5)
+    L = g.meta["L"]
+    sinks = [torch.cat([trace[f"layers.{l}.is_sink"] for l in range(L)]) for trace in alone]
+    assert not sinks[0].equal(sinks[1])
+    for l in range(L):
+        assert both[f"layers.{l}.is_sink"].equal(torch.stack([sinks[0][l], sinks[1][l]]))
+
+
+def test_an_item_without_sinks_keeps_its_baseline_beside_one_with_sinks(golden):
+    """In dev_late the first token makes the massive activation; without it there is none."""
+    g, trace, cache = golden("dev_late"), {}, Cache()
+    ids = g.tensors["input_ids"].repeat(2, 1)
+    ids[1, 0] = ids[1, 1]
+    on, off = g.model(ids, outro=g.outro(), trace=trace, cache=cache), g.model(ids)
+    is_sink = torch.stack([trace[f"layers.{l}.is_sink"] for l in range(g.meta["L"])])      # (L,B,S)
+    assert is_sink[:, 0].any() and not is_sink[:, 1].any()
+    assert on[1].equal(off[1]) and not on[0].equal(off[0])
+
+
+def test_a_row_is_opened_once_and_the_last_two_layers_are_left_alone(golden):
+    for case in CASES:
+        g, trace = golden(case), {"weights_of": range(golden(case).meta["L"])}
+        g.model(g.input_ids, g.pixels, outro=g.outro(), trace=trace)
+        L, S = g.meta["L"], g.input_ids.shape[1]
+        relaxed = torch.cat([trace[f"layers.{l}.relaxed"] for l in range(L)])
+        assert relaxed.sum(0).max() == 1
+        assert not relaxed[torch.arange(L) % max(1, L // 7) != 0].any()
+        for l in range(L):
+            expected = open_sink_rows(causal_mask(S, S), relaxed[None, l])
+            assert trace[f"layers.{l}.may_attend"].expand(1, S, S).equal(expected)
+        for l in (L - 2, L - 1):
+            assert not trace[f"layers.{l}.is_sink"].any() and not trace[f"layers.{l}.v_sink"].any()
+            assert trace[f"layers.{l}.aligned"].equal(trace[f"layers.{l}.out"])
+
+
+def test_relax_every_and_skip_last_are_obeyed(golden):
+    g, trace = golden("dev_natural"), {}
+    L = g.meta["L"]
+    g.model(g.input_ids, g.pixels, outro=replace(g.outro(), relax_every=3, skip_last=5), trace=trace)
+    opened = [l for l in range(L) if trace[f"layers.{l}.relaxed"].any()]
+    assert opened and all(l % 3 == 0 and l < L - 5 for l in opened)
+    assert any(trace[f"layers.{l}.is_sink"].any() for l in range(L - 5))
+    assert not any(trace[f"layers.{l}.is_sink"].any() for l in range(L - 5, L))
+
+
+def test_the_trace_shows_what_was_found_opened_and_aligned(golden):
+    g, trace = golden("dev_natural"), {}
+    g.model(g.input_ids, g.pixels, outro=g.outro(), trace=trace)
+    ever_sink = torch.zeros_like(g.input_ids, dtype=torch.bool)
+    for l in range(g.meta["L"] - 2):
+        entry = lambda name: trace[f"layers.{l}.{name}"]
+        is_sink = entry("is_sink")
+        ever_sink |= is_sink
+        largest = entry("ratio") * entry("hidden").abs().flatten().median()
+        assert is_sink.equal(entry("ratio") >= g.meta["median_multiple"])
+        assert torch.allclose(largest, entry("hidden").abs().amax(-1))
+        repeated = align_with_sink(entry("out"), entry("v_sink"), ever_sink, 3.0, 0.1)
+        assert entry("aligned").equal(repeated)
+        turned = (entry("cosine") > 0.01) & ~ever_sink[:, None]
+        assert (entry("cosine_aligned")[turned] > entry("cosine")[turned]).all()
+        assert turned.any() == is_sink.any()
+
+
+def test_without_outro_the_trace_says_that_nothing_was_searched(golden):
+    g, trace = golden("dev_late"), {}
+    g.model(g.input_ids, g.pixels, trace=trace)
+    assert trace["layers.4.ratio"].max() > 1000                     # there would be one to be found
+    for l in range(g.meta["L"]):
+        assert not any(trace[f"layers.{l}.{name}"].any() for name in ("is_sink", "relaxed", "v_sink"))
+
+
+def test_the_future_reaches_the_past_only_through_sinks(golden):
+    """Change the last token. Baseline: no earlier logits move. OutRo: those before it do, since later
+    layers read the opened sink (relax), or are turned towards a later sink's value (align)."""
+    g = golden("dev_natural")
+    features, ids = g.model.encode(g.pixels), g.input_ids.clone()
+    ids[0, -1] = 5
+    assert g.input_ids[0, -1] != 5
+    moved = lambda outro: (g.model(g.input_ids, features=features, outro=outro)[:, :-1]
+                           - g.model(ids, features=features, outro=outro)[:, :-1]).abs().max().item()
+    assert moved(None) == 0
+    assert moved(g.outro(align=False)) > 0.01
+
+
+def test_a_first_token_sink_knows_nothing_of_the_prompt_until_its_row_is_opened(golden):
+    g = golden("dev_late")
+    last = g.meta["L"] - 3
+    features = g.model.encode(g.pixels)
+    states = {}
+    for relax in (False, True):
+        for name, video in (("one", features), ("other", -features)):
+            trace = {}
+            g.model(g.input_ids, features=video, outro=g.outro(relax=relax, align=False), trace=trace)
+            assert trace[f"layers.{last}.is_sink"][0, 0]
+            states[relax, name] = trace[f"layers.{last}.hidden"][0, 0]
+    assert states[False, "one"].equal(states[False, "other"])
+    assert not states[True, "one"].equal(states[True, "other"])
+
+
+def test_outro_needs_no_attention_weights_and_no_second_pass(golden, monkeypatch):
+    g, calls = golden("dev_late"), []
+
+    def forbidden(*_):
+        raise AssertionError("the explicit path was taken")
+    forward = module.DecoderLayer.forward
+    monkeypatch.setattr(module, "attention", forbidden)
+    monkeypatch.setattr(module.DecoderLayer, "forward",
+                        lambda layer, *args: calls.append(layer.index) or forward(layer, *args))
+    token_ids = g.model.generate(g.input_ids, g.pixels, outro=g.outro(), max_new_tokens=3, trace={})
+    assert len(token_ids) == 3 and calls == list(range(g.meta["L"])) * 3
+    with pytest.raises(AssertionError, match="explicit path"):
+        g.model(g.input_ids, g.pixels, trace={"weights_of": [0]})
+
+
+def test_a_cache_that_was_filled_without_outro_is_refused(golden):
+    g, cache = golden("dev_late"), Cache()
+    g.model(g.input_ids, g.pixels, cache=cache)
+    with pytest.raises(ValueError, match="without OutRo"):
+        g.model(g.input_ids[:, :1], outro=g.outro(), cache=cache)
