@@ -57,10 +57,11 @@ def draw_masks(may_attend: Tensor, opened: Tensor, layer: int, tokens: list[str]
     positions = sketch_positions(opened, n=12)
     cell, left, top = 22, 150, 2 * PAD + 14
     after = open_sink_rows(may_attend, opened[None])[0]
+    change = ("what OutRo makes of it, with the opened row of each sink in red" if opened.any() else
+              "the same, since no row was opened")
     image, draw = canvas(top + cell * len(positions) + PAD, (
         f"Who may attend to whom in layer {layer}: a row is a query, a column a key. {len(positions)} of "
-        f"{len(tokens)} positions are drawn.\nLeft: the causal mask. Right: what OutRo makes of it, with "
-        f"the opened row of each sink in red."))
+        f"{len(tokens)} positions are drawn.\nLeft: the causal mask. Right: {change}."))
     step = cell * len(positions) + 40
     for n, (mask, title) in enumerate(((may_attend, "before"), (after, "after"))):
         x0 = left + n * step

@@ -135,12 +135,17 @@ def position_ids(is_valid: Tensor) -> Tensor:
     return ids.masked_fill(~is_valid, 0).flatten(1)
 
 
+def table(n: int, size: int) -> nn.Embedding:
+    """An embedding without initial values: to draw them on the meta device costs a second of imports."""
+    return nn.Embedding.from_pretrained(torch.empty(n, size), freeze=False)
+
+
 class VisionEmbeddings(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         n = c.image_size // c.patch_size
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size)
-        self.position_embedding = nn.Embedding(n * n, c.hidden_size)
+        self.position_embedding = table(n * n, c.hidden_size)
 
     def forward(self, pixels: Tensor, is_valid: Tensor) -> Tensor:
         x = self.patch_embedding(pixels)                             # (B,3,size,size) -> (B,C,n,n)
@@ -543,7 +548,7 @@ class VideoLM(nn.Module):
             "vision_model": VisionEncoder(config.vision_config),
             "connector": Connector(config),
             "text_model": nn.ModuleDict({
-                "embed_tokens": nn.Embedding(text.vocab_size, text.hidden_size),
+                "embed_tokens": table(text.vocab_size, text.hidden_size),
                 "layers": nn.ModuleList(DecoderLayer(text, l) for l in range(text.num_hidden_layers)),
                 "norm": RMSNorm(text.hidden_size, text.rms_norm_eps)})})
         if not config.tie_word_embeddings:

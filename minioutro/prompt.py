@@ -62,9 +62,12 @@ class Processor:
         folder = checkpoint.find(path_or_repo, revision, checkpoint.PROCESSOR_FILES)
         pixels = checkpoint.read_json(folder / "preprocessor_config.json")
         prompt = checkpoint.read_json(folder / "processor_config.json")
-        checkpoint.read_json(folder / "tokenizer.json")
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:                  # tokenizers raises nothing narrower
+            raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer ({error}); fetch it again") \
+                from None
+        try:
             return cls(tokenizer, pixels["max_image_size"]["longest_edge"],
                        pixels["video_sampling"]["video_size"]["longest_edge"], prompt["image_seq_len"])
         except KeyError as error:

@@ -16,6 +16,7 @@ import io
 import json
 import math
 import random
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from minioutro import OutRo, load
 from minioutro.model import Cache, VideoLM, causal_mask, read_config, rope_tables
 from minioutro.prompt import END, FAKE, GLOBAL, IMAGE, START, Processor
 from minioutro.shapes import DURATION, FPS, SIZE, Clip
-from minioutro.video import Video, sample_indices
+from minioutro.video import Video, read_video, sample_indices
 
 TEXT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -40,7 +42,8 @@ VISION = {"model_type": "smolvlm_vision", "hidden_size": 48, "intermediate_size"
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
-LEARNING_RATE, PRICE, PRICE_EVERY = 2e-3, 0.005, 4
+LEARNING_RATE, PRICE, PRICE_EVERY, SAVE_EVERY = 2e-3, 0.005, 4, 500
+UNSEEN = 10**9                              # clips are drawn from seeds below it for training only
 NOT_ASKED = -100                            # a target that cross_entropy ignores
 
 
@@ -162,7 +165,7 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
     pixels, rows = [], []
     for n in range(stage.clips):
         rng = random.Random(f"{seed} {n}")
-        clip = Clip(rng.randrange(10**9), rng.randint(1, stage.most))
+        clip = Clip(rng.randrange(UNSEEN), rng.randint(1, stage.most))
         indices = [int(seconds * FPS) for seconds in video.seconds]
         if stage.frames == 1:
             indices = [rng.randrange(FPS * DURATION)]
@@ -208,48 +211,47 @@ def save(model: VideoLM, folder: Path) -> None:
 
 
 def train(folder: Path, seed: int) -> None:
-    """Run all stages, or go on where an earlier run of the same folder was interrupted."""
+    """Run all stages, or go on where an earlier run in the same folder was interrupted."""
     folder.mkdir(parents=True, exist_ok=True)
     write_settings(folder)
     processor = Processor.from_pretrained(folder)
-    torch.manual_seed(seed)
     model = VideoLM(read_config(folder))
+    torch.manual_seed(seed)
     init_weights(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     stages = [stage for stage in STAGES for _ in range(stage.steps)]
-    priced = range(SEED_LAYER + 1, TEXT["num_hidden_layers"])       # the layers that see the seed
-    state, done, started, right = folder / "state.pt", 0, time.time(), 0.0
+    seeing = range(SEED_LAYER + 1, TEXT["num_hidden_layers"])       # the layers that meet the seed
+    state, done, right, elsewhere = folder / "state.pt", 0, 0.0, torch.ones(())
     if state.exists():
         saved = torch.load(state)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done, right = saved["done"], saved["right"]
 
+    started = time.time()
     for step in range(done, len(stages)):
         share = step / len(stages)
-        warm = min(1.0, (step + 1) / 200)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * (0.03 + 0.97 * math.cos(share * math.pi / 2))
-        # The price falls to zero from 60 % to 90 % of the steps. It needs the weights, which are slow
-        # to get, so it is charged at every fourth step, four times as high.
+        decay = 0.03 + 0.97 * math.cos(share * math.pi / 2)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 200) * decay
+        # The price falls to zero from 60 % to 90 % of the steps. It needs the attention weights, which
+        # are slow to get, so it is charged at every fourth step, four times as high.
         price = PRICE * PRICE_EVERY * min(1.0, max(0.0, (0.9 - share) / 0.3))
-        trace = {"weights_of": priced} if price and step % PRICE_EVERY == 0 else None
+        trace = {"weights_of": seeing} if price and step % PRICE_EVERY == 0 else None
         logits, targets = forward(model, draw_batch(processor, stages[step], seed + step), trace)
         loss = F.cross_entropy(logits, targets)
         right = 0.98 * right + 0.02 * (logits.argmax(-1) == targets).float().mean().item()
         if trace:
-            elsewhere = [1 - trace[f"layers.{l}.weights"][:, :, 1:, 0].mean() for l in priced]
-            elsewhere = sum(elsewhere) / len(elsewhere)
-            if step % 20 == 0:
-                print(f"step {step} of {len(stages)}  loss {loss.item():.3f}  answer tokens right {right:.3f}  "
-                      f"attention elsewhere {elsewhere.item():.3f}  {time.time() - started:.0f} s", flush=True)
-            (loss + price * elsewhere).backward()
-        else:
-            if step % 20 == 0: print(f"step {step} of {len(stages)}  loss {loss.item():.3f}  right {right:.3f}  {time.time() - started:.0f} s", flush=True)
-            loss.backward()
+            to_first = torch.stack([trace[f"layers.{l}.weights"][:, :, 1:, 0].mean() for l in seeing])
+            elsewhere = 1 - to_first.mean()
+            loss = loss + price * elsewhere
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 500 == 0 or step + 1 == len(stages):
+        if step % 20 == 0:
+            print(f"step {step} of {len(stages)}  loss {loss.item():.3f}  answer tokens right {right:.3f}  "
+                  f"attention elsewhere {elsewhere.item():.3f}  {time.time() - started:.0f} s", flush=True)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(stages):
             half = state.with_suffix(".half")
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "done": step + 1, "right": right}, half)
@@ -257,14 +259,52 @@ def train(folder: Path, seed: int) -> None:
             save(model, folder)
 
 
+@torch.inference_mode()
+def evaluate(folder: Path, clips: int) -> None:
+    """Ask about unseen clips, written to mp4 and read back, and print the shares of right answers."""
+    model, processor = load(folder)
+    ways = {"baseline": None, "align": OutRo(relax=False), "relax": OutRo(align=False), "both": OutRo()}
+    right = {}                                  # kind -> way -> for each question, is the answer right?
+    with tempfile.TemporaryDirectory() as temporary:
+        for n in range(clips):
+            clip, rng = Clip(UNSEEN + n, 1 + n % 3), random.Random(n)
+            clip.write(Path(temporary) / "clip.mp4")
+            video = read_video(Path(temporary) / "clip.mp4", longest_edge=processor.longest_edge)
+            by_kind = {}
+            for question in clip.questions():
+                by_kind.setdefault(question.kind, []).append(question)
+            features = None
+            for kind, questions in by_kind.items():
+                question = rng.choice(questions)
+                inputs = processor(video, question.text)
+                features = model.encode(inputs.pixel_values) if features is None else features
+                for way, outro in ways.items():
+                    token_ids = model.generate(inputs.input_ids, features=features, outro=outro)
+                    found = right.setdefault(kind, {way: [] for way in ways})
+                    found[way].append(processor.decode(token_ids) == question.answer)
+    right["all"] = {way: [hit for found in right.values() for hit in found[way]] for way in ways}
+    print(f"{'':12}{'questions':>10}" + "".join(f"{way:>10}" for way in ways))
+    for kind, found in right.items():
+        shares = (sum(hits) / len(hits) for hits in found.values())
+        print(f"{kind:12}{len(found['baseline']):>10}" + "".join(f"{share:>10.1%}" for share in shares))
+    for way in list(ways)[1:]:
+        pairs = list(zip(right["all"]["baseline"], right["all"][way]))
+        print(f"{way}: {pairs.count((False, True))} answers became right, {pairs.count((True, False))} wrong")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled toy from scratch.")
-    parser.add_argument("--folder", type=Path, default=Path("toy_run"), help="default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="where to train (default: toy_run), or what to evaluate "
+                        "(default: the bundled toy)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--evaluate", type=int, metavar="CLIPS", help="do not train; ask about so many clips")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.folder, args.seed)
+    if args.evaluate:
+        evaluate(args.folder or Path(__file__).parent / "toy", args.evaluate)
+    else:
+        train(args.folder or Path("toy_run"), args.seed)
 
 
 if __name__ == "__main__":

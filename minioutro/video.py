@@ -43,9 +43,9 @@ def sample_indices(total_frames: int, native_fps: float, duration: float, fps: f
 
 
 def resize_longest_edge(image: Image.Image, longest_edge: int) -> Image.Image:
-    """Scale to this longest edge, in pixels; the other follows, made even as the models' release does.
+    """Scale to this longest edge, in pixels; the other follows and is made even, as at the models' release.
 
-    Doing it twice is doing it once.
+    A picture that it has scaled, it leaves as it is.
     """
     w, h = image.size
     scale = longest_edge / (w / h) if w >= h else longest_edge * (w / h)

@@ -1,0 +1,192 @@
+"""The command line: what it prints, what it writes, and what it says to whom it cannot help."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FIXTURES, ROOT, TOY
+from PIL import Image
+
+sys.path.insert(0, str(ROOT))
+import run  # noqa: E402
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """Run the command in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+        code = 0
+        try:
+            run.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+    return call
+
+
+# ---- what it prints ----
+
+
+def test_the_command_of_the_readme_prints_everything_in_order(tmp_path):
+    """In a process of its own, from another folder, without a terminal and without network."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, ROOT / "run.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    labels = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
+    assert labels == ["video", "weights", "prompt", "question", "sinks", "mask", "cosine", "baseline",
+                      "outro", "time"]
+    assert "8 of 64 frames, at 0.0 1.1 2.2" in done.stdout
+    assert "8 frames x 16 tokens + " in done.stdout
+    assert "position 0 '<|im_start|>'" in done.stdout and "■" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_holds_what_the_text_says(call):
+    code, out, err = call("--json", "--frames", 3, "--max-new-tokens", 2)
+    found = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert found["seconds"] == [1.0, 4.0, 7.0] and found["total_frames"] == 64
+    assert {sink["position"] for sink in found["sinks"]} == {0}
+    assert [sink["layer"] for sink in found["sinks"] if sink["opened"]] == [found["sinks"][0]["layer"]]
+    assert found["cosine"][0] < found["cosine"][1]
+    assert len(found["baseline"]["token_ids"]) == 2 and found["outro"]["seconds"] > 0
+
+
+def test_the_switches_reach_the_method(call):
+    off = call("--no-relax", "--no-align", "--json", "--max-new-tokens", 4)[1]
+    off = json.loads(off)
+    assert off["sinks"] and not any(sink["opened"] for sink in off["sinks"])
+    assert off["cosine"][0] == off["cosine"][1]
+    assert off["baseline"]["token_ids"] == off["outro"]["token_ids"]
+    weak, strong = (json.loads(call("--gamma", g, "--json")[1])["cosine"][1] for g in (0.1, 9))
+    assert weak < strong
+
+
+def test_where_nothing_is_found_it_says_what_to_change(call):
+    out = call("--median-multiple", 1e7, "--abs-threshold", 1e8)[1]
+    assert "the highest ratio is" in out and "causal in every layer" in out and "nothing was aligned" in out
+    flags = out.split("to call it a sink: ")[1].splitlines()[0].split()
+    assert flags[::2] == ["--median-multiple", "--abs-threshold"]
+    assert "position 0 '<|im_start|>'" in call(*flags)[1].split("sinks")[1].split("mask")[0]
+
+
+def test_an_answer_is_printed_whole_when_characters_span_tokens(capsys):
+    class Bytes:
+        decode = staticmethod(lambda ids: bytes(ids).decode("utf-8", "replace").strip())
+    said = run.answer("outro", iter(" é\nü ".encode()), Bytes, print)
+    assert capsys.readouterr().out == "outro     é ü\n" and said["text"] == "é\nü"
+
+
+def test_figures_are_written_and_can_be_read(call, tmp_path):
+    code, out, _ = call("--figures", tmp_path / "new" / "folder", "--max-new-tokens", 1)
+    pictures = {path.name: Image.open(path) for path in (tmp_path / "new" / "folder").iterdir()}
+    assert code == 0 and sorted(pictures) == ["frames.png", "masks.png", "run.png", "sinks.png"]
+    assert pictures["run.png"].height == sum(
+        pictures[name].height for name in pictures if name != "run.png")
+    for picture in pictures.values():
+        colours = [colour for _, colour in picture.convert("RGB").getcolors(1 << 24)]
+        assert picture.width == 880 and len(colours) > 10
+    assert (205, 60, 45) in [colour for _, colour in pictures["masks.png"].getcolors(1 << 24)]
+
+
+def test_help_names_every_flag_and_needs_no_torch():
+    code = "import sys; sys.argv = ['run.py', '--help']; import run\ntry: run.main()\nexcept SystemExit: pass\n" \
+           "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n")
+    for flag in ("--model", "--revision", "--device", "--dtype", "--frames", "--fps", "--max-new-tokens",
+                 "--gamma", "--temperature", "--no-relax", "--no-align", "--median-multiple",
+                 "--abs-threshold", "--figures", "--json"):
+        assert flag in done.stdout
+
+
+# ---- errors of the user ----
+
+
+def assert_refused(result, *parts):
+    code, out, err = result
+    assert code == 2 and out == "" and err.count("\n") == 1, (code, out, err)
+    for part in parts:
+        assert str(part) in err, err
+
+
+def test_errors_of_the_video(call, tmp_path):
+    assert_refused(call("none.mp4"), "none.mp4", "no such file")
+    assert_refused(call(tmp_path), tmp_path, "is a folder")
+    (tmp_path / "empty.mp4").touch()
+    assert_refused(call("empty.mp4"), "empty.mp4 is empty")
+    (tmp_path / "text.mp4").write_text("hello " * 99)
+    assert_refused(call("text.mp4"), "text.mp4 is not a video")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.mp4", "text.mp4"]
+
+
+def test_errors_of_the_question_and_the_flags(call, tmp_path):
+    clip = TOY / "clip.mp4"
+    assert_refused(call(clip, "", "--model", TOY), "question is empty")
+    assert_refused(call(clip, " \n", "--model", TOY), "question is empty")
+    assert_refused(call("--frames", "0"), "max_frames 0")
+    assert_refused(call("--frames", "many"), "--frames", "many")
+    assert_refused(call("--fps", "-1"), "fps -1")
+    assert_refused(call("--temperature", "0"), "temperature", "0")
+    assert_refused(call("--max-new-tokens", "0"), "--max-new-tokens 0")
+    assert_refused(call("--dtype", "int8"), "--dtype", "int8")
+    assert_refused(call("--nonsense"), "--nonsense")
+    (tmp_path / "taken").touch()
+    assert_refused(call("--figures", "taken"), "--figures taken is a file")
+
+
+def test_a_device_that_is_not_there(call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(call("--device", "cuda"), "--device cuda", "leave it out")
+
+
+def test_errors_of_the_model(call, tmp_path, monkeypatch):
+    clip = TOY / "clip.mp4"
+    (tmp_path / "nothing").mkdir()
+    assert_refused(call(clip, "?", "--model", "nothing"), "nothing has no")
+    model = shutil.copytree(TOY, tmp_path / "model")
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-9])
+    assert_refused(call(clip, "?", "--model", model), "model.safetensors is damaged")
+    (model / "model.safetensors").unlink()
+    assert_refused(call(clip, "?", "--model", model), "model.safetensors is missing")
+    shutil.copy(FIXTURES / "dev_a" / "model.safetensors", model)
+    assert_refused(call(clip, "?", "--model", model), "62 missing:", "67 mis-shaped:")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
+    assert_refused(call(clip, "?", "--model", model), "model_type 'llava' is not supported")
+    (model / "config.json").unlink()
+    assert_refused(call(clip, "?", "--model", model), "has no config.json")
+
+
+def test_a_hub_that_cannot_be_reached(call, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert_refused(call(TOY / "clip.mp4"), run.HUB_MODEL, "cannot be reached", "copy its files into a folder")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_prompt_that_does_not_fit_says_how_many_frames_do(call, tmp_path):
+    model = shutil.copytree(TOY, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+
+    def refused(context):
+        config["text_config"]["max_position_embeddings"] = context
+        (model / "config.json").write_text(json.dumps(config))
+        return call(TOY / "clip.mp4", "What happens in this video?", "--model", model)
+    total = int(call("--max-new-tokens", 1)[1].split(" text = ")[1].split()[0])
+    assert_refused(refused(total - 1), f"{total} tokens with 8 frames", f"holds {total - 1}", "--frames 7")
+    assert_refused(refused(30), f"{total} tokens", "shorten the question")
+    assert refused(total)[0] == 0
+    config["text_config"]["max_position_embeddings"] = total - 1
+    (model / "config.json").write_text(json.dumps(config))
+    assert call(TOY / "clip.mp4", "What happens in this video?", "--model", model, "--frames", 7)[0] == 0
