@@ -170,7 +170,7 @@ def answer(label: str, stream, processor, say, spent: float = 0.0) -> dict:
 def by_layer(trace: dict, name: str, L: int):
     """What the trace holds for the prompt under layers.l.name, of all layers: [L,S]."""
     import torch
-    return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)])
+    return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)]).cpu()
 
 
 def list_sinks(trace: dict, texts: list[str], L: int) -> list[dict]:

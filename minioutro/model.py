@@ -1,43 +1,46 @@
 """A small video language model (SmolVLM2), its attention sink, and what OutRo does with it.
 
 A sink is a token that draws far more attention than its meaning explains. OutRo ("On the Nature of
-Attention Sink that Shapes Decoding Strategy in MLLMs", arXiv 2603.14337) uses it while the prompt is
-read, without training, without a second pass and without looking at attention weights. In every
-decoder layer but the last two:
+Attention Sink that Shapes Decoding Strategy in MLLMs", arXiv 2603.14337) makes use of it while the
+prompt is read, without training, without a second pass and without attention weights. Its steps, in
+the order in which a decoder layer takes them (2 and 4 are those of any decoder):
 
   1. find the sinks      tokens with one huge coordinate                          find_sinks
   2. build the mask      each token may attend to itself and to what came before  causal_mask
-  3. open the sink rows  a new sink may attend to the whole prompt, once          open_sink_rows
+  3. open the sink rows  at every seventh of the depth, new sinks see everything  open_sink_rows
   4. attend              softmax(q k^T / sqrt(D)) v                               attention
-  5. sink value          the mean value vector of the sinks                       sink_value
+  5. sink value          the mean value vector of the layer's sinks               sink_value
   6. align               turn every other token's output towards it               align_with_sink
 
-Everything else here is a standard vision language model, and differs from a plain Llama in this:
-  - a SigLIP encoder turns a frame into P patch vectors; a pixel shuffle folds scale_factor^2 of them
-    into one and one linear layer projects it: M image tokens a frame;
-  - in the prompt each image token's embedding is replaced by one projected vector, in order of time;
-  - image tokens are causal like all others, and positions simply count 0, 1, 2, ... over everything;
+The last two layers are never touched. Everything else is a standard vision language model, which
+differs from a plain Llama in this:
+  - a SigLIP encoder turns a frame into P patch vectors; a pixel shuffle folds scale_factor^2 of
+    them into one and one linear layer projects it: M image tokens a frame;
+  - in the prompt each image token's embedding is replaced by one projected vector, in time order;
+  - image tokens are causal like all others, and positions count 0, 1, 2, ... over everything;
   - the attention mask is always an explicit boolean tensor: it is what OutRo edits.
 
-Sources are tagged: *paper* (its abstract), *release* (the published code, github.com/kaistmm/OutRo at
-commit 2bee38c: file and function), *ours* (a choice, with its reason). The architecture itself is
-that of SmolVLM2 as the transformers library computes it; attribute names are the checkpoint's keys.
+Sources are tagged: *paper* (its abstract), *release* (the published code, github.com/kaistmm/OutRo
+at commit 2bee38c: file and function), *ours* (a choice, with its reason). The architecture itself
+is that of SmolVLM2 as the transformers library computes it; attribute names are its keys.
 
 Shapes, here, in the tests and in every comment:
   B batch            F frames           P patches a frame    M image tokens a frame
-  S prompt tokens    Q query positions  K key positions      H query heads    G key-value heads
-  D head size        C hidden size      N sinks              V vocabulary
+  S tokens of a call, the prompt or one new token            Q query positions, K key positions
+  H query heads      G key-value heads  D head size          C hidden size (Cv in the encoder)
+  N sinks            V vocabulary       L layers, l one of them, 0-based
 
-A dict given as `trace` receives, by name (l is a layer, 0-based):
-  vision.features (B*F,P,C of the encoder)     projected (B,F*M,C)     logits (B,S,V)
+An empty dict given as `trace` receives, by name:
+  vision.features (B*F,P,Cv)     projected (B,F*M,C)     logits (B,S,V)
   layers.l.hidden (B,S,C) the input of layer l         layers.l.ratio (B,S) max |h| over median |h|
   layers.l.is_sink (B,S)                               layers.l.relaxed (B,S) opened at this layer
-  layers.l.v_sink (B,G,D)                              layers.l.out, .aligned (B,H,S,D) before, after
+  layers.l.v_sink (B,G,D)                              layers.l.out, .aligned (B,H,S,D)
   layers.l.cosine, .cosine_aligned (B,H,S) of out and aligned with v_sink
 and, only for the layers listed in trace["weights_of"]:
-  layers.l.weights (B,H,S,S) probabilities             layers.l.may_attend (S,S) or (B,S,S)
+  layers.l.weights (B,H,Q,K) probabilities             layers.l.may_attend (Q,K) or (B,Q,K)
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -46,9 +49,7 @@ from torch import Tensor, nn
 
 from minioutro import weights as checkpoint
 
-# ------------------------------------------------------------------------------------------------
-# 1. Configuration: the fields of config.json that change the mathematics, with its names
-# ------------------------------------------------------------------------------------------------
+# ---- 1. Configuration: the fields of config.json that change the mathematics, with its names ----
 # A field that is absent from the file takes the default that transformers gives it.
 
 
@@ -74,7 +75,7 @@ class TextConfig:
     vocab_size: int = 32000                      # V
     max_position_embeddings: int = 2048          # the context: the most tokens in prompt and answer
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0                  # the slowest wave of RoPE has about this period
+    rope_theta: float = 10000.0                  # pair i turns by theta^(-2i/D) radians a position
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ class Config:
 
 
 def read_config(folder) -> Config:
-    raw, fill = checkpoint.read_config(folder), checkpoint.fill
-    return fill(Config, raw, "config.json",
-                vision_config=fill(VisionConfig, raw["vision_config"], "vision_config"),
-                text_config=fill(TextConfig, raw["text_config"], "text_config"))
+    raw = checkpoint.read_config(folder)
+    vision = checkpoint.fill(VisionConfig, raw["vision_config"], "vision_config")
+    text = checkpoint.fill(TextConfig, raw["text_config"], "text_config")
+    return checkpoint.fill(Config, raw, "config.json", vision_config=vision, text_config=text)
 
 
 @dataclass(frozen=True)
@@ -107,21 +108,23 @@ class OutRo:
 
     def __post_init__(self):
         """Raises: ValueError for a constant that the formulas cannot take."""
+        for name in ("abs_threshold", "median_multiple", "gamma", "skip_last"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
         for name in ("temperature", "relax_every"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. SigLIP: a frame -> P patch vectors
-# ------------------------------------------------------------------------------------------------
+# ---- 2. SigLIP: a frame -> P patch vectors ------------------------------------------------------
 
 
 def position_ids(is_valid: Tensor) -> Tensor:
     """Which learned position each patch takes.
 
-    is_valid: bool[B,n,n], True for the patches in the top left corner that hold picture, not padding.
-    Returns: int64[B,n*n]; a smaller picture spreads over the same n positions a side, padding gets 0.
+    is_valid: bool[B,n,n], True for the patches in the top left corner that are not padding.
+    Returns: int64[B,n*n]. A picture of fewer patches is spread over all n rows and columns of
+    positions; padding takes position 0.
     """
     B, n, _ = is_valid.shape
     boundaries = torch.arange(1 / n, 1.0, 1 / n, device=is_valid.device)
@@ -135,21 +138,18 @@ def position_ids(is_valid: Tensor) -> Tensor:
     return ids.masked_fill(~is_valid, 0).flatten(1)
 
 
-def table(n: int, size: int) -> nn.Embedding:
-    """An embedding without initial values: to draw them on the meta device costs a second of imports."""
-    return nn.Embedding.from_pretrained(torch.empty(n, size), freeze=False)
-
-
 class VisionEmbeddings(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         n = c.image_size // c.patch_size
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size)
-        self.position_embedding = table(n * n, c.hidden_size)
+        # from_pretrained, since drawing random values on the meta device costs a second of imports
+        self.position_embedding = nn.Embedding.from_pretrained(
+            torch.empty(n * n, c.hidden_size), freeze=False)
 
     def forward(self, pixels: Tensor, is_valid: Tensor) -> Tensor:
-        x = self.patch_embedding(pixels)                             # (B,3,size,size) -> (B,C,n,n)
-        x = x.flatten(2).transpose(1, 2)                             # (B,C,n,n) -> (B,P,C), row by row
+        x = self.patch_embedding(pixels)                             # (B,3,size,size) -> (B,Cv,n,n)
+        x = x.flatten(2).transpose(1, 2)                           # (B,Cv,n,n) -> (B,P,Cv), by rows
         return x + self.position_embedding(position_ids(is_valid))
 
 
@@ -167,7 +167,7 @@ class VisionLayer(nn.Module):
     def forward(self, x: Tensor, may_attend: Tensor) -> Tensor:
         attn = self.self_attn
         y = self.layer_norm1(x)
-        q = split_heads(attn.q_proj(y), self.n_heads)                          # (B,P,C) -> (B,H,P,D)
+        q = split_heads(attn.q_proj(y), self.n_heads)                        # (B,P,Cv) -> (B,H,P,D)
         k = split_heads(attn.k_proj(y), self.n_heads)
         v = split_heads(attn.v_proj(y), self.n_heads)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
@@ -186,32 +186,30 @@ class VisionEncoder(nn.Module):
         self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
     def forward(self, pixels: Tensor, pixel_mask: Tensor | None) -> Tensor:
-        """pixels: float[B,3,size,size]; pixel_mask: bool[B,size,size], False is padding -> [B,P,C]"""
+        """float[B,3,size,size] and bool[B,size,size], False for padding -> float[B,P,Cv]."""
         if pixel_mask is None:
-            pixel_mask = torch.ones_like(pixels[:, 0])
-        is_valid = F.max_pool2d(pixel_mask.float(), self.patch_size) > 0       # any pixel -> (B,n,n)
+            pixel_mask = torch.ones_like(pixels[:, 0], dtype=torch.bool)
+        is_valid = F.max_pool2d(pixel_mask.float(), self.patch_size) > 0       # any pixel: (B,n,n)
         x = self.embeddings(pixels, is_valid)
-        may_attend = is_valid.flatten(1)[:, None, None, :]                     # (B,1,1,P): by key only
+        may_attend = is_valid.flatten(1)[:, None, None, :]                  # (B,1,1,P): by key only
         for layer in self.encoder.layers:
             x = layer(x, may_attend)
         return self.post_layernorm(x)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Connector: P patch vectors -> M image tokens of the decoder's width
-# ------------------------------------------------------------------------------------------------
+# ---- 3. Connector: P patch vectors -> M image tokens of the decoder's width ---------------------
 
 
 def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
     """Fold each scale x scale square of neighbouring patches into one vector.
 
-    x: float[B,P,C], patches row by row. Returns: float[B, P/scale^2, C*scale^2].
+    x: float[B,P,Cv], patches row by row. Returns: float[B, P/scale^2, Cv*scale^2].
     """
-    B, P, C = x.shape
-    n = int(P ** 0.5)
-    x = x.view(B, n // scale, scale, n // scale, scale, C)      # (B, Y, dy, X, dx, C)
-    x = x.transpose(2, 3)                                       # (B, Y, X, dy, dx, C)
-    return x.reshape(B, P // scale**2, C * scale**2)
+    B, P, Cv = x.shape
+    n = math.isqrt(P)
+    x = x.view(B, n // scale, scale, n // scale, scale, Cv)     # (B, Y, dy, X, dx, Cv)
+    x = x.transpose(2, 3)                                       # (B, Y, X, dy, dx, Cv)
+    return x.reshape(B, P // scale**2, Cv * scale**2)
 
 
 class Connector(nn.Module):
@@ -226,9 +224,7 @@ class Connector(nn.Module):
         return self.modality_projection.proj(pixel_shuffle(x, self.scale))     # (B,P,Cv) -> (B,M,C)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Pieces of the decoder: heads, norm, positions
-# ------------------------------------------------------------------------------------------------
+# ---- 4. Pieces of the decoder: heads, norm, positions -------------------------------------------
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
@@ -253,7 +249,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(start: int, end: int, D: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, start <= position < end: two float[end-start,D]."""
+    """Cosine and sine of the angles of positions start to end - 1: two float[end-start,D]."""
     frequencies = theta ** -(torch.arange(0, D, 2, device=like.device).float() / D)       # (D/2,)
     positions = torch.arange(start, end, device=like.device).float()
     angles = positions[:, None] * frequencies                                    # (S,D/2), radians
@@ -272,9 +268,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Masks: one polarity everywhere, True = this query may attend to that key
-# ------------------------------------------------------------------------------------------------
+# ---- 5. Masks: one polarity everywhere, True = this query may attend to that key ----------------
 
 
 def causal_mask(n_query: int, n_key: int, device=None) -> Tensor:
@@ -297,11 +291,11 @@ def causal_mask(n_query: int, n_key: int, device=None) -> Tensor:
 
 
 def open_sink_rows(may_attend: Tensor, is_sink: Tensor) -> Tensor:
-    """Let each sink attend to the whole prompt, later tokens included; all other rows stay.
+    """Let each of these sinks attend to the whole prompt, later tokens included; other rows stay.
 
     may_attend: bool[S,S] or bool[B,S,S]; is_sink: bool[B,S]. Returns: bool[B,S,S].
     Keys and values are not changed: the others meet the richer sink in the next layer.
-    Source: paper (attend beyond the causal constraint); release, model/outro.py, where the same rows
+    Source: paper (attend beyond the causal constraint); release, model/outro.py, where these rows
     are computed a second time without a mask.
     """
     assert may_attend.shape[-2:] == (is_sink.shape[1],) * 2, (may_attend.shape, is_sink.shape)
@@ -320,16 +314,14 @@ def show_mask(may_attend: Tensor, labels: list[str] | None = None) -> str:
     return "\n".join(row + (f"   <- {label}" if label else "") for row, label in zip(rows, labels))
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. The method, as functions: tensors in, tensors out
-# ------------------------------------------------------------------------------------------------
+# ---- 6. The method, as functions: tensors in, tensors out ---------------------------------------
 
 
 def activation_ratio(hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The two numbers that the rule for sinks compares.
 
-    hidden: float[B,S,C]. Returns: the largest |h| of each token, float[B,S], and the median |h| over
-    all tokens and coordinates of the item, float[B,1] (the lower one of the two middle values).
+    hidden: float[B,S,C]. Returns: the largest |h| of each token, float[B,S], and the median |h| of
+    all tokens and coordinates of the item, float[B,1] (the lower of the two middle values).
     """
     magnitude = hidden.abs().float()
     return magnitude.amax(-1), magnitude.flatten(1).median(dim=1, keepdim=True).values
@@ -348,12 +340,12 @@ def find_sinks(hidden: Tensor, abs_threshold: float, median_multiple: float) -> 
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
-    """Grouped-query attention: head j of G serves the H/G query heads j*H/G, ..., (j+1)*H/G - 1."""
+    """(B,G,...) -> (B,H,...): key-value head j serves the H/G query heads from j*H/G on."""
     return x.repeat_interleave(H // x.shape[1], dim=1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention written out, for reading and for its weights; the fused call gives the same `out`.
+    """Attention written out, to be read and for its weights; `fused_attention` equals it.
 
     q: float[B,H,Q,D]; k, v: float[B,G,K,D]; may_attend: bool[Q,K] or bool[B,Q,K].
     Returns: out float[B,H,Q,D] and weights float[B,H,Q,K], probabilities that sum to 1 over K.
@@ -369,7 +361,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> tuple[Tens
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> Tensor:
-    """`attention` without its weights, in one call that never builds the (Q,K) matrix of scores."""
+    """`attention` without its weights: one call, which need not hold all (Q,K) scores at once."""
     if may_attend.dim() == 3:
         may_attend = may_attend[:, None]
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
@@ -382,21 +374,26 @@ def sink_value(v: Tensor, is_sink: Tensor) -> Tensor:
     v: float[B,G,S,D]; is_sink: bool[B,S]. Returns: float[B,G,D], zeros for an item without sinks.
     Source: paper (the sink's value acts as a shared bias); release, model/outro.py.
     """
-    assert v.shape[0] == is_sink.shape[0] and v.shape[2] == is_sink.shape[1], (v.shape, is_sink.shape)
-    of_sinks = v * is_sink[:, None, :, None]                    # (B,G,S,D), zero but at the sinks
+    assert (v.shape[0], v.shape[2]) == is_sink.shape, (v.shape, is_sink.shape)
+    of_sinks = v.masked_fill(~is_sink[:, None, :, None], 0)     # (B,G,S,D), zero but at the sinks
     n_sinks = is_sink.sum(1).clamp(min=1)                       # (B,)
     return of_sinks.sum(2) / n_sinks[:, None, None]
 
 
+def cosine(out: Tensor, v_sink: Tensor) -> Tensor:
+    """Of each head's output with its sink value: (B,H,S,D), (B,G,D) -> float32[B,H,S]."""
+    v = repeat_heads(v_sink, out.shape[1])[:, :, None]                            # (B,H,1,D)
+    return F.cosine_similarity(out.float(), v.float(), dim=-1, eps=1e-12)
+
+
 def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float,
                     temperature: float) -> Tensor:
-    """Turn each head's output towards the sink's value, in their plane, keeping its length.
+    """Turn each head's output o towards the sink's value v, in the plane of the two, keeping |o|.
 
-        c  = cos(out, v_sink)                     g = tanh(relu(c) / temperature)
-        p  = (<out, v_sink> / |v_sink|^2) v_sink, the part of out along v_sink
-        o' = out + g * gamma * p                  result = o' * |out| / |o'|
+        c = cos(o, v)        g = tanh(relu(c) / temperature)        p = (<o, v> / |v|^2) v
+        o' = o + g * gamma * p, then scaled to the length of o
 
-    An output at 80 degrees comes to 56, one at 45 to 14; one at 90 or more stays (gamma 3).
+    With gamma 3, an angle of 80 degrees to v becomes 56, one of 45 becomes 14; from 90 on it stays.
 
     out: float[B,H,S,D], before o_proj; v_sink: float[B,G,D]; ever_sink: bool[B,S], tokens that were
     a sink at this or an earlier layer and are left alone, as are items whose v_sink is zero.
@@ -407,19 +404,16 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
     assert ever_sink.shape == (B, S), (out.shape, ever_sink.shape)
     o = out.float()
     v = repeat_heads(v_sink, H)[:, :, None].float()                               # (B,H,1,D)
-    cosine = F.cosine_similarity(o, v, dim=-1, eps=1e-12)[..., None]              # (B,H,S,1)
-    gate = torch.tanh(cosine.relu() / temperature)
-    along = (o * v).sum(-1, keepdim=True) / (v.pow(2).sum(-1, keepdim=True) + 1e-8) * v
-    turned = o + gate * gamma * along
+    g = torch.tanh(cosine(out, v_sink).relu() / temperature)[..., None]           # (B,H,S,1)
+    p = (o * v).sum(-1, keepdim=True) / (v.pow(2).sum(-1, keepdim=True) + 1e-8) * v
+    turned = o + g * gamma * p                                                    # (B,H,S,D)
     turned = turned * o.norm(dim=-1, keepdim=True) / (turned.norm(dim=-1, keepdim=True) + 1e-8)
     has_sink = (v_sink != 0).any(-1).any(-1)                                      # (B,)
     turns = has_sink[:, None] & ~ever_sink                                        # (B,S)
     return torch.where(turns[:, None, :, None], turned.to(out.dtype), out)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. What outlives a layer: the key-value cache, and in it what OutRo remembers of the prompt
-# ------------------------------------------------------------------------------------------------
+# ---- 7. What outlives a layer: the key-value cache, and in it what OutRo remembers of the prompt 
 
 
 @dataclass
@@ -432,10 +426,10 @@ class Sinks:
 
 @dataclass
 class Cache:
-    """Keys and values of all tokens so far. Empty at first; the call that fills it is the prompt."""
+    """Keys and values of all tokens so far. The call that finds it empty brings the prompt."""
     k: list[Tensor] = field(default_factory=list)               # of each layer, float[B,G,K,D]
     v: list[Tensor] = field(default_factory=list)
-    sinks: Sinks | None = None                                  # None: the prompt was read without OutRo
+    sinks: Sinks | None = None                             # None: the prompt was read without OutRo
 
     @property
     def length(self) -> int:
@@ -452,9 +446,7 @@ class Cache:
         return self.k[layer], self.v[layer]
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. The decoder layer: where the six steps happen
-# ------------------------------------------------------------------------------------------------
+# ---- 8. The decoder layer: where the six steps happen -------------------------------------------
 
 
 class DecoderLayer(nn.Module):
@@ -476,65 +468,62 @@ class DecoderLayer(nn.Module):
                 outro: OutRo | None, trace: dict | None) -> Tensor:
         B, S, _ = hidden.shape
         attn, l, L = self.self_attn, self.index, self.n_layers
-        is_prompt = l == len(cache.k)                            # nothing of this layer is cached yet
+        is_prompt = l == len(cache.k)                          # nothing of this layer is cached yet
 
         x = self.input_layernorm(hidden)
-        q = rotate(split_heads(attn.q_proj(x), self.n_heads), cos, sin)         # (B,S,C) -> (B,H,S,D)
-        k = rotate(split_heads(attn.k_proj(x), self.n_kv_heads), cos, sin)      # (B,S,C) -> (B,G,S,D)
+        q = rotate(split_heads(attn.q_proj(x), self.n_heads), cos, sin)       # (B,S,C) -> (B,H,S,D)
+        k = rotate(split_heads(attn.k_proj(x), self.n_kv_heads), cos, sin)    # (B,S,C) -> (B,G,S,D)
         v = split_heads(attn.v_proj(x), self.n_kv_heads)
         k, v = cache.extend(l, k, v)                                            # -> (B,G,K,D)
 
-        # Steps 1 to 3: whose row is opened. Only a prompt is searched, and not in the last layers.
-        is_sink = relaxed = torch.zeros(B, S, dtype=torch.bool, device=hidden.device)
-        if outro and is_prompt and l < L - outro.skip_last:
+        # Step 1. Only a prompt is searched, and not in the last layers.
+        none = torch.zeros(B, S, dtype=torch.bool, device=hidden.device)
+        is_sink, opened = none, none
+        if outro is not None and is_prompt and l < L - outro.skip_last:
             is_sink = find_sinks(hidden, outro.abs_threshold, outro.median_multiple)
             cache.sinks.ever_sink = cache.sinks.ever_sink | is_sink
-            if outro.relax and l % (outro.relax_every or max(1, L // 7)) == 0:
-                relaxed = is_sink & ~cache.sinks.relaxed                        # once per sink
-                cache.sinks.relaxed = cache.sinks.relaxed | relaxed
-                may_attend = open_sink_rows(may_attend, relaxed)
 
-        # Step 4: the explicit path only where its weights were asked for.
+            # Step 3, on the mask of step 2. A sink's row is opened at one layer only.
+            every = outro.relax_every or max(1, L // 7)
+            if outro.relax and l % every == 0:
+                opened = is_sink & ~cache.sinks.relaxed
+                cache.sinks.relaxed = cache.sinks.relaxed | opened
+                may_attend = open_sink_rows(may_attend, opened)
+
+        # Step 4, written out only where its weights were asked for.
         if trace is not None and l in trace.get("weights_of", ()):
             out, weights = attention(q, k, v, may_attend)
             trace[f"layers.{l}.weights"], trace[f"layers.{l}.may_attend"] = weights, may_attend
         else:
             out = fused_attention(q, k, v, may_attend)                          # (B,H,S,D)
 
-        # Steps 5 and 6: generated tokens are no sinks; they are aligned with the prompt's v_sink.
-        # The release compares prompt positions with index 0 of a one-token chunk, so there its
-        # alignment stops at the first generated token wherever token 0 is a sink.
-        aligned = out
-        if outro:
+        # Step 5, once per prompt: what follows is aligned with the same value.
+        v_sink = torch.zeros_like(v[:, :, 0])                                   # (B,G,D)
+        if outro is not None:
             if is_prompt:
                 cache.sinks.v_sink.append(sink_value(v, is_sink))
-            ever_sink = cache.sinks.ever_sink if is_prompt else is_sink
-            if outro.align:
-                aligned = align_with_sink(out, cache.sinks.v_sink[l], ever_sink, outro.gamma,
-                                          outro.temperature)
+            v_sink = cache.sinks.v_sink[l]
+
+        # Step 6. Generated tokens are no sinks, so all of them are aligned. (The release looks them
+        # up at index 0 of the prompt's sinks: where token 0 is a sink, it aligns none of them.)
+        aligned = out
+        if outro is not None and outro.align:
+            ever_sink = cache.sinks.ever_sink if is_prompt else none
+            aligned = align_with_sink(out, v_sink, ever_sink, outro.gamma, outro.temperature)
 
         if trace is not None:
-            v_sink = cache.sinks.v_sink[l] if outro else torch.zeros_like(v[:, :, 0])
-            self.file(trace, hidden, is_sink, relaxed, v_sink, out, aligned)
+            largest, median = activation_ratio(hidden)
+            record = {"hidden": hidden, "ratio": largest / median, "is_sink": is_sink,
+                      "relaxed": opened, "v_sink": v_sink, "out": out, "aligned": aligned,
+                      "cosine": cosine(out, v_sink), "cosine_aligned": cosine(aligned, v_sink)}
+            trace.update({f"layers.{l}.{name}": value for name, value in record.items()})
 
         hidden = hidden + attn.o_proj(merge_heads(aligned))
         x = self.post_attention_layernorm(hidden)
         return hidden + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
 
-    def file(self, trace: dict, hidden, is_sink, relaxed, v_sink, out, aligned) -> None:
-        """Put what the other chapters look at into the trace, under the names of the legend."""
-        largest, median = activation_ratio(hidden)
-        v = repeat_heads(v_sink, self.n_heads)[:, :, None]                      # (B,H,1,D)
-        found = {"hidden": hidden, "ratio": largest / median, "is_sink": is_sink, "relaxed": relaxed,
-                 "v_sink": v_sink, "out": out, "aligned": aligned,
-                 "cosine": F.cosine_similarity(out, v, dim=-1),
-                 "cosine_aligned": F.cosine_similarity(aligned, v, dim=-1)}
-        trace.update({f"layers.{self.index}.{name}": value for name, value in found.items()})
 
-
-# ------------------------------------------------------------------------------------------------
-# 9. The whole model
-# ------------------------------------------------------------------------------------------------
+# ---- 9. The whole model -------------------------------------------------------------------------
 
 
 class VideoLM(nn.Module):
@@ -544,22 +533,25 @@ class VideoLM(nn.Module):
         super().__init__()
         text = config.text_config
         self.config, self.eos_token_ids = config, eos_token_ids
+        self.load_report = "not loaded: the weights have no values yet"
         self.model = nn.ModuleDict({
             "vision_model": VisionEncoder(config.vision_config),
             "connector": Connector(config),
             "text_model": nn.ModuleDict({
-                "embed_tokens": table(text.vocab_size, text.hidden_size),
-                "layers": nn.ModuleList(DecoderLayer(text, l) for l in range(text.num_hidden_layers)),
+                "embed_tokens": nn.Embedding.from_pretrained(
+                    torch.empty(text.vocab_size, text.hidden_size), freeze=False),
+                "layers": nn.ModuleList(
+                    DecoderLayer(text, l) for l in range(text.num_hidden_layers)),
                 "norm": RMSNorm(text.hidden_size, text.rms_norm_eps)})})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
     def encode(self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None,
                trace: dict | None = None) -> Tensor:
-        """Encoder, pixel shuffle and projector, a frame at a time: memory does not grow with frames.
+        """Encoder, pixel shuffle and projector, one frame after another to save memory.
 
-        pixel_values: float[B,F,3,size,size] in -1..1; pixel_attention_mask: [B,F,size,size], nonzero
-        where there is picture (top left), or None where it is picture everywhere.
+        pixel_values: float[B,F,3,size,size] in -1..1; pixel_attention_mask: [B,F,size,size], 0 for
+        padding (right and below), or None where nothing is padded.
         Returns: float[B,F*M,C], the image tokens of all frames in order.
         Raises: ValueError if the frames are not of the size that the encoder's positions are for.
         """
@@ -583,28 +575,30 @@ class VideoLM(nn.Module):
     def merge(self, hidden: Tensor, input_ids: Tensor, features: Tensor) -> Tensor:
         """Replace the embedding of each image token, in order, by a projected vector: (B,S,C)."""
         is_image = input_ids == self.config.image_token_id                              # (B,S)
-        counts, n_features = is_image.sum(1).tolist(), features.shape[1]
-        if any(count != n_features for count in counts):
-            raise ValueError(f"the prompts have {counts} image tokens, the video gives {n_features} "
-                             f"feature vectors; they must match")
+        counts, (B, _, C) = is_image.sum(1).tolist(), hidden.shape
+        if any(features.shape != (B, count, C) for count in counts):
+            raise ValueError(f"the prompts have {counts} image tokens of size {C}, the videos give "
+                             f"{tuple(features.shape)} features; the two must match")
         return hidden.masked_scatter(is_image[:, :, None], features.to(hidden.dtype))
 
-    def decode(self, input_ids: Tensor, pixel_values: Tensor | None = None,
-               features: Tensor | None = None, outro: OutRo | None = None,
-               cache: Cache | None = None, trace: dict | None = None,
-               pixel_attention_mask: Tensor | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, pixel_values: Tensor | None = None,
+                      features: Tensor | None = None, outro: OutRo | None = None,
+                      cache: Cache | None = None, trace: dict | None = None,
+                      pixel_attention_mask: Tensor | None = None) -> Tensor:
         """`forward` without the output head: float[B,S,C], normed, ready for `head`."""
         S, c, text = input_ids.shape[1], self.config.text_config, self.model.text_model
         cache = Cache() if cache is None else cache
         start, end = cache.length, cache.length + S
+        if pixel_values is not None and features is not None:
+            raise ValueError("give pixel_values or features, not both")
         if end > c.max_position_embeddings:
             raise ValueError(f"{end} tokens do not fit into the model's context of "
                              f"{c.max_position_embeddings}; use fewer frames or a shorter question")
-        if outro and start == 0:
-            nothing = torch.zeros_like(input_ids, dtype=torch.bool)
-            cache.sinks = Sinks(ever_sink=nothing, relaxed=nothing)
-        if outro and cache.sinks is None:
-            raise ValueError("this cache was filled without OutRo; give outro to the prompt's call too")
+        if outro is not None and start == 0:
+            none = torch.zeros_like(input_ids, dtype=torch.bool)
+            cache.sinks = Sinks(ever_sink=none, relaxed=none)
+        if outro is not None and cache.sinks is None:
+            raise ValueError("this cache was filled without OutRo; give outro with the prompt too")
 
         hidden = text.embed_tokens(input_ids)                                           # (B,S,C)
         if pixel_values is not None:
@@ -615,14 +609,16 @@ class VideoLM(nn.Module):
                 trace["projected"] = features
 
         cos, sin = rope_tables(start, end, c.head_dim, c.rope_theta, like=hidden)
-        may_attend = causal_mask(S, end, hidden.device)
+        may_attend = causal_mask(S, end, hidden.device)         # step 2, the same for all layers
         for layer in text.layers:
             hidden = layer(hidden, cos, sin, may_attend, cache, outro, trace)
         return text.norm(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
-        tied = self.config.tie_word_embeddings
-        return F.linear(hidden, (self.model.text_model.embed_tokens if tied else self.lm_head).weight)
+        """Hidden states -> logits: (B,S,C) -> (B,S,V)."""
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.model.text_model.embed_tokens.weight)
+        return self.lm_head(hidden)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                 features: Tensor | None = None, outro: OutRo | None = None,
@@ -631,22 +627,23 @@ class VideoLM(nn.Module):
         """Logits of the next token at every position.
 
         input_ids: int64[B,S], prompts of equal length; with a filled cache only the new tokens.
-        pixel_values: float[B,F,3,size,size] in -1..1, or features: float[B,F*M,C] from `encode`, when
-        several runs share a video; neither: text only. outro: the method's constants, or None for the
-        plain model. cache, trace: an empty Cache and a dict, which are filled.
+        pixel_values: float[B,F,3,size,size] in -1..1, with pixel_attention_mask as in `encode`; or
+        features: float[B,F*M,C] from `encode`, where several runs share a video. With neither, an
+        image token is a token like any other. outro: the method's constants, or None for the plain
+        model.
+        cache: extended by these tokens; the call that finds it empty must bring the whole prompt.
+        trace: an empty dict, to be filled.
         Returns: float[B,S,V].
         Raises: ValueError if image tokens and features do not match, or the context is too short.
         """
-        hidden = self.decode(input_ids, pixel_values, features, outro, cache, trace,
+        hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace,
                              pixel_attention_mask)
         logits = self.head(hidden)
         if trace is not None:
             trace["logits"] = logits
         return logits
 
-    # --------------------------------------------------------------------------------------------
-    # 10. Generation
-    # --------------------------------------------------------------------------------------------
+    # ---- 10. Generation -------------------------------------------------------------------------
 
     @torch.inference_mode()
     def stream(self, input_ids: Tensor, pixel_values: Tensor | None = None,
@@ -656,44 +653,43 @@ class VideoLM(nn.Module):
 
         One prompt, int64[1,S]. The trace is filled while the prompt is read, with the logits of its
         last position only, float[1,1,V]. The answer also ends where the model's context does.
-        Raises: ValueError for more than one prompt, and as `forward`.
+        Raises, at the first token: ValueError for more than one prompt, and as `forward`.
         """
         if input_ids.shape[0] != 1:
             raise ValueError(f"stream answers one prompt at a time, not {input_ids.shape[0]}")
         cache = Cache()
-        hidden = self.decode(input_ids, pixel_values, features, outro, cache, trace)
+        hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace)
         room = self.config.text_config.max_position_embeddings - input_ids.shape[1] + 1
         for n in range(min(max_new_tokens, room)):
             if n > 0:
-                hidden = self.decode(token, outro=outro, cache=cache)
+                hidden = self.hidden_states(token, outro=outro, cache=cache)            # (1,1,C)
             logits = self.head(hidden[:, -1:])                                          # (1,1,V)
             if trace is not None and n == 0:
                 trace["logits"] = logits
             token = logits.argmax(-1)                                                   # (1,1)
-            yield token.item()
-            if token.item() in self.eos_token_ids:
+            token_id = token.item()
+            yield token_id
+            if token_id in self.eos_token_ids:
                 return
 
     def generate(self, *args, **kwargs) -> list[int]:
-        """All token ids of `stream`, which see."""
+        """The token ids that `stream` yields for the same arguments, in a list."""
         return list(self.stream(*args, **kwargs))
 
-    # --------------------------------------------------------------------------------------------
-    # 11. Loading
-    # --------------------------------------------------------------------------------------------
+    # ---- 11. Loading ----------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, path_or_repo, revision: str | None = None, device: str = "cpu",
                         dtype: torch.dtype = torch.float32) -> "VideoLM":
         """A model from a folder or from a repository of the Hugging Face hub.
 
-        Reads config.json, generation_config.json (eos) and the safetensors. `load_report` of the model
-        then says in one line what was read. The parameters ask for no gradient.
+        Reads config.json, generation_config.json (eos) and the safetensors; `load_report` says in
+        one line what was loaded. The parameters ask for no gradient.
         Raises: ValueError or OSError that names the file and what is wrong with it.
         """
         folder = checkpoint.find(path_or_repo, revision, checkpoint.MODEL_FILES)
         config = read_config(folder)
-        with torch.device("meta"):                       # shapes without memory, until the file's come
+        with torch.device("meta"):                     # only shapes: the tensors come from the file
             model = cls(config, checkpoint.read_eos(folder))
         model.load_report = checkpoint.load_tensors(model, folder, device, dtype)
         return model.eval().requires_grad_(False)

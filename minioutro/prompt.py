@@ -1,7 +1,7 @@
 """Frames and a question -> pixel_values and input_ids, and token ids -> text.
 
-The route is that of the SmolVLM processor of the transformers library at the models' release: pixels
-by Pillow, the prompt by the chat template, which is short enough to be written out here.
+The route is that of transformers' SmolVLM processor at the models' release: pixels by Pillow, the
+prompt by the chat template, which is short enough to be written out here.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from minioutro.video import Video, resize_longest_edge
 
 START, END = "<|im_start|>", "<end_of_utterance>"
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
+SPECIAL = (START, END, IMAGE, FAKE, GLOBAL)
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-        "sixteen seventeen eighteen nineteen").split()
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -49,7 +50,7 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer, size: int, longest_edge: int, tokens_per_frame: int):
         self.tokenizer = tokenizer
         self.size = size                            # pixels on each side of the square frame
-        self.longest_edge = longest_edge            # pixels, of the resize that comes before
+        self.longest_edge = longest_edge            # pixels, of the first of two resizes
         self.tokens_per_frame = tokens_per_frame    # M
         tokenizer.encode_special_tokens = True      # special tokens come from us, never from a text
 
@@ -62,16 +63,21 @@ class Processor:
         folder = checkpoint.find(path_or_repo, revision, checkpoint.PROCESSOR_FILES)
         pixels = checkpoint.read_json(folder / "preprocessor_config.json")
         prompt = checkpoint.read_json(folder / "processor_config.json")
+        path = folder / "tokenizer.json"
         try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:                  # tokenizers raises nothing narrower
-            raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer ({error}); fetch it again") \
-                from None
+            raise ValueError(f"{path} is no tokenizer ({error}); fetch it again") from None
+        for token in SPECIAL:
+            if tokenizer.token_to_id(token) is None:
+                raise ValueError(f"{path} has no token {token}; give that of a SmolVLM2 checkpoint")
         try:
-            return cls(tokenizer, pixels["max_image_size"]["longest_edge"],
-                       pixels["video_sampling"]["video_size"]["longest_edge"], prompt["image_seq_len"])
-        except KeyError as error:
-            raise ValueError(f"{folder}: the settings of the preprocessing lack {error}") from None
+            size = pixels["max_image_size"]["longest_edge"]
+            longest_edge = pixels["video_sampling"]["video_size"]["longest_edge"]
+            return cls(tokenizer, size, longest_edge, prompt["image_seq_len"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: preprocessor_config.json or processor_config.json lacks a "
+                             f"setting ({error}); fetch them again") from None
 
     def pieces(self, video: Video, question: str) -> list[str]:
         """The prompt, cut where a special token begins or ends; only special tokens stand alone."""
@@ -95,7 +101,7 @@ class Processor:
         """Token ids of a prompt in pieces. A text that looks like a special token stays text."""
         ids = []
         for piece in pieces:
-            if piece in (START, END, IMAGE, FAKE, GLOBAL):
+            if piece in SPECIAL:
                 ids.append(self.tokenizer.token_to_id(piece))
             else:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False).ids

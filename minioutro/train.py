@@ -118,6 +118,8 @@ def init_weights(model: VideoLM) -> None:
             gain = depth if name.split(".")[-2] in residual else 1.0
             is_table = "embed_tokens" in name or "position_embedding" in name
             parameter.normal_(std=gain * (1.0 if is_table else parameter[0].numel() ** -0.5))
+        elif name.endswith("bias"):
+            parameter.zero_()
 
     # Coordinate 0 of the residual stream is the first token's own: nothing else writes to it yet.
     text = model.model.text_model
@@ -301,7 +303,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, metavar="CLIPS", help="do not train; ask about so many clips")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.evaluate:
+    if args.evaluate is not None:
         evaluate(args.folder or Path(__file__).parent / "toy", args.evaluate)
     else:
         train(args.folder or Path("toy_run"), args.seed)

@@ -1,5 +1,6 @@
 """A video file -> a few frames, evenly spread, and the time at which each is shown."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Video:
 
 def sample_indices(total_frames: int, native_fps: float, duration: float, fps: float = 1.0,
                    max_frames: int = 64) -> list[int]:
-    """The frames that the model is shown: `fps` of them a second, at most max_frames, evenly spread.
+    """The frames that the model is shown: fps of them a second, at most max_frames, evenly spread.
 
     The first and the last frame are among them; where not every second fits, the first and the last
     second of the video are left out, which are often titles.
@@ -28,8 +29,8 @@ def sample_indices(total_frames: int, native_fps: float, duration: float, fps: f
     Source: the video sampling of SmolVLM's processor in transformers.
     Example: sample_indices(32, 10.0, 3.2) -> [0, 15, 31]
     """
-    if fps <= 0 or max_frames < 1:
-        raise ValueError(f"fps {fps} and max_frames {max_frames}: both must be positive")
+    if not 0 < fps < math.inf or max_frames < 1:
+        raise ValueError(f"fps {fps} and max_frames {max_frames}: both must be positive numbers")
     wanted = max(1, min(round(fps * duration), max_frames))
     first, last = 0, total_frames - 1
     if duration - 2 > max_frames * fps:
@@ -43,9 +44,9 @@ def sample_indices(total_frames: int, native_fps: float, duration: float, fps: f
 
 
 def resize_longest_edge(image: Image.Image, longest_edge: int) -> Image.Image:
-    """Scale to this longest edge, in pixels; the other follows and is made even, as at the models' release.
+    """Scale to this longest edge, in pixels; the other follows and is made even.
 
-    A picture that it has scaled, it leaves as it is.
+    Source: the resize of SmolVLM's processor at the models' release. A second call changes nothing.
     """
     w, h = image.size
     scale = longest_edge / (w / h) if w >= h else longest_edge * (w / h)
@@ -94,8 +95,8 @@ def open_video(path: Path) -> Iterator[av.VideoStream]:
             streams[0].thread_type = "AUTO"
             yield streams[0]
     except av.FFmpegError as error:
-        raise ValueError(f"{path} is not a video that can be read ({error.strerror}); try to play it, "
-                         f"or convert it to mp4") from None
+        raise ValueError(f"{path} is not a video that can be read ({error.strerror}); try to play "
+                         f"it, or convert it to mp4") from None
 
 
 def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
@@ -107,7 +108,7 @@ def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
 
 
 def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """The frames of a stream in the order in which they are shown, without those that are broken."""
+    """The frames of a stream in the order in which they are shown, without broken ones."""
     for packet in demux(stream):
         try:
             yield from packet.decode()
@@ -131,7 +132,7 @@ def frame_timeline(path: Path) -> tuple[list[int | None], list[float], float]:
 
 
 def timeline(pts: list, last: int | None, stream: av.VideoStream):
-    """Add seconds and duration to the pts of frames; last is how long the last is shown, if known."""
+    """Add seconds and duration to the pts of frames; last is how long the last one is shown."""
     unit = stream.time_base
     times = sorted(p for p in pts if p is not None)
     if len(times) < len(pts):                   # without clock: count frames at the stated rate
@@ -143,7 +144,7 @@ def timeline(pts: list, last: int | None, stream: av.VideoStream):
 
 
 def take(path: Path, chosen: dict[int, int | None], longest_edge: int | None) -> list[Image.Image]:
-    """Decode the frames with these indices, upright; one whose pts is another than stated is left out."""
+    """Decode the frames with these indices, upright, except where the pts is not the stated one."""
     images = []
     with open_video(path) as stream:
         for index, frame in enumerate(decode(stream)):

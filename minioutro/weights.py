@@ -27,18 +27,19 @@ FIXED = {
     "vision_config": {"model_type": "smolvlm_vision", "hidden_act": "gelu_pytorch_tanh",
                       "num_channels": 3},
 }
-# Fields that SmolVLM's own code does not read, or that say nothing about what is computed here. A
-# field that is in no list is refused, unless it is off (null or false): it may change the mathematics.
+# Fields that SmolVLM's own code does not read, or that say nothing about what is computed here. Any
+# other field is refused unless it is off (null, false, zero): it may change the mathematics.
 IGNORED = (
     "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "initializer_range", "neftune_noise_alpha", "is_llama_config", "pretraining_tp",
     "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "_pad_token_id",
     "image_seq_len", "video_token_id", "transformers.js_config", "_flash_attn_2_enabled",
     "_attn_implementation_autoset", "chunk_size_feed_forward", "is_encoder_decoder",
-    "output_hidden_states", "output_attentions", "return_dict", "problem_type", "id2label", "label2id",
+    "output_hidden_states", "output_attentions", "return_dict", "problem_type", "id2label",
+    "label2id",
     # of a section; what counts is text_config's vocab_size and the top's tie_word_embeddings
     "vocab_size", "tie_word_embeddings",
-    # left over from Idefics, which SmolVLM was made from; perceiver_config holds decoys of real names
+    # left over from Idefics, SmolVLM's ancestor; perceiver_config repeats names of real fields
     "perceiver_config", "pixel_shuffle_factor", "max_image_size", "size", "use_base_siglip",
     "use_reentrant_checkpointing",
 )
@@ -72,25 +73,29 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
         raise ValueError(f"{name} asks for a licence on the hub first; accept it on its page, then "
                          f"log in with `hf auth login`") from None
     except RevisionNotFoundError:
-        raise ValueError(f"{path_or_repo} has no revision {revision}; leave it out for the newest") \
-            from None
+        raise ValueError(f"{path_or_repo} has no revision {revision}; leave it out to get the "
+                         f"newest") from None
     except RepositoryNotFoundError:
-        raise ValueError(f"{path_or_repo} is neither a folder here nor a public repository of the hub; "
-                         f"check the name") from None
+        raise ValueError(f"{path_or_repo} is neither a folder here nor a public repository of the "
+                         f"hub; check the name") from None
     except LocalEntryNotFoundError:
-        raise ValueError(f"{name} is no folder here, is not in the cache, and the hub cannot be reached;"
-                         f" connect once, or copy its files into a folder and give that") from None
+        raise ValueError(f"{name} is no folder here, is not in the cache, and the hub cannot be "
+                         f"reached; connect once, or copy its files into a folder and give that") \
+            from None
+    except OSError as error:
+        raise ValueError(f"{name} could not be fetched ({error}); try again") from None
 
 
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from None
+        raise ValueError(f"{path.parent} has no {path.name}; give the folder of a checkpoint") \
+            from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}; fetch it again")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; fetch it again")
     return content
 
 
@@ -101,8 +106,8 @@ def read_config(folder: Path) -> dict:
     """
     config = read_json(folder / "config.json")
     if config.get("model_type") != "smolvlm":
-        raise ValueError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not "
-                         f"supported, only 'smolvlm' (SmolVLM2)")
+        raise ValueError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is "
+                         "not supported, only 'smolvlm'; give a SmolVLM2 checkpoint")
     for section in ("text_config", "vision_config"):
         if not isinstance(config.get(section), dict):
             raise ValueError(f"{folder / 'config.json'} has no section {section}; fetch it again")
@@ -128,9 +133,10 @@ def fill(config_class, section: dict, name: str, **parts):
             raise ValueError(f"config.json, {name}: {field} = {value!r} is not implemented, only "
                              f"{FIXED[name][field]!r}")
         if value and field not in (*known, *parts, *FIXED[name], *IGNORED):
-            raise ValueError(f"config.json, {name}: {field} = {value!r} is unknown and may change what the"
-                             f" model computes; if you know that it does not, remove it")
-    return config_class(**{field: value for field, value in section.items() if field in known}, **parts)
+            raise ValueError(f"config.json, {name}: {field} = {value!r} is unknown and may change "
+                             f"what the model computes; remove it if it does not")
+    values = {field: value for field, value in section.items() if field in known}
+    return config_class(**values, **parts)
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:
@@ -163,15 +169,15 @@ def load_tensors(model: torch.nn.Module, folder: Path, device, dtype: torch.dtyp
                          f"fetch the folder again, or correct the config")
     tensors = {}
     for name in sorted(expected, key=lambda name: math.prod(expected[name]), reverse=True):
-        # A file is mapped into memory, and what was read of it stays there until it is closed. So it
-        # is opened anew for each tensor, and the largest, which is there twice for a moment, comes
-        # first. A tensor that needs no conversion is not copied: it is the mapping.
+        # A file is mapped into memory, and what was read of it stays there until it is closed. So
+        # it is opened anew for each tensor, and the largest, which is there twice for a moment,
+        # comes first. A tensor that needs no conversion is never copied: the mapping is kept.
         with safe_open(where[name], "pt") as file:
             tensors[name] = file.get_tensor(name).to(device, dtype)
     model.load_state_dict(tensors, strict=True, assign=True)
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    return (f"{len(tensors)} tensors, {numbers:,} parameters as {str(dtype).split('.')[-1]}; 0 missing, "
-            f"0 unexpected, ignored: {', '.join(ignored) or 'none'}")
+    return (f"{len(tensors)} tensors, {numbers:,} parameters as {str(dtype).split('.')[-1]}; "
+            f"0 missing, 0 unexpected, ignored: {', '.join(ignored) or 'none'}")
 
 
 def locate(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
@@ -192,8 +198,8 @@ def locate(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
                 for name in file.keys():
                     part = file.get_slice(name)
                     if part.get_dtype() not in ("F32", "F16", "BF16"):
-                        raise ValueError(f"{path}: {name} is {part.get_dtype()}; only float32, float16 "
-                                         f"and bfloat16 are read")
+                        raise ValueError(f"{path}: {name} is {part.get_dtype()}; only float32, "
+                                         f"float16 and bfloat16 are read; give another checkpoint")
                     where[name], shapes[name] = path, tuple(part.get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or cut off ({error}); fetch it again") from None

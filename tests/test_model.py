@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close
 
 from minioutro import Cache, VideoLM
-from minioutro.model import (attention, causal_mask, fused_attention, open_sink_rows, pixel_shuffle,
+from minioutro.model import (RMSNorm, attention, causal_mask, fused_attention, open_sink_rows, pixel_shuffle,
                              position_ids, rope_tables, rotate, show_mask)
 
 CASES = ("dev_a", "dev_c")
@@ -63,10 +63,14 @@ def test_the_context_is_never_overrun(golden):
         object.__setattr__(text, "max_position_embeddings", 8192)
 
 
-def test_image_tokens_and_features_must_match(golden):
+def test_inputs_that_do_not_fit_each_other_are_refused(golden):
     g = golden("dev_a")
-    with pytest.raises(ValueError, match=r"\[8\] image tokens.* 4 "):
-        g.model(g.input_ids, g.pixels[:, :1])
+    features = g.model.encode(g.pixels)                             # (1,8,48)
+    for wrong in (features[:, :4], features.repeat(2, 1, 1), features[..., :24]):
+        with pytest.raises(ValueError, match=r"\[8\] image tokens of size 48"):
+            g.model(g.input_ids, features=wrong)
+    with pytest.raises(ValueError, match="not both"):
+        g.model(g.input_ids, g.pixels, features)
     with pytest.raises(ValueError, match="pixel_values"):
         g.model.encode(g.pixels[..., :8])
     with pytest.raises(ValueError, match="one prompt"):
@@ -230,6 +234,12 @@ def test_vision_frames_do_not_see_each_other(golden):
     g = golden("dev_a")
     together, alone = g.model.encode(g.pixels), g.model.encode(g.pixels[:, 1:])
     assert torch.allclose(together[:, alone.shape[1]:], alone, atol=1e-6)
+
+
+def test_the_norm_of_a_massive_activation_does_not_overflow():
+    """15,000 squared is beyond float16; the norm of (15000, 0, 0, 0) is (2, 0, 0, 0) all the same."""
+    x = torch.tensor([15000.0, 0, 0, 0], dtype=torch.float16)
+    assert RMSNorm(4, 1e-5).half()(x).tolist() == [2.0, 0.0, 0.0, 0.0]
 
 
 def test_half_precision_follows_float32(golden):

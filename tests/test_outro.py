@@ -102,7 +102,14 @@ def test_alignment_of_half_precision_is_computed_in_float32():
     assert torch.allclose(small * 1e3, align_with_sink(out, v_sink, never, 3.0, 0.1), atol=0.05)
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=0.0), dict(relax_every=0)])
+def test_the_defaults_are_those_of_the_release():
+    assert OutRo() == OutRo(abs_threshold=100.0, median_multiple=1000.0, relax=True, align=True, gamma=3.0,
+                            temperature=0.1, relax_every=None, skip_last=2)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(temperature=0.0), dict(relax_every=0), dict(gamma=-1.0), dict(gamma=math.nan),
+    dict(median_multiple=math.nan), dict(abs_threshold=-1), dict(skip_last=-1)])
 def test_constants_that_the_formulas_cannot_take(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         OutRo(**wrong)
