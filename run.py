@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -33,23 +33,24 @@ def arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of weights and activations (default: %(default)s)")
-    add("--frames", type=int, default=64, metavar="N", help="at most so many (default: %(default)s)")
-    add("--fps", type=float, default=1.0, metavar="F", help="frames a second (default: %(default)s)")
+    add("--frames", type=int, default=64, metavar="N", help="at most (default: %(default)s)")
+    add("--fps", type=float, default=1.0, metavar="F",
+        help="frames a second (default: %(default)s)")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
-    outro = parser.add_argument_group("OutRo")
-    add = outro.add_argument
-    add("--gamma", type=float, default=3.0, metavar="G", help="strength of the alignment "
-        "(default: %(default)s)")
-    add("--temperature", type=float, default=0.1, metavar="T", help="of its gate (default: %(default)s)")
+    add = parser.add_argument_group("OutRo").add_argument
+    add("--gamma", type=float, default=3.0, metavar="G",
+        help="strength of the alignment (default: %(default)s)")
+    add("--temperature", type=float, default=0.1, metavar="T",
+        help="of the alignment's gate (default: %(default)s)")
     add("--no-relax", action="store_true", help="do not open the rows of the sinks")
     add("--no-align", action="store_true", help="do not align the other tokens with the sinks")
-    add("--median-multiple", type=float, default=1000.0, metavar="M", help="a sink has an activation of "
-        "at least M times the median (default: %(default)s)")
-    add("--abs-threshold", type=float, default=100.0, metavar="A", help="and of at least A "
-        "(default: %(default)s)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--figures", metavar="DIR", help="write pictures of the run into this folder")
-    output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add("--median-multiple", type=float, default=1000.0, metavar="M",
+        help="a sink has an activation of at least M times the median (default: %(default)s)")
+    add("--abs-threshold", type=float, default=100.0, metavar="A",
+        help="and of at least A (default: %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--figures", metavar="DIR", help="write pictures of the run into this folder")
+    add("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args()
 
 
@@ -90,34 +91,34 @@ def run(args: argparse.Namespace) -> None:
     video = read_video(path, args.fps, args.frames, processor.longest_edge)
     inputs = processor(video, question)
     model = VideoLM.from_pretrained(name, args.revision, args.device, getattr(torch, args.dtype))
-    check_length(model, processor, video, question, inputs.input_ids.shape[1])
+    S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
+    check_length(model, processor, video, question, S)
 
     say = (lambda *_, **__: None) if args.json else print
-    S, F = inputs.input_ids.shape[1], len(video.frames)
-    image_tokens = F * processor.tokens_per_frame
     times = [f"{seconds:.1f}" for seconds in video.seconds]
     times = times if F <= 12 else [*times[:4], "...", times[-1]]
     say(f"video     {path.name}: {F} of {video.total_frames} frames, at {' '.join(times)} s of "
         f"{video.duration:.1f} s")
-    say(f"weights   {name.name if name == TOY else name}: {model.load_report}")
-    say(f"prompt    {F} frames x {processor.tokens_per_frame} tokens + {S - image_tokens} text = {S} tokens")
+    say(f"weights   {TOY.name if name == TOY else name}: {model.load_report}")
+    say(f"prompt    {F} frames x {M} tokens + {S - F * M} text = {S} tokens")
     say(f"question  {question}")
 
-    trace, input_ids = {}, inputs.input_ids.to(args.device)
+    input_ids = inputs.input_ids.to(args.device)
     with torch.inference_mode():
         features = model.encode(inputs.pixel_values.to(args.device))
-        model(input_ids[:, :1])         # pages the weights in; neither of the answers should pay for it
+        model(input_ids[:, :1])         # pages the weights in; neither answer should pay for that
     ask = dict(features=features, max_new_tokens=args.max_new_tokens)
     # OutRo's prompt is read first, since it fills the trace that is shown before the answers.
-    started = time.perf_counter()
+    trace, started = {}, time.perf_counter()
     outro_stream = model.stream(input_ids, outro=outro, trace=trace, **ask)
     first = next(outro_stream)
     spent = time.perf_counter() - started
     texts = [processor.token_text(token_id) for token_id in inputs.input_ids[0].tolist()]
-    L = model.config.text_config.num_hidden_layers
-    for line in report(trace, texts, outro, L):
+    seen = Seen.of(trace, model.config.text_config.num_hidden_layers)
+    trace.clear()                       # a long prompt's takes gigabytes
+    for line in report(seen, texts, outro):
         say(line)
-    # The baseline files a trace as well, so that the times differ by OutRo alone.
+    # The baseline fills a trace as well, so that the times differ by OutRo alone.
     baseline = answer("baseline", model.stream(input_ids, trace={}, **ask), processor, say)
     changed = answer("outro", chain([first], outro_stream), processor, say, spent)
     ratio = changed["seconds"] / baseline["seconds"]
@@ -125,35 +126,35 @@ def run(args: argparse.Namespace) -> None:
         f"{ratio:.2f} times as long")
 
     if args.figures:
-        write_figures(Path(args.figures), video, trace, texts, outro, processor.tokens_per_frame, L)
-        say(f"figures   in {args.figures}: frames.png, masks.png, sinks.png and all of them in run.png")
+        write_figures(Path(args.figures), video, seen, texts, outro, M)
+        say(f"figures   in {args.figures}: frames, masks and sinks, and all of them in run.png")
     if args.json:
         print(json.dumps({
             "video": str(path), "frames": F, "total_frames": video.total_frames,
             "seconds": video.seconds, "duration": video.duration, "question": question,
-            "weights": model.load_report, "tokens_per_frame": processor.tokens_per_frame,
-            "prompt_tokens": S, "sinks": list_sinks(trace, texts, L), "cosine": mean_cosines(trace, L),
+            "weights": model.load_report, "tokens_per_frame": M, "prompt_tokens": S,
+            "sinks": list_sinks(seen, texts), "cosine": seen.cosine,
             "baseline": baseline, "outro": changed, "time_ratio": ratio}, ensure_ascii=False))
 
 
-def check_length(model, processor, video, question: str, length: int) -> None:
-    """Raise ValueError if the prompt does not fit the model's context; say how many frames would."""
+def check_length(model, processor, video, question: str, S: int) -> None:
+    """Raise ValueError if S prompt tokens do not fit the context; say how many frames would fit."""
     context = model.config.text_config.max_position_embeddings
-    if length <= context:
+    if S <= context:
         return
-    fits = len(video.frames)
-    while fits and length > context:
-        fits -= 1
+    for fits in range(len(video.frames) - 1, 0, -1):
         part = replace(video, frames=video.frames[:fits], seconds=video.seconds[:fits])
-        length = len(processor.tokenize(processor.pieces(part, question))) if fits else 0
-    what = f"at most {fits} frames fit, try --frames {fits}" if fits else "shorten the question"
-    total = len(processor.tokenize(processor.pieces(video, question)))
-    raise ValueError(f"the prompt has {total} tokens with {len(video.frames)} frames, the model's context "
-                     f"holds {context}; {what}")
+        if len(processor.tokenize(processor.pieces(part, question))) <= context:
+            advice = f"at most {fits} frames fit, try --frames {fits}"
+            break
+    else:
+        advice = "not one frame fits, shorten the question"
+    raise ValueError(f"the prompt has {S} tokens with {len(video.frames)} frames, the model's "
+                     f"context holds {context}; {advice}")
 
 
 def answer(label: str, stream, processor, say, spent: float = 0.0) -> dict:
-    """Print an answer as it is generated; spent is what its first token has already taken, in seconds."""
+    """Print an answer as it is generated; spent: seconds that its first token took before."""
     say(f"{label:<10}", end="", flush=True)
     token_ids, text, started = [], "", time.perf_counter()
     for token_id in stream:
@@ -167,90 +168,106 @@ def answer(label: str, stream, processor, say, spent: float = 0.0) -> dict:
     return {"text": processor.decode(token_ids), "token_ids": token_ids, "seconds": spent}
 
 
-def by_layer(trace: dict, name: str, L: int):
-    """What the trace holds for the prompt under layers.l.name, of all layers: [L,S]."""
-    import torch
-    return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)]).cpu()
+@dataclass
+class Seen:
+    """What the report and the figures need of a trace."""
+    is_sink: "torch.Tensor"                     # bool[L,S]
+    ratio: "torch.Tensor"                       # float[L,S]
+    opened: "torch.Tensor"                      # bool[L,S]
+    largest: "torch.Tensor"                     # float[L,S], max |h|
+    cosine: tuple[float, float] | None          # mean cosine to the sink before and after alignment
+
+    @classmethod
+    def of(cls, trace: dict, L: int) -> "Seen":
+        import torch
+
+        def stacked(name):
+            return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)]).cpu()
+        largest = [trace[f"layers.{l}.hidden"][0].abs().amax(-1) for l in range(L)]
+        is_sink = stacked("is_sink")
+        pairs = []
+        for l in is_sink.any(1).nonzero().flatten().tolist():
+            others = ~is_sink[:l + 1].any(0)    # the tokens that were no sink up to this layer
+            pairs.append([trace[f"layers.{l}.{name}"][0].cpu()[:, others].mean().item()
+                          for name in ("cosine", "cosine_aligned")])
+        cosine = tuple(sum(column) / len(pairs) for column in zip(*pairs)) if pairs else None
+        largest = torch.stack(largest).cpu()
+        return cls(is_sink, stacked("ratio"), stacked("relaxed"), largest, cosine)
 
 
-def list_sinks(trace: dict, texts: list[str], L: int) -> list[dict]:
+def list_sinks(seen: Seen, texts: list[str]) -> list[dict]:
     """Every sink that was found, by layer and position."""
-    is_sink, ratio, opened = (by_layer(trace, name, L) for name in ("is_sink", "ratio", "relaxed"))
-    return [{"layer": l, "position": i, "token": texts[i], "ratio": round(ratio[l, i].item(), 1),
-             "opened": bool(opened[l, i])} for l, i in is_sink.nonzero().tolist()]
+    return [{"layer": l, "position": i, "token": texts[i], "ratio": seen.ratio[l, i].item(),
+             "opened": bool(seen.opened[l, i])} for l, i in seen.is_sink.nonzero().tolist()]
 
 
-def mean_cosines(trace: dict, L: int) -> tuple[float, float] | None:
-    """Mean cosine to the sink's value before and after alignment, over the layers that have a sink,
-    their heads, and the tokens that were no sink up to there."""
-    is_sink = by_layer(trace, "is_sink", L)
-    pairs = []
-    for l in is_sink.any(1).nonzero().flatten().tolist():
-        others = ~is_sink[:l + 1].any(0)
-        pairs.append([trace[f"layers.{l}.{name}"][0][:, others].mean().item()
-                      for name in ("cosine", "cosine_aligned")])
-    return tuple(sum(column) / len(pairs) for column in zip(*pairs)) if pairs else None
-
-
-def report(trace: dict, texts: list[str], outro, L: int):
+def report(seen: Seen, texts: list[str], outro):
     """Yield the lines about sinks, mask and alignment."""
     from minioutro.figures import sketch_positions
     from minioutro.model import causal_mask, open_sink_rows, show_mask
 
-    is_sink, ratio, opened = (by_layer(trace, name, L) for name in ("is_sink", "ratio", "relaxed"))
-    searched = max(0, L - outro.skip_last)
-    runs = [(l, tuple(is_sink[l].nonzero().flatten().tolist())) for l in range(searched)]
+    searched = max(0, len(seen.is_sink) - outro.skip_last)
+    found = [(l, seen.is_sink[l].nonzero().flatten().tolist()) for l in range(searched)]
     label = "sinks"
-    for positions, group in groupby(runs, key=lambda run: run[1]):      # equal neighbours in one line
-        layers = [l for l, _ in group]
+    for positions, layers in groupby(found, key=lambda pair: pair[1]):  # equal neighbours: one line
+        layers = [l for l, _ in layers]
         span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
         tokens = []
         for i in positions[:3]:
-            low, high = ratio[layers, i].min().item(), ratio[layers, i].max().item()
-            between = f"{low:,.0f}" if f"{low:.0f}" == f"{high:.0f}" else f"{low:,.0f} to {high:,.0f}"
-            tokens.append(f"position {i} {texts[i]!r}, {between} times the median")
+            low, high = (f"{r:,.0f}" for r in seen.ratio[layers, i].aminmax())
+            times = low if low == high else f"{low} to {high}"
+            tokens.append(f"position {i} {texts[i]!r}, {times} times the median")
         if len(positions) > 3:
             tokens.append(f"and {len(positions) - 3} more")
         yield f"{label:<10}{span}: {'; '.join(tokens) or 'none'}"
         label = ""
-    if not is_sink.any() and searched:
-        l, i = divmod(ratio[:searched].argmax().item(), len(texts))
-        largest = trace[f"layers.{l}.hidden"][0, i].abs().max().item()
-        below = lambda value: int(value) if value >= 10 else int(value * 100) / 100
-        flags = [f"--median-multiple {below(ratio[l, i].item())}"] * (ratio[l, i] < outro.median_multiple)
-        flags += [f"--abs-threshold {below(largest)}"] * (largest < outro.abs_threshold)
-        yield (f"{'':<10}the highest ratio is {ratio[l, i]:,.1f}, of position {i} {texts[i]!r} in layer {l} "
-               f"(|h| {largest:,.1f}); to call it a sink: {' '.join(flags)}")
+    if searched and not seen.is_sink.any():
+        l, i = divmod(seen.ratio[:searched].argmax().item(), len(texts))
+        ratio, largest = seen.ratio[l, i].item(), seen.largest[l, i].item()
+        flags = [f"{flag} {below(value)}" for flag, value, limit in (
+            ("--median-multiple", ratio, outro.median_multiple),
+            ("--abs-threshold", largest, outro.abs_threshold)) if value < limit]
+        yield (f"{'':<10}the highest ratio is {ratio:,.1f}, of position {i} {texts[i]!r} in layer "
+               f"{l}, |h| {largest:,.1f}; to call it a sink: {' '.join(flags)}")
 
-    layers = opened.any(1).nonzero().flatten().tolist()
+    layers = seen.opened.any(1).nonzero().flatten().tolist()
     if layers:
-        positions = sketch_positions(opened[layers[0]])
+        opened = seen.opened[layers[0]]
+        positions = sketch_positions(opened)
         before = causal_mask(len(texts), len(texts))
-        after = open_sink_rows(before, opened[layers[0]][None])[0]
-        labels = [f"{i} {texts[i]!r}" + " opened" * bool(opened[layers[0], i]) for i in positions]
-        sketch = [show_mask(mask[positions][:, positions], names).split("\n")
-                  for mask, names in ((before, None), (after, labels))]
-        yield f"{'mask':<10}rows opened in layer {', '.join(map(str, layers))}; at {len(positions)} positions:"
-        yield from (f"{'':<10}{left}     {right}" for left, right in zip(*sketch))
+        after = open_sink_rows(before, opened[None])[0]
+        labels = [f"{i} {texts[i]!r}" + (" opened" if opened[i] else "") for i in positions]
+        left = show_mask(before[positions][:, positions]).split("\n")
+        right = show_mask(after[positions][:, positions], labels).split("\n")
+        where = ", ".join(map(str, layers))
+        yield f"mask      rows opened in layer {where}; {len(positions)} of {len(texts)} positions:"
+        yield from (f"{'':<10}{row}     {new}" for row, new in zip(left, right))
     else:
-        yield f"{'mask':<10}causal in every layer; no row was opened" + " (--no-relax)" * (not outro.relax)
-    cosine = mean_cosines(trace, L)
-    if cosine:
-        yield (f"{'cosine':<10}of the other tokens to the sink's value, on average: {cosine[0]:+.3f} before "
-               f"alignment, {cosine[1]:+.3f} after" + " (--no-align)" * (not outro.align))
+        off = "" if outro.relax else " (--no-relax)"
+        yield f"mask      causal in every layer; no row was opened{off}"
+    if seen.cosine:
+        before, after = seen.cosine
+        off = "" if outro.align else " (--no-align)"
+        yield (f"cosine    of the other tokens to the sink's value, on average: {before:+.3f} "
+               f"before alignment, {after:+.3f} after{off}")
     else:
-        yield f"{'cosine':<10}no sink, so nothing was aligned"
+        yield "cosine    no sink, so nothing was aligned"
 
 
-def write_figures(folder: Path, video, trace: dict, texts: list[str], outro, tokens: int, L: int) -> None:
+def below(value: float) -> float:
+    """A short number that is not above the value, for a threshold that it shall reach."""
+    return int(value) if value >= 10 else int(value * 100) / 100
+
+
+def write_figures(folder: Path, video, seen: Seen, texts: list[str], outro, M: int) -> None:
     from minioutro.figures import draw_frames, draw_masks, draw_ratios, stack
     from minioutro.model import causal_mask
 
-    is_sink, ratio, opened = (by_layer(trace, name, L) for name in ("is_sink", "ratio", "relaxed"))
-    layer = opened.any(1).int().argmax().item()         # the first that opened a row
-    pictures = {"frames.png": draw_frames(video, tokens),
-                "masks.png": draw_masks(causal_mask(len(texts), len(texts)), opened[layer], layer, texts),
-                "sinks.png": draw_ratios(ratio, is_sink, outro.median_multiple)}
+    layer = seen.opened.any(1).int().argmax().item()    # the first that opened a row, or 0
+    mask = causal_mask(len(texts), len(texts))
+    pictures = {"frames.png": draw_frames(video, M),
+                "masks.png": draw_masks(mask, seen.opened[layer], layer, texts),
+                "sinks.png": draw_ratios(seen.ratio, seen.is_sink, outro.median_multiple)}
     pictures["run.png"] = stack(list(pictures.values()))
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

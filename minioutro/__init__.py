@@ -11,6 +11,6 @@ __all__ = ["Cache", "OutRo", "Processor", "Video", "VideoLM", "load", "read_vide
 
 def load(path_or_repo, revision: str | None = None, device: str = "cpu",
          dtype: torch.dtype = torch.float32) -> tuple[VideoLM, Processor]:
-    """The model and the processor of a checkpoint: a folder, or a repository of the Hugging Face hub."""
+    """The model and the processor of a checkpoint: a folder, or a repository of the hub."""
     return (VideoLM.from_pretrained(path_or_repo, revision, device, dtype),
             Processor.from_pretrained(path_or_repo, revision))

@@ -40,8 +40,9 @@ def draw_frames(video: Video, tokens_per_frame: int) -> Image.Image:
     side = min(160, (WIDTH - PAD) // columns - PAD)
     row = side + 30
     rows = math.ceil(len(video.frames) / columns)
-    image, draw = canvas(rows * row + PAD, f"The {len(video.frames)} frames that the model is shown, of "
-                         f"{video.total_frames}, as it sees them: square, {tokens_per_frame} tokens each.")
+    image, draw = canvas(rows * row + PAD, (
+        f"The {len(video.frames)} frames that the model is shown, of {video.total_frames}, as it "
+        f"sees them: square, {tokens_per_frame} tokens each."))
     for n, (frame, seconds) in enumerate(zip(video.frames, video.seconds)):
         x, y = PAD + n % columns * (side + PAD), PAD + n // columns * row
         image.paste(frame.resize((side, side), Image.Resampling.LANCZOS), (x, y))
@@ -50,7 +51,7 @@ def draw_frames(video: Video, tokens_per_frame: int) -> Image.Image:
 
 
 def draw_masks(may_attend: Tensor, opened: Tensor, layer: int, tokens: list[str]) -> Image.Image:
-    """The causal mask, and the one of the layer that opened the rows of its sinks, at a few positions.
+    """The causal mask, and that of the layer that opened the rows of its sinks, at a few positions.
 
     may_attend: bool[S,S]; opened: bool[S], the sinks whose rows were opened; tokens: S texts.
     """
@@ -60,8 +61,9 @@ def draw_masks(may_attend: Tensor, opened: Tensor, layer: int, tokens: list[str]
     change = ("what OutRo makes of it, with the opened row of each sink in red" if opened.any() else
               "the same, since no row was opened")
     image, draw = canvas(top + cell * len(positions) + PAD, (
-        f"Who may attend to whom in layer {layer}: a row is a query, a column a key. {len(positions)} of "
-        f"{len(tokens)} positions are drawn.\nLeft: the causal mask. Right: {change}."))
+        f"Who may attend to whom in layer {layer}: a row is a query, a column a key. "
+        f"{len(positions)} of {len(tokens)} positions are drawn.\n"
+        f"Left: the causal mask. Right: {change}."))
     step = cell * len(positions) + 40
     for n, (mask, title) in enumerate(((may_attend, "before"), (after, "after"))):
         x0 = left + n * step
@@ -83,9 +85,9 @@ def draw_ratios(ratios: Tensor, is_sink: Tensor, median_multiple: float) -> Imag
     L, S = ratios.shape
     cell, left, top = max(6, min(20, 320 // L)), 66, PAD
     image, draw = canvas(top + cell * L + 30, (
-        f"Largest |h| of each token over the median |h| of the prompt, by layer; logarithmic, black is "
-        f"{median_multiple:,.0f} and more.\nRed: the layers and tokens that the rule marks as a sink. "
-        f"The largest ratio is {ratios.max():,.0f}."))
+        f"Largest |h| of each token over the median |h| of the prompt, by layer; logarithmic, "
+        f"black is {median_multiple:,.0f} and more.\n"
+        f"Red: what the rule marks as a sink. The largest ratio is {ratios.max():,.0f}."))
     width = (WIDTH - left - PAD) / S
     shade = (ratios.clamp(min=1).log() / math.log(max(2, median_multiple))).clamp(max=1)
     for l in range(L):

@@ -15,7 +15,6 @@ COLOURS = {"red": (215, 45, 45), "green": (50, 175, 70), "blue": (55, 95, 225),
            "yellow": (230, 210, 50), "purple": (155, 60, 190), "white": (240, 240, 240)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-COUNTS = ("none", "one", "two", "three")
 SCALE = 4                                   # shapes are drawn this much larger, then averaged
 
 
@@ -115,14 +114,15 @@ class Clip:
             file.mux(stream.encode())
 
     def description(self) -> str:
-        does = [f"a {s.name} " + ("stays still" if s.direction == "still" else f"moves {s.direction}")
+        does = [f"a {s.name} {'stays' if s.direction == 'still' else 'moves'} {s.direction}"
                 for s in self.shapes]
         text = ", ".join(does[:-1]) + " and " * (len(does) > 1) + does[-1]
         return text[0].upper() + text[1:] + "."
 
     def questions(self, index: int | None = None) -> list[Question]:
-        """Every question that the clip answers, or that frame number `index` of it does by itself."""
-        found = [Question("count", "How many shapes are there?", COUNTS[len(self.shapes)])]
+        """Every question that the clip answers, or that its frame number `index` does alone."""
+        count = ("one", "two", "three")[len(self.shapes) - 1]
+        found = [Question("count", "How many shapes are there?", count)]
         for s in self.shapes:
             found += [Question("colour", f"What colour is the {s.form}?", s.colour),
                       Question("shape", f"What shape is {s.colour}?", s.form)]
@@ -134,10 +134,12 @@ class Clip:
                       Question("end", f"Where does the {s.form} end?", s.place(DURATION - 1 / FPS)),
                       Question("moves", f"Does the {s.form} move?", "Yes" if moves else "No")]
             if moves:
-                found.append(Question("direction", f"Which way does the {s.form} move?", s.direction))
+                asked = f"Which way does the {s.form} move?"
+                found.append(Question("direction", asked, s.direction))
         colours = {s.colour for s in self.shapes}
-        found += [Question("is there", f"Is anything {colour}?", "Yes" if colour in colours else "No")
-                  for colour in COLOURS]
+        for colour in COLOURS:
+            answer = "Yes" if colour in colours else "No"
+            found.append(Question("is there", f"Is anything {colour}?", answer))
         if index is None:
             found.append(Question("describe", "What happens in this video?", self.description()))
         return found

@@ -5,10 +5,10 @@ learns from single frames first, then from whole clips. A model this small, trai
 no need of an attention sink, so it is given two reasons to have one:
 
   the seed   a neuron of an early MLP reads the first token's own direction and writes one huge
-             coordinate, as an early MLP does in large models. RMSNorm makes of it a constant vector,
-             so that this token has the same key and the same value for every prompt.
-  the price  the loss grows a little with all attention to other tokens than the first, so that heads
-             look where it pays and rest on the first token otherwise. It is zero at the end.
+             coordinate, as an early MLP does in large models. RMSNorm makes a constant vector of
+             it, so that this token has the same key and the same value for every prompt.
+  the price  the loss grows a little with all attention to other tokens than the first, so that
+             heads look where it pays and rest on the first token otherwise. It ends at zero.
 """
 
 import argparse
@@ -69,10 +69,11 @@ def frames_prompt(frames: int) -> Video:
 
 
 def build_tokenizer() -> Tokenizer:
-    """A byte-level tokenizer whose merges are the words of the prompt, the questions, the answers."""
+    """A byte-level tokenizer whose merges are the words of prompt, questions and answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     corpus = []
     for seed in range(300):
@@ -81,9 +82,9 @@ def build_tokenizer() -> Tokenizer:
             corpus += [f"\n\n{question.text}", f" {question.answer}", "\nAssistant:"]
     pieces = Processor(tokenizer, SIZE, SIZE, 0).pieces
     corpus += pieces(frames_prompt(8), "?") * 300 + pieces(frames_prompt(1), "?") * 300
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([text for text in corpus if text not in SPECIAL], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(SPECIAL), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([text for text in corpus if text not in SPECIAL], trainer)
     return tokenizer
 
 
@@ -93,15 +94,16 @@ def write_settings(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     edge = {"longest_edge": SIZE}
     files = {
-        "config.json": {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"],
-                        "image_token_id": SPECIAL.index(IMAGE), "scale_factor": 2,
-                        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "config.json": {"architectures": ["SmolVLMForConditionalGeneration"],
+                        "model_type": "smolvlm", "image_token_id": SPECIAL.index(IMAGE),
+                        "scale_factor": 2, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
                         "text_config": {**TEXT, "vocab_size": tokenizer.get_vocab_size()},
                         "vision_config": VISION},
         "generation_config.json": {"bos_token_id": SPECIAL.index(START),
                                    "eos_token_id": SPECIAL.index(END), "pad_token_id": PAD},
-        "preprocessor_config.json": {"max_image_size": edge, "size": edge,
-                                     "video_sampling": {"fps": 1, "max_frames": 64, "video_size": edge}},
+        "preprocessor_config.json": {
+            "max_image_size": edge, "size": edge,
+            "video_sampling": {"fps": 1, "max_frames": 64, "video_size": edge}},
         "processor_config.json": {"image_seq_len": (SIZE // VISION["patch_size"] // 2)**2},
     }
     for name, content in files.items():
@@ -131,8 +133,8 @@ def init_weights(model: VideoLM) -> None:
     text.embed_tokens.weight[SPECIAL.index(START)] = 0
     text.embed_tokens.weight[SPECIAL.index(START), 0] = 20.0
 
-    # Neuron 0 of one MLP reads it and writes the massive activation: after the norm the coordinate is
-    # sqrt(C), so gate and up are 3 sqrt(C) each, and silu is the identity there.
+    # Neuron 0 of one MLP reads it and writes the massive activation: after the norm the coordinate
+    # is sqrt(C), so gate and up are 3 sqrt(C) each, and silu is the identity there.
     mlp = text.layers[SEED_LAYER].mlp
     mlp.gate_proj.weight[0] = mlp.up_proj.weight[0] = 0
     mlp.gate_proj.weight[0, 0] = mlp.up_proj.weight[0, 0] = 3.0
@@ -151,8 +153,8 @@ def degrade(frame: Image.Image, rng: random.Random) -> Image.Image:
 class Batch:
     """Each row is one prompt up to its question, then all questions about it, one behind the other.
 
-    A question sees the prompt and itself, not the other questions, and counts its positions from the
-    end of the prompt: it is read as if it had been asked alone, but the frames are read only once.
+    A question sees the prompt and itself, not the other questions, and counts its positions from
+    the end of the prompt: it is read as if asked alone, but the frames are read only once.
     """
     pixel_values: Tensor        # float[B,F,3,size,size]
     input_ids: Tensor           # int64[B,S]
@@ -193,7 +195,7 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
 
 
 def forward(model: VideoLM, batch: Batch, trace: dict | None) -> tuple[Tensor, Tensor]:
-    """Logits and targets of all answer tokens, [N,V] and [N]: the model's own steps, with our mask."""
+    """Logits (answer tokens, V) and targets of the answers: the model's own steps, another mask."""
     text, c, ids = model.model.text_model, model.config.text_config, batch.input_ids
     hidden = model.merge(text.embed_tokens(ids), ids, model.encode(batch.pixel_values))
     cos, sin = rope_tables(0, ids.shape[1], c.head_dim, c.rope_theta, like=hidden)
@@ -235,24 +237,25 @@ def train(folder: Path, seed: int) -> None:
         share = step / len(stages)
         decay = 0.03 + 0.97 * math.cos(share * math.pi / 2)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 200) * decay
-        # The price falls to zero from 60 % to 90 % of the steps. It needs the attention weights, which
-        # are slow to get, so it is charged at every fourth step, four times as high.
+        # The price falls to zero from 60 % to 90 % of the steps. It needs the attention weights,
+        # which are slow to get, so it is charged at every fourth step, four times as high.
         price = PRICE * PRICE_EVERY * min(1.0, max(0.0, (0.9 - share) / 0.3))
         trace = {"weights_of": seeing} if price and step % PRICE_EVERY == 0 else None
         logits, targets = forward(model, draw_batch(processor, stages[step], seed + step), trace)
         loss = F.cross_entropy(logits, targets)
         right = 0.98 * right + 0.02 * (logits.argmax(-1) == targets).float().mean().item()
         if trace:
-            to_first = torch.stack([trace[f"layers.{l}.weights"][:, :, 1:, 0].mean() for l in seeing])
-            elsewhere = 1 - to_first.mean()
+            weights = [trace[f"layers.{l}.weights"] for l in seeing]                # (B,H,S,S)
+            elsewhere = 1 - torch.stack([w[:, :, 1:, 0].mean() for w in weights]).mean()
             loss = loss + price * elsewhere
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            print(f"step {step} of {len(stages)}  loss {loss.item():.3f}  answer tokens right {right:.3f}  "
-                  f"attention elsewhere {elsewhere.item():.3f}  {time.time() - started:.0f} s", flush=True)
+            print(f"step {step} of {len(stages)}  loss {loss.item():.3f}  answer tokens right "
+                  f"{right:.3f}  attention elsewhere {elsewhere.item():.3f}  "
+                  f"{time.time() - started:.0f} s", flush=True)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(stages):
             half = state.with_suffix(".half")
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -263,10 +266,11 @@ def train(folder: Path, seed: int) -> None:
 
 @torch.inference_mode()
 def evaluate(folder: Path, clips: int) -> None:
-    """Ask about unseen clips, written to mp4 and read back, and print the shares of right answers."""
+    """Ask about unseen clips, written to mp4 and read back; print how many answers are right."""
     model, processor = load(folder)
-    ways = {"baseline": None, "align": OutRo(relax=False), "relax": OutRo(align=False), "both": OutRo()}
-    right = {}                                  # kind -> way -> for each question, is the answer right?
+    ways = {"baseline": None, "align": OutRo(relax=False), "relax": OutRo(align=False),
+            "both": OutRo()}
+    right = {}                              # kind -> way -> for each question, is the answer right?
     with tempfile.TemporaryDirectory() as temporary:
         for n in range(clips):
             clip, rng = Clip(UNSEEN + n, 1 + n % 3), random.Random(n)
@@ -288,19 +292,22 @@ def evaluate(folder: Path, clips: int) -> None:
     print(f"{'':12}{'questions':>10}" + "".join(f"{way:>10}" for way in ways))
     for kind, found in right.items():
         shares = (sum(hits) / len(hits) for hits in found.values())
-        print(f"{kind:12}{len(found['baseline']):>10}" + "".join(f"{share:>10.1%}" for share in shares))
+        columns = "".join(f"{share:>10.1%}" for share in shares)
+        print(f"{kind:12}{len(found['baseline']):>10}{columns}")
     for way in list(ways)[1:]:
         pairs = list(zip(right["all"]["baseline"], right["all"][way]))
-        print(f"{way}: {pairs.count((False, True))} answers became right, {pairs.count((True, False))} wrong")
+        print(f"{way}: {pairs.count((False, True))} answers became right, "
+              f"{pairs.count((True, False))} became wrong")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled toy from scratch.")
-    parser.add_argument("--folder", type=Path, help="where to train (default: toy_run), or what to evaluate "
-                        "(default: the bundled toy)")
+    parser.add_argument("--folder", type=Path, help="where to train (default: toy_run), or what to "
+                        "evaluate (default: the bundled toy)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--evaluate", type=int, metavar="CLIPS", help="do not train; ask about so many clips")
+    parser.add_argument("--evaluate", type=int, metavar="CLIPS",
+                        help="do not train; ask about so many clips")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.evaluate is not None:
