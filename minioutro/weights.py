@@ -62,10 +62,16 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import (GatedRepoError, HFValidationError, LocalEntryNotFoundError,
                                         RepositoryNotFoundError, RevisionNotFoundError)
     from huggingface_hub.utils import tqdm
+
+    class TerminalBar(tqdm):
+        """A progress bar that is silent where nobody watches, as in a log file or a pipe."""
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{"disable": None, **kwargs})
+
     name = f"{path_or_repo} at revision {revision}" if revision else str(path_or_repo)
     try:
         return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns,
-                                      tqdm_class=tqdm))
+                                      tqdm_class=TerminalBar))
     except HFValidationError:
         raise ValueError(f"{path_or_repo} is neither a folder here nor the name of a repository "
                          f"(owner/name); check the path") from None
