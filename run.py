@@ -7,19 +7,41 @@
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 
-TOY = Path(__file__).parent / "minioutro" / "toy"
+TOY = Path(__file__).resolve().parent / "minioutro" / "toy"
 HUB_MODEL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (try --help)\n")
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def strength(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return value
+
+
+def positive(text: str) -> float:
+    if not strength(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return float(text)
 
 
 def arguments() -> argparse.Namespace:
@@ -33,20 +55,20 @@ def arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of weights and activations (default: %(default)s)")
-    add("--frames", type=int, default=64, metavar="N", help="at most (default: %(default)s)")
-    add("--fps", type=float, default=1.0, metavar="F",
+    add("--frames", type=count, default=64, metavar="N", help="at most (default: %(default)s)")
+    add("--fps", type=positive, default=1.0, metavar="F",
         help="frames a second (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--max-new-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
     add = parser.add_argument_group("OutRo").add_argument
-    add("--gamma", type=float, default=3.0, metavar="G",
+    add("--gamma", type=strength, default=3.0, metavar="G",
         help="strength of the alignment (default: %(default)s)")
-    add("--temperature", type=float, default=0.1, metavar="T",
+    add("--temperature", type=positive, default=0.1, metavar="T",
         help="of the alignment's gate (default: %(default)s)")
     add("--no-relax", action="store_true", help="do not open the rows of the sinks")
     add("--no-align", action="store_true", help="do not align the other tokens with the sinks")
-    add("--median-multiple", type=float, default=1000.0, metavar="M",
+    add("--median-multiple", type=strength, default=1000.0, metavar="M",
         help="a sink has an activation of at least M times the median (default: %(default)s)")
-    add("--abs-threshold", type=float, default=100.0, metavar="A",
+    add("--abs-threshold", type=strength, default=100.0, metavar="A",
         help="and of at least A (default: %(default)s)")
     add = parser.add_argument_group("output").add_argument
     add("--figures", metavar="DIR", help="write pictures of the run into this folder")
@@ -56,10 +78,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    sys.stdout.reconfigure(errors="replace")            # not every terminal can show a square
     try:
         run(args)
+    except BrokenPipeError:                             # the reader, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
-        print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"run.py: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -73,6 +99,9 @@ def run(args: argparse.Namespace) -> None:
     outro = OutRo(abs_threshold=args.abs_threshold, median_multiple=args.median_multiple,
                   relax=not args.no_relax, align=not args.no_align, gamma=args.gamma,
                   temperature=args.temperature)
+    for what in ("video", "model", "figures"):
+        if getattr(args, what) == "":
+            raise ValueError(f"the name given for {what} is empty; give one, or leave it out")
     path, question = Path(args.video or TOY / "clip.mp4"), args.question
     name = args.model or (HUB_MODEL if args.video else TOY)
     available = {"cpu": True, "cuda": torch.cuda.is_available(),
@@ -81,10 +110,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device}: there is none here; leave it out to use the cpu")
     if not question.strip():
         raise ValueError("the question is empty; ask something about the video")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
-    if args.figures and Path(args.figures).exists() and not Path(args.figures).is_dir():
-        raise ValueError(f"--figures {args.figures} is a file; give a folder")
+    figures = args.figures and Path(os.path.expanduser(args.figures))
+    if figures:
+        nearest = next(path for path in (figures, *figures.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise ValueError(f"--figures {figures}: {nearest} is no folder that can be written to; "
+                             f"give another")
     read_video(path, max_frames=1)      # a wrong file is told before a model is downloaded
 
     processor = Processor.from_pretrained(name, args.revision)
@@ -92,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     inputs = processor(video, question)
     model = VideoLM.from_pretrained(name, args.revision, args.device, getattr(torch, args.dtype))
     S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
-    check_length(model, processor, video, question, S)
+    check(model, processor, video, question, inputs)
 
     say = (lambda *_, **__: None) if args.json else print
     times = [f"{seconds:.1f}" for seconds in video.seconds]
@@ -101,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         f"{video.duration:.1f} s")
     say(f"weights   {TOY.name if name == TOY else name}: {model.load_report}")
     say(f"prompt    {F} frames x {M} tokens + {S - F * M} text = {S} tokens")
-    say(f"question  {question}")
+    say(f"question  {' '.join(question.splitlines())}")
 
     input_ids = inputs.input_ids.to(args.device)
     with torch.inference_mode():
@@ -113,6 +144,9 @@ def run(args: argparse.Namespace) -> None:
     outro_stream = model.stream(input_ids, outro=outro, trace=trace, **ask)
     first = next(outro_stream)
     spent = time.perf_counter() - started
+    if not trace["logits"].isfinite().all():
+        raise ValueError(f"the model computes no finite numbers as {args.dtype}; try another "
+                         f"--dtype, or a smaller --gamma if you raised it")
     texts = [processor.token_text(token_id) for token_id in inputs.input_ids[0].tolist()]
     seen = Seen.of(trace, model.config.text_config.num_hidden_layers)
     trace.clear()                       # a long prompt's takes gigabytes
@@ -125,9 +159,9 @@ def run(args: argparse.Namespace) -> None:
     say(f"time      baseline {baseline['seconds']:.2f} s, outro {changed['seconds']:.2f} s: "
         f"{ratio:.2f} times as long")
 
-    if args.figures:
-        write_figures(Path(args.figures), video, seen, texts, outro, M)
-        say(f"figures   in {args.figures}: frames, masks and sinks, and all of them in run.png")
+    if figures:
+        write_figures(figures, video, seen, texts, outro, M)
+        say(f"figures   in {figures}: frames, masks and sinks, and all of them in run.png")
     if args.json:
         print(json.dumps({
             "video": str(path), "frames": F, "total_frames": video.total_frames,
@@ -137,20 +171,35 @@ def run(args: argparse.Namespace) -> None:
             "baseline": baseline, "outro": changed, "time_ratio": ratio}, ensure_ascii=False))
 
 
-def check_length(model, processor, video, question: str, S: int) -> None:
-    """Raise ValueError if S prompt tokens do not fit the context; say how many frames would fit."""
-    context = model.config.text_config.max_position_embeddings
+def check(model, processor, video, question: str, inputs) -> None:
+    """Raise ValueError if processor and model do not fit together, or the prompt is too long."""
+    config, vision = model.config, model.config.vision_config
+    per_frame = (vision.image_size // vision.patch_size // config.scale_factor)**2
+    for what, ours, theirs in (
+            ("frame size", processor.size, vision.image_size),
+            ("tokens a frame", processor.tokens_per_frame, per_frame),
+            ("id of <image>", processor.tokenizer.token_to_id("<image>"), config.image_token_id)):
+        if ours != theirs:
+            raise ValueError(f"{what}: the processor's files say {ours}, config.json {theirs}; take "
+                             f"all files from one checkpoint")
+    largest, V = inputs.input_ids.max().item(), config.text_config.vocab_size
+    if largest >= V:
+        raise ValueError(f"tokenizer.json gives token id {largest}, config.json has {V} tokens; "
+                         f"take all files from one checkpoint")
+
+    S, F = inputs.input_ids.shape[1], len(video.frames)
+    context = config.text_config.max_position_embeddings
     if S <= context:
         return
-    for fits in range(len(video.frames) - 1, 0, -1):
-        part = replace(video, frames=video.frames[:fits], seconds=video.seconds[:fits])
-        if len(processor.tokenize(processor.pieces(part, question))) <= context:
-            advice = f"at most {fits} frames fit, try --frames {fits}"
-            break
-    else:
-        advice = "not one frame fits, shorten the question"
-    raise ValueError(f"the prompt has {S} tokens with {len(video.frames)} frames, the model's "
-                     f"context holds {context}; {advice}")
+
+    def length(n: int) -> int:
+        part = replace(video, frames=video.frames[:n], seconds=video.seconds[:n])
+        return len(processor.tokenize(processor.pieces(part, question)))
+    fit = bisect_right(range(1, F), context, key=length)        # how many of 1, 2, ... frames fit
+    advice = (f"at most {fit} frames fit, try --frames {fit}" if fit else
+              "not one frame fits, shorten the question")
+    raise ValueError(f"the prompt has {S} tokens with {F} frames, the model's context holds "
+                     f"{context}; {advice}")
 
 
 def answer(label: str, stream, processor, say, spent: float = 0.0) -> dict:
@@ -188,6 +237,8 @@ class Seen:
         pairs = []
         for l in is_sink.any(1).nonzero().flatten().tolist():
             others = ~is_sink[:l + 1].any(0)    # the tokens that were no sink up to this layer
+            if not others.any():
+                continue
             pairs.append([trace[f"layers.{l}.{name}"][0].cpu()[:, others].mean().item()
                           for name in ("cosine", "cosine_aligned")])
         cosine = tuple(sum(column) / len(pairs) for column in zip(*pairs)) if pairs else None
@@ -221,7 +272,9 @@ def report(seen: Seen, texts: list[str], outro):
             tokens.append(f"and {len(positions) - 3} more")
         yield f"{label:<10}{span}: {'; '.join(tokens) or 'none'}"
         label = ""
-    if searched and not seen.is_sink.any():
+    if not searched:
+        yield f"sinks     none: the model has no layers but the last {outro.skip_last}"
+    elif not seen.is_sink.any():
         l, i = divmod(seen.ratio[:searched].argmax().item(), len(texts))
         ratio, largest = seen.ratio[l, i].item(), seen.largest[l, i].item()
         flags = [f"{flag} {below(value)}" for flag, value, limit in (
@@ -251,7 +304,8 @@ def report(seen: Seen, texts: list[str], outro):
         yield (f"cosine    of the other tokens to the sink's value, on average: {before:+.3f} "
                f"before alignment, {after:+.3f} after{off}")
     else:
-        yield "cosine    no sink, so nothing was aligned"
+        what = "every token is a sink" if seen.is_sink.any() else "no sink"
+        yield f"cosine    {what}, so nothing was aligned"
 
 
 def below(value: float) -> float:

@@ -91,7 +91,9 @@ def read_config(folder) -> Config:
     raw = checkpoint.read_config(folder)
     vision = checkpoint.fill(VisionConfig, raw["vision_config"], "vision_config")
     text = checkpoint.fill(TextConfig, raw["text_config"], "text_config")
-    return checkpoint.fill(Config, raw, "config.json", vision_config=vision, text_config=text)
+    config = checkpoint.fill(Config, raw, "top level", vision_config=vision, text_config=text)
+    checkpoint.check_multiples(config)
+    return config
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,7 @@ def find_sinks(hidden: Tensor, abs_threshold: float, median_multiple: float) -> 
     """
     assert hidden.dim() == 3, f"hidden states are (B,S,C), not {tuple(hidden.shape)}"
     largest, median = activation_ratio(hidden)                  # (B,S), (B,1)
-    return largest >= (median_multiple * median).clamp(min=abs_threshold)
+    return (largest >= abs_threshold) & (largest >= median_multiple * median)
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:

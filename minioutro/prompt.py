@@ -53,6 +53,8 @@ class Processor:
         self.longest_edge = longest_edge            # pixels, of the first of two resizes
         self.tokens_per_frame = tokens_per_frame    # M
         tokenizer.encode_special_tokens = True      # special tokens come from us, never from a text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
 
     @classmethod
     def from_pretrained(cls, path_or_repo, revision: str | None = None) -> "Processor":
@@ -83,6 +85,11 @@ class Processor:
         """The prompt, cut where a special token begins or ends; only special tokens stand alone."""
         if not question.strip():
             raise ValueError("the question is empty; ask something about the video")
+        try:
+            question.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("the question is not valid UTF-8 text; type it without special "
+                             "characters, or in another terminal") from None
         frames, duration = number_words(len(video.frames)), timedelta(seconds=int(video.duration))
         text = (f"User: You are provided the following series of {frames} frames from a {duration} "
                 f"[H:MM:SS] video.\n")

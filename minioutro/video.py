@@ -1,6 +1,7 @@
 """A video file -> a few frames, evenly spread, and the time at which each is shown."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ def sample_indices(total_frames: int, native_fps: float, duration: float, fps: f
     """
     if not 0 < fps < math.inf or max_frames < 1:
         raise ValueError(f"fps {fps} and max_frames {max_frames}: both must be positive numbers")
-    wanted = max(1, min(round(fps * duration), max_frames))
+    wanted = max(1, round(min(fps * duration, max_frames)))
     first, last = 0, total_frames - 1
     if duration - 2 > max_frames * fps:
         first, last = int(native_fps), min(int(total_frames - native_fps), last)
@@ -64,11 +65,13 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
     that was chosen then does not appear (a broken packet, a wrong time), all are decoded to see.
     Raises: OSError if there is no such file; ValueError that says why it gives no frames.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; check the path")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give one video or picture")
+    if not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device; save it as a file first")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; copy or download it again")
     for timeline in (packet_timeline, frame_timeline):
@@ -86,12 +89,13 @@ def open_video(path: Path) -> Iterator[av.VideoStream]:
     """The first stream of video that is not the cover of an album."""
     try:
         # as an open file: FFmpeg reads some names as patterns or addresses
-        with path.open("rb") as file, av.open(file) as container:
+        with path.open("rb") as file, av.open(file, metadata_errors="replace") as container:
             streams = [s for s in container.streams.video
                        if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
-                kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-                raise ValueError(f"{path} has no video stream, only {kinds}; give a video")
+                kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"}))
+                raise ValueError(f"{path} has no video stream, only {kinds or 'a header'}; "
+                                 f"give a video")
             streams[0].thread_type = "AUTO"
             yield streams[0]
     except av.FFmpegError as error:
@@ -136,7 +140,7 @@ def timeline(pts: list, last: int | None, stream: av.VideoStream):
     unit = stream.time_base
     times = sorted(p for p in pts if p is not None)
     if len(times) < len(pts):                   # without clock: count frames at the stated rate
-        times, unit = list(range(len(pts))), 1 / Fraction(stream.average_rate or 25)
+        times, unit, last = list(range(len(pts))), 1 / Fraction(stream.average_rate or 25), 1
     steps = sorted(b - a for a, b in zip(times, times[1:]))
     last = last or (steps[len(steps) // 2] if steps else 0) or 1
     seconds = [float((t - times[0]) * unit) for t in times]

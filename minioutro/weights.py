@@ -7,6 +7,7 @@ on the Hugging Face hub, from where only the files that are needed are fetched, 
 
 import json
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 
 # What the code computes. A config that asks for another value of these is refused.
 FIXED = {
-    "config.json": {"model_type": "smolvlm"},
+    "top level": {"model_type": "smolvlm"},
     "text_config": {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
                     "mlp_bias": False, "rope_type": "default", "rope_interleaved": False,
                     "qk_layer_norms": False, "use_resampler": False},
@@ -51,8 +52,11 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
     Without network a repository that was fetched before is taken from the cache.
     Raises: ValueError that says what is missing and what to try.
     """
-    folder = Path(path_or_repo).expanduser()
+    folder = Path(os.path.expanduser(path_or_repo))
     if folder.is_dir():
+        if revision:
+            raise ValueError(f"{path_or_repo} is a folder and has no revision {revision}; leave "
+                             f"that out")
         return folder
     if folder.exists():
         raise ValueError(f"{path_or_repo} is a file; give the folder that holds config.json")
@@ -85,9 +89,9 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
         raise ValueError(f"{path_or_repo} is neither a folder here nor a public repository of the "
                          f"hub; check the name") from None
     except LocalEntryNotFoundError:
-        raise ValueError(f"{name} is no folder here, is not in the cache, and the hub cannot be "
-                         f"reached; connect once, or copy its files into a folder and give that") \
-            from None
+        raise ValueError(f"{name} is no folder here (check the path), is not in the cache, and "
+                         f"the hub cannot be reached; connect once, or copy its files into a folder "
+                         f"and give that") from None
     except OSError as error:
         raise ValueError(f"{name} could not be fetched ({error}); try again") from None
 
@@ -119,13 +123,23 @@ def read_config(folder: Path) -> dict:
             raise ValueError(f"{folder / 'config.json'} has no section {section}; fetch it again")
     text = config["text_config"]
     # "rope_parameters" since transformers 5; before, rope_theta stood by itself
-    text.update(text.pop("rope_parameters", None) or {})
-    text.setdefault("num_attention_heads", 32)
+    if isinstance(text.get("rope_parameters"), dict):
+        text.update(text.pop("rope_parameters"))
+    heads = text.setdefault("num_attention_heads", 32)
     if text.get("num_key_value_heads") is None:
-        text["num_key_value_heads"] = text["num_attention_heads"]
-    if text.get("head_dim") is None:
-        text["head_dim"] = text.get("hidden_size", 4096) // text["num_attention_heads"]
+        text["num_key_value_heads"] = heads
+    width = text.get("hidden_size", 4096)
+    if text.get("head_dim") is None and fits(width, int) and fits(heads, int):
+        text["head_dim"] = width // heads
     return config
+
+
+def fits(value, field_type) -> bool:
+    """Whether a value can be what a field asks for: a boolean, or a positive number."""
+    if field_type is bool:
+        return isinstance(value, bool)
+    number = (int, float) if field_type is float else int
+    return isinstance(value, number) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def fill(config_class, section: dict, name: str, **parts):
@@ -142,14 +156,34 @@ def fill(config_class, section: dict, name: str, **parts):
             raise ValueError(f"config.json, {name}: {field} = {value!r} is unknown and may change "
                              f"what the model computes; remove it if it does not")
     values = {field: value for field, value in section.items() if field in known}
+    for field in fields(config_class):
+        if field.name in values and not fits(values[field.name], field.type):
+            kind = "boolean" if field.type is bool else "positive number"
+            raise ValueError(f"config.json, {name}: {field.name} = {values[field.name]!r} must be a "
+                             f"{kind}; correct it")
     return config_class(**values, **parts)
+
+
+def check_multiples(config) -> None:
+    """Raise ValueError if a size does not divide into the parts that the model cuts it into."""
+    text, vision = config.text_config, config.vision_config
+    for whole, part, what in (
+            (text.num_attention_heads, text.num_key_value_heads, "heads by key-value heads"),
+            (text.head_dim, 2, "head_dim by 2"),
+            (vision.hidden_size, vision.num_attention_heads, "the encoder's width by its heads"),
+            (vision.image_size // vision.patch_size, config.scale_factor, "patches by scale")):
+        if whole < part or whole % part:
+            raise ValueError(f"config.json: {whole} is no multiple of {part} ({what}); correct it")
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:
     """The token ids that end an answer, from generation_config.json; none without that file."""
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.exists() else None
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(token_id) is int for token_id in eos):
+        raise ValueError(f"{path}: eos_token_id must be token ids, not {eos}; correct it")
+    return tuple(eos)
 
 
 def load_tensors(model: torch.nn.Module, folder: Path, device, dtype: torch.dtype) -> str:
@@ -192,7 +226,9 @@ def locate(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
         index = read_json(folder / INDEX)
         if not isinstance(index.get("weight_map"), dict):
             raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
-        files = sorted(set(index["weight_map"].values()))
+        files = sorted({str(file) for file in index["weight_map"].values()})
+        if any(Path(file).name != file for file in files):
+            raise ValueError(f"{folder / INDEX} names files outside its folder; fetch it again")
     else:
         files = ["model.safetensors"]
     where, shapes = {}, {}

@@ -1,6 +1,7 @@
 """Pixels and prompts equal to those of transformers' processor, whatever the question says."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,10 +65,12 @@ def test_no_question_injects_a_special_token(processor, question):
     assert processor.tokenizer.decode(asked[start + 1:end], skip_special_tokens=False) == f"\n\n{question}"
 
 
-def test_an_empty_question_is_refused(processor):
+def test_a_question_that_is_empty_or_no_text_is_refused(processor):
     for question in ("", " \n"):
         with pytest.raises(ValueError, match="question is empty"):
             processor(video(1), question)
+    with pytest.raises(ValueError, match="not valid UTF-8"):
+        processor(video(1), "caf\udce9?")
 
 
 def test_pixels_equal_the_route_of_the_release():
@@ -91,6 +94,15 @@ def test_pixels_of_any_mode_become_rgb_from_minus_one_to_one(processor):
     assert (processor.pixels(Image.new("RGBA", (9, 7), (0, 0, 0, 0))) == -1).all()
     red = processor.pixels(Image.new("RGB", (64, 64), (255, 0, 51)))
     assert torch.allclose(red[:, 5, 5], torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
+
+
+def test_a_tokenizer_that_cuts_or_pads_does_neither(processor, tmp_path):
+    shutil.copytree(TOY, tmp_path / "toy")
+    saved = json.loads((tmp_path / "toy" / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "toy" / "tokenizer.json").write_text(json.dumps(saved))
+    cutting = Processor.from_pretrained(tmp_path / "toy")
+    assert cutting(video(2), "What?").input_ids.equal(processor(video(2), "What?").input_ids)
 
 
 def test_decode_drops_special_tokens_and_the_leading_space(processor):

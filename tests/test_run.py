@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and what it says to whom it cannot help."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, TOY
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT))
 import run  # noqa: E402
@@ -132,15 +134,15 @@ def test_errors_of_the_question_and_the_flags(call, tmp_path):
     clip = TOY / "clip.mp4"
     assert_refused(call(clip, "", "--model", TOY), "question is empty")
     assert_refused(call(clip, " \n", "--model", TOY), "question is empty")
-    assert_refused(call("--frames", "0"), "max_frames 0")
-    assert_refused(call("--frames", "many"), "--frames", "many")
-    assert_refused(call("--fps", "-1"), "fps -1")
-    assert_refused(call("--temperature", "0"), "temperature", "0")
-    assert_refused(call("--max-new-tokens", "0"), "--max-new-tokens 0")
-    assert_refused(call("--dtype", "int8"), "--dtype", "int8")
+    for flag, value in (("--frames", "0"), ("--frames", "many"), ("--fps", "-1"), ("--fps", "inf"),
+                        ("--temperature", "0"), ("--gamma", "nan"), ("--max-new-tokens", "0"),
+                        ("--median-multiple", "-1"), ("--dtype", "int8")):
+        assert_refused(call(flag, value), flag, value, "--help")
     assert_refused(call("--nonsense"), "--nonsense")
+    assert_refused(call("", "what?"), "video is empty")
     (tmp_path / "taken").touch()
-    assert_refused(call("--figures", "taken"), "--figures taken is a file")
+    assert_refused(call("--figures", "taken"), "--figures taken", "is no folder")
+    assert_refused(call("--figures", "taken/sub"), "--figures taken/sub", "is no folder")
 
 
 def test_a_device_that_is_not_there(call, monkeypatch):
@@ -161,6 +163,12 @@ def test_errors_of_the_model(call, tmp_path, monkeypatch):
     shutil.copy(FIXTURES / "dev_a" / "model.safetensors", model)
     assert_refused(call(clip, "?", "--model", model), "62 missing:", "67 mis-shaped:")
     config = json.loads((model / "config.json").read_text())
+    mixed = shutil.copytree(TOY, tmp_path / "mixed")
+    (mixed / "config.json").write_text(json.dumps({**config, "image_token_id": 7}))
+    assert_refused(call(clip, "?", "--model", mixed), "id of <image>", "from one checkpoint")
+    shutil.copy(TOY / "config.json", mixed)
+    (mixed / "processor_config.json").write_text('{"image_seq_len": 17}')
+    assert_refused(call(clip, "?", "--model", mixed), "tokens a frame", "17", "16")
     (model / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
     assert_refused(call(clip, "?", "--model", model), "model_type 'llava' is not supported")
     (model / "config.json").unlink()
@@ -173,6 +181,30 @@ def test_a_hub_that_cannot_be_reached(call, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert_refused(call(TOY / "clip.mp4"), run.HUB_MODEL, "cannot be reached", "copy its files into a folder")
     assert not (tmp_path / "cache").exists()
+
+
+def test_numbers_that_are_not_finite_are_no_result(call, tmp_path):
+    model = shutil.copytree(TOY, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.text_model.norm.weight"][3] = math.nan
+    save_file(tensors, model / "model.safetensors")
+    code, _, err = call(TOY / "clip.mp4", "?", "--model", model)
+    assert code == 2 and err.count("\n") == 1 and "no finite numbers as float32" in err
+
+
+def test_where_every_token_is_a_sink_nothing_is_aligned(call):
+    code, out, err = call("--median-multiple", 0, "--abs-threshold", 0)
+    assert (code, err) == (0, "") and "every token is a sink, so nothing was aligned" in out
+    assert json.loads(call("--median-multiple", 0, "--abs-threshold", 0, "--json")[1])["cosine"] is None
+
+
+def test_a_terminal_without_squares_and_a_reader_who_leaves():
+    command = [sys.executable, str(ROOT / "run.py"), "--max-new-tokens", "1"]
+    narrow = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (narrow.returncode, narrow.stderr) == (0, b"") and b"? ?" in narrow.stdout
+    leaving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    leaving.stdout.close()
+    assert leaving.wait() == 141 and leaving.stderr.read() == b""
 
 
 def test_a_prompt_that_does_not_fit_says_how_many_frames_do(call, tmp_path):

@@ -1,5 +1,6 @@
 """Which frames are shown, and when: on videos made here, whole, awkward and broken."""
 
+import os
 from fractions import Fraction
 
 import av
@@ -140,6 +141,27 @@ def test_pictures_and_animations_are_videos(tmp_path):
     assert [number(frame) for frame in video.frames] == [0, 60, 120]
 
 
+def test_a_stream_without_a_clock_counts_its_frames(tmp_path):
+    """Raw H.264 has no times: 40 frames at the usual 25 a second, each shown for 1/25 s."""
+    write(tmp_path / "raw.h264")
+    video = read_video(tmp_path / "raw.h264", fps=2.0)
+    assert video.duration == pytest.approx(1.6) and video.total_frames == 40
+    assert_shows(video, [0, 19, 39], [0.0, 0.76, 1.56])
+
+
+def test_a_title_in_another_encoding_does_not_matter(tmp_path):
+    with av.open(str(tmp_path / "a.avi"), "w") as file:
+        file.metadata["title"] = "CafeXX"
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for packet in (*stream.encode(av.VideoFrame.from_image(picture(90))), *stream.encode()):
+            file.mux(packet)
+    data = (tmp_path / "a.avi").read_bytes()
+    assert b"CafeXX" in data
+    (tmp_path / "a.avi").write_bytes(data.replace(b"CafeXX", b"Caf\xe9XX"))
+    assert len(read_video(tmp_path / "a.avi").frames) == 1
+
+
 # ---- what is broken ----
 
 
@@ -181,6 +203,8 @@ def test_what_is_no_video_is_refused_by_name_and_reason(tmp_path):
     assert "is empty" in refused(tmp_path / "empty.mp4")
     (tmp_path / "text.mp4").write_text("no video " * 100)
     assert "not a video" in refused(tmp_path / "text.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert "is a pipe" in refused(tmp_path / "pipe.mp4")
 
 
 def test_sound_alone_and_frames_that_do_not_decode_are_refused(tmp_path):

@@ -91,7 +91,8 @@ def test_defaults_and_decoys_of_the_hubs_config(folder):
     edit_config(folder, "text_config", num_attention_heads=..., num_key_value_heads=..., head_dim=...,
                 rope_parameters=..., rope_theta=130000, hidden_size=2048,
                 perceiver_config={"num_key_value_heads": 1, "tie_word_embeddings": True})
-    edit_config(folder, "vision_config", num_hidden_layers=..., intermediate_size=..., patch_size=...)
+    edit_config(folder, "vision_config", num_hidden_layers=..., intermediate_size=..., patch_size=...,
+                image_size=96)
     config = read_config(folder)
     text, vision = config.text_config, config.vision_config
     assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (32, 32, 64)
@@ -125,6 +126,10 @@ def test_without_generation_config_nothing_ends_an_answer(folder):
     ("text_config", "mlp_bias", True), ("text_config", "rope_scaling", {"type": "linear", "factor": 2}),
     ("text_config", "sliding_window", 512), ("text_config", "rope_interleaved", True),
     ("vision_config", "hidden_act", "relu"), ("vision_config", "num_channels", 1),
+    ("text_config", "hidden_size", "48"), ("text_config", "hidden_size", -48),
+    ("text_config", "num_hidden_layers", 0), ("text_config", "rms_norm_eps", -1.0),
+    ("vision_config", "patch_size", 0), (None, "scale_factor", None),
+    (None, "tie_word_embeddings", "no"),
     ("text_config", "rope_parameters", {"rope_theta": 1e4, "rope_type": "yarn"})])
 def test_a_value_that_is_not_implemented_is_refused_by_field_and_value(folder, section, field, value):
     edit_config(folder, section, **{field: value})
@@ -132,6 +137,26 @@ def test_a_value_that_is_not_implemented_is_refused_by_field_and_value(folder, s
     if field == "rope_parameters":
         field, value = "rope_type", "yarn"
     assert field in text and repr(value) in text
+
+
+@pytest.mark.parametrize("section, field, value", [
+    ("text_config", "num_key_value_heads", 4), ("text_config", "head_dim", 15),
+    ("vision_config", "num_attention_heads", 5), (None, "scale_factor", 4)])
+def test_sizes_that_do_not_divide_are_refused(folder, section, field, value):
+    edit_config(folder, section, **{field: value})
+    assert "is no multiple of" in message(folder)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(folder):
+    weight_map = {"lm_head.weight": "../dev_c/model.safetensors"}
+    (folder / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "outside its folder" in message(folder)
+
+
+def test_a_revision_of_a_folder_and_an_eos_that_is_no_id_are_refused(folder):
+    assert "has no revision v1" in message(folder, revision="v1")
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    assert "eos_token_id" in message(folder)
 
 
 def test_what_is_missing_unexpected_and_mis_shaped_is_named(folder):
