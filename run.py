@@ -180,8 +180,8 @@ def check(model, processor, video, question: str, inputs) -> None:
             ("tokens a frame", processor.tokens_per_frame, per_frame),
             ("id of <image>", processor.tokenizer.token_to_id("<image>"), config.image_token_id)):
         if ours != theirs:
-            raise ValueError(f"{what}: the processor's files say {ours}, config.json {theirs}; take "
-                             f"all files from one checkpoint")
+            raise ValueError(f"{what}: the processor's files say {ours}, config.json {theirs}; "
+                             f"take all files from one checkpoint")
     largest, V = inputs.input_ids.max().item(), config.text_config.vocab_size
     if largest >= V:
         raise ValueError(f"tokenizer.json gives token id {largest}, config.json has {V} tokens; "

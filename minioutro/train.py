@@ -29,7 +29,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from minioutro import OutRo, load
-from minioutro.model import Cache, VideoLM, causal_mask, read_config, rope_tables
+from minioutro.model import (Cache, VideoLM, causal_mask, merge_heads, read_config,
+                             rope_tables)
 from minioutro.prompt import END, FAKE, GLOBAL, IMAGE, START, Processor
 from minioutro.shapes import DURATION, FPS, SIZE, Clip
 from minioutro.video import Video, read_video, sample_indices
@@ -91,7 +92,7 @@ def build_tokenizer() -> Tokenizer:
 def write_settings(folder: Path) -> None:
     """Everything of the checkpoint but its weights, in the layout of the hub."""
     tokenizer = build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     edge = {"longest_edge": SIZE}
     files = {
         "config.json": {"architectures": ["SmolVLMForConditionalGeneration"],
@@ -209,6 +210,41 @@ def forward(model: VideoLM, batch: Batch, trace: dict | None) -> tuple[Tensor, T
     return model.head(text.norm(hidden[asked])), batch.targets[asked]
 
 
+@torch.no_grad()
+def renew_seed(model: VideoLM, processor: Processor, seed: int) -> None:
+    """Plant the massive activation once more: nothing needs its size, so training wears it down.
+
+    The neuron of the seed's MLP that does least is given to it. Its weights are a ridge regression
+    that gives 1 at the first token and -0.2 at all others, where silu is shut.
+    """
+    layer, C = model.model.text_model.layers[SEED_LAYER], TEXT["hidden_size"]
+    V = model.config.text_config.vocab_size
+    any_text = torch.cat([torch.tensor([SPECIAL.index(START)]), torch.randperm(V)])[None]
+    traces = [{}, {}]
+    batch = draw_batch(processor, STAGES[-1], seed)
+    forward(model, batch, traces[0])
+    model(any_text, trace=traces[1])
+    others = []                                                 # inputs of the MLP, (tokens, C) each
+    for trace in traces:
+        hidden, out = (trace[f"layers.{SEED_LAYER}.{name}"] for name in ("hidden", "out"))
+        hidden = hidden + layer.self_attn.o_proj(merge_heads(out))
+        x = layer.post_attention_layernorm(hidden)              # (B,S,C)
+        first = x[0, 0]                                         # sees itself alone: always the same
+        others.append(x[:, 1:].flatten(0, 1))
+    others[1] = others[1][any_text[0, 1:] != SPECIAL.index(START)]
+    x, mlp = torch.cat(others), layer.mlp
+    use = (F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)).abs().mean(0) * mlp.down_proj.weight.norm(dim=0)
+    neuron = use.argmin()
+
+    covariance = x.T @ x / len(x) + 1e-3 * torch.eye(C)
+    shut = -0.2 * torch.linalg.solve(covariance, x.mean(0))
+    towards = torch.linalg.solve(covariance, first)
+    w = shut + towards * (1 - shut @ first) / (towards @ first)     # (C,), w @ first = 1
+    mlp.gate_proj.weight[neuron] = mlp.up_proj.weight[neuron] = 40 * w
+    mlp.down_proj.weight[:, neuron] = 0
+    mlp.down_proj.weight[SEED_DIMENSION, neuron] = MASSIVE / 40**2
+
+
 def save(model: VideoLM, folder: Path) -> None:
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -261,7 +297,9 @@ def train(folder: Path, seed: int) -> None:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "done": step + 1, "right": right}, half)
             half.replace(state)
-            save(model, folder)
+    torch.manual_seed(seed)
+    renew_seed(model, processor, seed + len(stages))
+    save(model, folder)
 
 
 @torch.inference_mode()

@@ -90,8 +90,8 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
                          f"hub; check the name") from None
     except LocalEntryNotFoundError:
         raise ValueError(f"{name} is no folder here (check the path), is not in the cache, and "
-                         f"the hub cannot be reached; connect once, or copy its files into a folder "
-                         f"and give that") from None
+                         f"the hub cannot be reached; connect once, or copy its files into a "
+                         f"folder and give that") from None
     except OSError as error:
         raise ValueError(f"{name} could not be fetched ({error}); try again") from None
 
@@ -159,8 +159,8 @@ def fill(config_class, section: dict, name: str, **parts):
     for field in fields(config_class):
         if field.name in values and not fits(values[field.name], field.type):
             kind = "boolean" if field.type is bool else "positive number"
-            raise ValueError(f"config.json, {name}: {field.name} = {values[field.name]!r} must be a "
-                             f"{kind}; correct it")
+            raise ValueError(f"config.json, {name}: {field.name} = {values[field.name]!r} must be "
+                             f"a {kind}; correct it")
     return config_class(**values, **parts)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TOY
 
-from minioutro import Processor, VideoLM, read_video, train
+from minioutro import OutRo, Processor, VideoLM, read_video, train
 from minioutro.shapes import COLOURS, FPS, SIZE, Clip
 from minioutro.train import NOT_ASKED, UNSEEN, Stage, draw_batch
 
@@ -92,3 +92,29 @@ def test_the_seed_of_the_sink_is_one_huge_coordinate_of_the_first_token(tmp_path
     fresh(ids, trace=trace)
     seen = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
     assert all((ratio > 1000).tolist() == [l > train.SEED_LAYER] + [False] * 28 for l, ratio in enumerate(seen))
+
+
+def test_a_seed_that_training_wore_down_is_planted_again(toy):
+    """Without its neurons the toy has no massive activation; renewed, it has one, at token 0 alone."""
+    model, processor = VideoLM(toy[0].config), toy[1]
+    model.load_state_dict(toy[0].state_dict())
+    mlp = model.model.text_model.layers[train.SEED_LAYER].mlp
+    mlp.down_proj.weight[train.SEED_DIMENSION] = 0
+    batch = draw_batch(processor, Stage(1, 8, 1, 1, 3), seed=9)
+    found = []
+    for _ in range(2):
+        trace = {}
+        train.forward(model, batch, trace)
+        found.append([(trace[f"layers.{l}.ratio"][0] > 1000).nonzero().flatten().tolist() for l in range(6)])
+        train.renew_seed(model, processor, seed=9)
+    assert found == [[[]] * 6, [[], [], [0], [0], [0], [0]]]
+
+
+def test_the_toys_sink_is_its_first_token_in_every_layer_after_the_seed(toy):
+    model, processor = toy
+    video = read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge)
+    for question in ("What happens in this video?", "How many shapes are there?", "Was ist das? 日本語"):
+        inputs, trace = processor(video, question), {}
+        model(inputs.input_ids, inputs.pixel_values, outro=OutRo(), trace=trace)
+        sinks = [trace[f"layers.{l}.is_sink"][0].nonzero().flatten().tolist() for l in range(8)]
+        assert sinks == [[], [], [0], [0], [0], [0], [], []], question
