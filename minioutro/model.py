@@ -22,7 +22,7 @@ differs from a plain Llama in this:
 
 Sources are tagged: *paper* (its abstract), *release* (the published code, github.com/kaistmm/OutRo
 at commit 2bee38c: file and function), *ours* (a choice, with its reason). The architecture itself
-is that of SmolVLM2 as the transformers library computes it; attribute names are its keys.
+is that of SmolVLM2 in the transformers library; attributes are named as the checkpoint's keys.
 
 Shapes, here, in the tests and in every comment:
   B batch            F frames           P patches a frame    M image tokens a frame
@@ -415,7 +415,7 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
     return torch.where(turns[:, None, :, None], turned.to(out.dtype), out)
 
 
-# ---- 7. What outlives a layer: the key-value cache, and in it what OutRo remembers of the prompt 
+# ---- 7. What outlives a layer: keys and values, and what OutRo remembers of the prompt ----------
 
 
 @dataclass

@@ -224,7 +224,7 @@ def renew_seed(model: VideoLM, processor: Processor, seed: int) -> None:
     batch = draw_batch(processor, STAGES[-1], seed)
     forward(model, batch, traces[0])
     model(any_text, trace=traces[1])
-    others = []                                                 # inputs of the MLP, (tokens, C) each
+    others = []                                                # inputs of the MLP, (tokens, C) each
     for trace in traces:
         hidden, out = (trace[f"layers.{SEED_LAYER}.{name}"] for name in ("hidden", "out"))
         hidden = hidden + layer.self_attn.o_proj(merge_heads(out))
