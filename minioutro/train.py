@@ -6,7 +6,8 @@ no need of an attention sink, so it is given two reasons to have one:
 
   the seed   a neuron of an early MLP reads the first token's own direction and writes one huge
              coordinate, as an early MLP does in large models. RMSNorm makes a constant vector of
-             it, so that this token has the same key and the same value for every prompt.
+             it, so that this token has the same key and the same value for every prompt. Training
+             wears it down (nothing needs its size), so it is planted once more at the end;
   the price  the loss grows a little with all attention to other tokens than the first, so that
              heads look where it pays and rest on the first token otherwise. It ends at zero.
 """
@@ -233,8 +234,8 @@ def renew_seed(model: VideoLM, processor: Processor, seed: int) -> None:
         others.append(x[:, 1:].flatten(0, 1))
     others[1] = others[1][any_text[0, 1:] != SPECIAL.index(START)]
     x, mlp = torch.cat(others), layer.mlp
-    use = (F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)).abs().mean(0) * mlp.down_proj.weight.norm(dim=0)
-    neuron = use.argmin()
+    activity = (F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)).abs().mean(0)
+    neuron = (activity * mlp.down_proj.weight.norm(dim=0)).argmin()
 
     covariance = x.T @ x / len(x) + 1e-3 * torch.eye(C)
     shut = -0.2 * torch.linalg.solve(covariance, x.mean(0))

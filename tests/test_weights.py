@@ -101,6 +101,33 @@ def test_defaults_and_decoys_of_the_hubs_config(folder):
     assert (vision.layer_norm_eps, text.rms_norm_eps) == (1e-6, 1e-5)
 
 
+HUB = {                                     # what the three configs say; the rest is absent there
+    "256M": (dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                  num_key_value_heads=3), dict(hidden_size=768, num_attention_heads=12, image_size=512,
+                  patch_size=16), 4, 471, 256_484_928),
+    "500M": (dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
+                  num_key_value_heads=5), dict(hidden_size=768, num_attention_heads=12, image_size=512,
+                  patch_size=16), 4, 489, 507_482_304),
+    "2.2B": (dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24),
+             dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+                  image_size=384, patch_size=14), 3, 657, 2_246_784_880)}
+
+
+@pytest.mark.parametrize("size", HUB)
+def test_the_three_sizes_of_the_hub_have_as_many_tensors_and_parameters_as_their_files(tmp_path, size):
+    text, vision, scale, n_tensors, n_parameters = HUB[size]
+    text = {"model_type": "llama", "head_dim": 64, "vocab_size": 49280, "rms_norm_eps": 1e-5, **text}
+    config = {"model_type": "smolvlm", "image_token_id": 49190, "scale_factor": scale,
+              "tie_word_embeddings": False, "text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = VideoLM(read_config(tmp_path))
+    tensors = model.state_dict().values()
+    assert (len(tensors), sum(tensor.numel() for tensor in tensors)) == (n_tensors, n_parameters)
+    patches = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    assert (patches // scale)**2 == (81 if size == "2.2B" else 64)
+
+
 def test_rope_theta_is_read_in_both_spellings(folder):
     assert read_config(folder).text_config.rope_theta == 10000.0
     edit_config(folder, "text_config", rope_parameters={"rope_theta": 777.0, "rope_type": "default"})
