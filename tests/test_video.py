@@ -23,9 +23,9 @@ def number(image):
     return image.getpixel((image.width // 2, image.height // 2))[1]
 
 
-def write(path, n=40, fps=10, pts=None, codec="libx264", **options):
+def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, **options):
     """n frames, the k-th with brightness 6 k; pts are in hundredths of a second if given."""
-    with av.open(str(path), "w") as file:
+    with av.open(str(path), "w", options=muxer) as file:
         stream = file.add_stream(codec, rate=fps, options={"crf": "5", **options})
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, 100)
@@ -60,6 +60,11 @@ def test_sampling_by_hand():
     assert sample_indices(100, 10.0, 10.0, max_frames=1) == [10]    # 10 s are more than 1: a second is left out
 
 
+def test_sampling_rounds_as_numpy_does():
+    """122 / 14 * 7 is 61, but in floating point, in this order, 60.999..., which numpy cuts to 60."""
+    assert sample_indices(123, 123 / 15, 15.0)[7] == 60
+
+
 @pytest.mark.parametrize("wrong", [dict(fps=0), dict(fps=-1.0), dict(max_frames=0)])
 def test_sampling_refuses_what_makes_no_sense(wrong):
     with pytest.raises(ValueError, match="positive"):
@@ -87,6 +92,15 @@ def test_with_a_variable_rate_each_frame_has_its_own_time(tmp_path):
 def test_times_count_from_the_first_frame(tmp_path):
     video = read_video(write(tmp_path / "a.mkv", pts=[300 + 10 * k for k in range(40)]))
     assert_shows(video, [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
+
+
+def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path):
+    """The first ten frames lie before time 0 and are in the file only to be decoded."""
+    write(tmp_path / "a.mp4", pts=[10 * k - 100 for k in range(40)],
+          muxer={"use_editlist": "1", "avoid_negative_ts": "disabled"})
+    video = read_video(tmp_path / "a.mp4")
+    assert video.total_frames == 30
+    assert_shows(video, [10, 24, 39], [0.0, 1.4, 2.9])
 
 
 @pytest.mark.parametrize("name, codec, options", [("a.mp4", "libx264", {"bf": "3"}),
@@ -175,18 +189,26 @@ def test_a_file_that_is_cut_off_shows_what_is_there(tmp_path):
     assert video.duration == pytest.approx(video.total_frames / 10, abs=0.11)
 
 
-def test_a_broken_packet_is_passed_over(tmp_path):
-    """The packets of the last ten frames are zeroed: the frames that decode are sampled instead."""
-    write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2")
-    with av.open(str(tmp_path / "a.mkv")) as file:
+def spoil(path, first, last):
+    """Zero the packets first to last - 1 of a file in which every frame is a key frame."""
+    with av.open(str(path)) as file:
         places = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
-    data = bytearray((tmp_path / "a.mkv").read_bytes())
-    for position, size in places[30:]:
+    data = bytearray(path.read_bytes())
+    for position, size in places[first:last]:
         data[position + 8:position + size] = bytes(size - 8)
-    (tmp_path / "a.mkv").write_bytes(data)
-    video = read_video(tmp_path / "a.mkv")
+    path.write_bytes(data)
+
+
+def test_broken_packets_are_passed_over(tmp_path):
+    """Without the last ten frames, those that decode are sampled instead. Without number 5, the frame of
+    1.0 s, asked for alone, is the tenth that comes: it is found by its time, not by its number."""
+    path = write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2")
+    spoil(path, 30, 40)
+    video = read_video(path)
     assert video.total_frames == 30
     assert_shows(video, [0, 14, 29], [0.0, 1.4, 2.9])
+    spoil(write(path, codec="mpeg4", g="1", qscale="2"), 5, 6)
+    assert_shows(read_video(path, max_frames=1), [10], [1.0])
 
 
 def refused(path) -> str:
@@ -215,11 +237,5 @@ def test_sound_alone_and_frames_that_do_not_decode_are_refused(tmp_path):
         frame.sample_rate = 8000
         file.mux(stream.encode(frame))
     assert "no video stream, only audio" in refused(tmp_path / "sound.wav")
-    write(tmp_path / "a.mkv", n=5, codec="mpeg4", g="1")
-    with av.open(str(tmp_path / "a.mkv")) as file:
-        places = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
-    data = bytearray((tmp_path / "a.mkv").read_bytes())
-    for position, size in places:
-        data[position + 8:position + size] = bytes(size - 8)
-    (tmp_path / "a.mkv").write_bytes(data)
+    spoil(write(tmp_path / "a.mkv", n=5, codec="mpeg4", g="1"), 0, 5)
     assert "no frame of it can be decoded" in refused(tmp_path / "a.mkv")
