@@ -94,7 +94,7 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     import torch  # here and not above, so that --help and a mistyped flag answer at once
 
-    from minioutro import OutRo, Processor, VideoLM, read_video
+    from minioutro import OutRo, load, read_video
 
     outro = OutRo(abs_threshold=args.abs_threshold, median_multiple=args.median_multiple,
                   relax=not args.no_relax, align=not args.no_align, gamma=args.gamma,
@@ -118,10 +118,9 @@ def run(args: argparse.Namespace) -> None:
                              f"give another")
     read_video(path, max_frames=1)      # a wrong file is told before a model is downloaded
 
-    processor = Processor.from_pretrained(name, args.revision)
+    model, processor = load(name, args.revision, args.device, getattr(torch, args.dtype))
     video = read_video(path, args.fps, args.frames, processor.longest_edge)
     inputs = processor(video, question)
-    model = VideoLM.from_pretrained(name, args.revision, args.device, getattr(torch, args.dtype))
     S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
     check(model, processor, video, question, inputs)
 

@@ -662,17 +662,17 @@ class VideoLM(nn.Module):
         cache = Cache()
         hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace)
         room = self.config.text_config.max_position_embeddings - input_ids.shape[1] + 1
-        for n in range(min(max_new_tokens, room)):
-            if n > 0:
-                hidden = self.hidden_states(token, outro=outro, cache=cache)            # (1,1,C)
+        limit = min(max_new_tokens, room)
+        for n in range(1, limit + 1):
             logits = self.head(hidden[:, -1:])                                          # (1,1,V)
-            if trace is not None and n == 0:
+            if trace is not None and n == 1:
                 trace["logits"] = logits
             token = logits.argmax(-1)                                                   # (1,1)
             token_id = token.item()
             yield token_id
-            if token_id in self.eos_token_ids:
+            if token_id in self.eos_token_ids or n == limit:
                 return
+            hidden = self.hidden_states(token, outro=outro, cache=cache)                # (1,1,C)
 
     def generate(self, *args, **kwargs) -> list[int]:
         """The token ids that `stream` yields for the same arguments, in a list."""

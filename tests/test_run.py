@@ -153,7 +153,7 @@ def test_a_device_that_is_not_there(call, monkeypatch):
 def test_errors_of_the_model(call, tmp_path, monkeypatch):
     clip = TOY / "clip.mp4"
     (tmp_path / "nothing").mkdir()
-    assert_refused(call(clip, "?", "--model", "nothing"), "nothing has no")
+    assert_refused(call(clip, "?", "--model", "nothing"), "nothing has no config.json")
     model = shutil.copytree(TOY, tmp_path / "model")
     whole = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(whole[:-9])
