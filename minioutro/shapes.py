@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 FPS, DURATION, SIZE = 8, 8, 64              # frames a second, seconds, pixels on each side
 COLOURS = {"red": (215, 45, 45), "green": (50, 175, 70), "blue": (55, 95, 225),
            "yellow": (230, 210, 50), "purple": (155, 60, 190), "white": (240, 240, 240)}
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("cross", "ring", "square")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SCALE = 4                                   # shapes are drawn this much larger, then averaged
 
@@ -23,8 +23,10 @@ class Shape:
     colour: str
     form: str                               # one of SHAPES
     direction: str                          # one of DIRECTIONS, or "still"
-    start: tuple[float, float]              # centre at time 0, pixels from the top left corner
-    distance: float                         # pixels travelled in the whole clip
+    turns: bool                             # goes back to where it started
+    appears: float                          # seconds
+    start: tuple[float, float]              # centre when it appears, pixels from the top left
+    distance: float                         # from there to the farthest point, pixels
     radius: float                           # pixels from the centre to the edge
 
     @property
@@ -33,7 +35,10 @@ class Shape:
 
     def centre(self, seconds: float) -> tuple[float, float]:
         dx, dy = DIRECTIONS.get(self.direction, (0, 0))
-        travelled = self.distance * seconds / DURATION
+        share = max(0.0, seconds - self.appears) / (DURATION - self.appears)
+        if self.turns:
+            share = 1 - abs(1 - 2 * share)
+        travelled = self.distance * share
         return self.start[0] + dx * travelled, self.start[1] + dy * travelled
 
     def place(self, seconds: float) -> str:
@@ -45,12 +50,13 @@ class Shape:
     def draw(self, canvas: ImageDraw.ImageDraw, seconds: float) -> None:
         x, y = (SCALE * coordinate for coordinate in self.centre(seconds))
         r, fill = SCALE * self.radius, COLOURS[self.colour]
-        if self.form == "circle":
-            canvas.ellipse((x - r, y - r, x + r, y + r), fill)
+        if self.form == "ring":
+            canvas.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(0.45 * r))
         elif self.form == "square":
             canvas.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
         else:
-            canvas.polygon(((x, y - r), (x + 1.1 * r, y + r), (x - 1.1 * r, y + r)), fill)
+            canvas.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill)
+            canvas.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
 
 
 @dataclass(frozen=True)
@@ -65,28 +71,33 @@ class Clip:
 
     def __init__(self, seed: int, count: int):
         rng = random.Random(seed)
-        self.seed, self.grey, self.noise = seed, rng.randint(15, 75), rng.randint(5, 25)
-        looks = list(zip(rng.sample(list(COLOURS), count), rng.sample(SHAPES, count)))
+        self.seed, self.grey, self.noise = seed, rng.randint(15, 75), rng.randint(5, 20)
+        forms = sorted(rng.sample(SHAPES, count))
+        colours = rng.sample(list(COLOURS), count)
+        late = rng.randrange(count) if count > 1 and rng.random() < 0.5 else None
         while True:
-            self.shapes = [self._place(rng, colour, form) for colour, form in looks]
+            self.shapes = [self._place(rng, colour, form, n == late)
+                           for n, (colour, form) in enumerate(zip(colours, forms))]
             if self._apart():
                 break
 
     @staticmethod
-    def _place(rng: random.Random, colour: str, form: str) -> Shape:
-        direction = rng.choice([*DIRECTIONS, *DIRECTIONS, "still", "still", "still"])
-        radius, distance = rng.uniform(7, 10), rng.uniform(18, 36)
+    def _place(rng: random.Random, colour: str, form: str, late: bool) -> Shape:
+        direction = rng.choice([*DIRECTIONS, *DIRECTIONS, "still", "still", "still", "still"])
+        turns = direction != "still" and not late and rng.random() < 0.5
+        appears = rng.uniform(2, 4) if late else 0.0
+        radius, distance = rng.uniform(7, 10), rng.uniform(20, 36)
         low, high = radius * 1.1, SIZE - radius * 1.1
         start = [rng.uniform(low, high), rng.uniform(low, high)]
         for axis, step in enumerate(DIRECTIONS.get(direction, (0, 0))):
             if step:                        # the whole way must lie inside the frame
                 first, last = (low + distance, high) if step < 0 else (low, high - distance)
                 start[axis] = rng.uniform(first, last)
-        return Shape(colour, form, direction, tuple(start), distance, radius)
+        return Shape(colour, form, direction, turns, appears, tuple(start), distance, radius)
 
     def _apart(self) -> bool:
-        """No two shapes touch, at any second."""
-        for seconds in range(DURATION + 1):
+        """No two shapes touch, at any half second."""
+        for seconds in (n / 2 for n in range(2 * DURATION + 1)):
             for i, a in enumerate(self.shapes):
                 for b in self.shapes[:i]:
                     (ax, ay), (bx, by) = a.centre(seconds), b.centre(seconds)
@@ -94,10 +105,13 @@ class Clip:
                         return False
         return True
 
+    def visible(self, index: int) -> list[Shape]:
+        return [shape for shape in self.shapes if shape.appears <= index / FPS]
+
     def frame(self, index: int) -> Image.Image:
         """Frame number `index` (0 .. FPS * DURATION - 1), RGB, 64 x 64."""
         canvas = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), (self.grey,) * 3)
-        for shape in self.shapes:
+        for shape in self.visible(index):
             shape.draw(ImageDraw.Draw(canvas), index / FPS)
         rng = random.Random(self.seed * 1000 + index)
         noise = Image.frombytes("L", (SIZE, SIZE), rng.randbytes(SIZE * SIZE))
@@ -114,32 +128,38 @@ class Clip:
             file.mux(stream.encode())
 
     def description(self) -> str:
-        does = [f"a {s.name} {'stays' if s.direction == 'still' else 'moves'} {s.direction}"
-                for s in self.shapes]
-        text = ", ".join(does[:-1]) + " and " * (len(does) > 1) + does[-1]
+        does = []
+        for s in self.shapes:
+            way = "stays still" if s.direction == "still" else f"moves {s.direction}"
+            does.append(f"a {s.name} {way}" + " and back" * s.turns)
+        text = ", ".join(does[:-1]) + ", and " * (len(does) > 1) + does[-1]
         return text[0].upper() + text[1:] + "."
 
     def questions(self, index: int | None = None) -> list[Question]:
         """Every question that the clip answers, or that its frame number `index` does alone."""
-        count = ("one", "two", "three")[len(self.shapes) - 1]
+        whole = index is None
+        shapes = self.shapes if whole else self.visible(index)
+        count = ("none", "one", "two", "three")[len(shapes)]
         found = [Question("count", "How many shapes are there?", count)]
-        for s in self.shapes:
+        for s in shapes:
             found += [Question("colour", f"What colour is the {s.form}?", s.colour),
                       Question("shape", f"What shape is {s.colour}?", s.form)]
-            if index is not None:
+            if not whole:
                 found.append(Question("place", f"Where is the {s.form}?", s.place(index / FPS)))
                 continue
             moves = s.direction != "still"
-            found += [Question("start", f"Where does the {s.form} start?", s.place(0)),
-                      Question("end", f"Where does the {s.form} end?", s.place(DURATION - 1 / FPS)),
-                      Question("moves", f"Does the {s.form} move?", "Yes" if moves else "No")]
+            found.append(Question("moves", f"Does the {s.form} move?", "Yes" if moves else "No"))
             if moves:
-                asked = f"Which way does the {s.form} move?"
+                asked = f"Which way does the {s.form} move first?"
                 found.append(Question("direction", asked, s.direction))
-        colours = {s.colour for s in self.shapes}
+                answer = "Yes" if s.turns else "No"
+                found.append(Question("turns", f"Does the {s.form} turn back?", answer))
+            if s.appears:
+                found.append(Question("appears", "Which shape appears later?", s.form))
+        colours = {s.colour for s in shapes}
         for colour in COLOURS:
             answer = "Yes" if colour in colours else "No"
             found.append(Question("is there", f"Is anything {colour}?", answer))
-        if index is None:
+        if whole:
             found.append(Question("describe", "What happens in this video?", self.description()))
         return found

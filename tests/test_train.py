@@ -2,35 +2,65 @@
 
 import pytest
 import torch
-from conftest import TOY
+from conftest import FIXTURES, TOY, assert_close
+from safetensors.torch import load_file
 
 from minioutro import OutRo, Processor, VideoLM, read_video, train
-from minioutro.shapes import COLOURS, FPS, SIZE, Clip
-from minioutro.train import NOT_ASKED, UNSEEN, Stage, draw_batch
+from minioutro.evaluate import UNSEEN
+from minioutro.shapes import COLOURS, FPS, SHAPES, SIZE, Clip
+from minioutro.train import NOT_ASKED, Run, Stage, draw_batch
+
+
+def colour_at(clip, index, x, y):
+    """The name of the colour of frame `index` there, or None for the grey background."""
+    pixel = clip.frame(index).getpixel((int(x), int(y)))
+    names = {**COLOURS, None: (clip.grey,) * 3}
+    return min(names, key=lambda name: sum((a - b)**2 for a, b in zip(names[name], pixel)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_clips_questions_agree_with_what_is_drawn(count):
-    """The colour at each shape's stated place, at the start and at the end, is the stated one."""
-    for seed in range(UNSEEN, UNSEEN + 20):
+    """Each shape's pixels, followed through the frames, tell what the answers say."""
+    for seed in range(UNSEEN, UNSEEN + 30):
         clip = Clip(seed, count)
         answers = {question.text: question.answer for question in clip.questions()}
         assert answers["How many shapes are there?"] == ("one", "two", "three")[count - 1]
+        late = []
         for shape in clip.shapes:
-            for index in (0, 63):
-                x, y = shape.centre(index / FPS)
-                pixel = clip.frame(index).getpixel((int(x), int(y)))
-                nearest = min(COLOURS, key=lambda c: sum((a - b)**2 for a, b in zip(COLOURS[c], pixel)))
-                assert nearest == shape.colour
-                place = answers[f"Where does the {shape.form} {'end' if index else 'start'}?"]
-                assert ("left" in place) == (x < SIZE / 3) and ("bottom" in place) == (y >= 2 * SIZE / 3)
-            (x0, y0), (x1, y1) = shape.centre(0), shape.centre(63 / FPS)
+            rim = 0.8 * shape.radius                   # all three forms are drawn there, left of the centre
+            seen = [index for index in range(0, 64, 3)
+                    if colour_at(clip, index, shape.centre(index / FPS)[0] - rim,
+                                 shape.centre(index / FPS)[1]) == shape.colour]
+            assert seen == [index for index in range(0, 64, 3) if index >= shape.appears * FPS]
+            late += [shape.form] * (seen[0] > 0)
+
+            (x0, y0), (x1, y1), (x2, y2) = (shape.centre(index / FPS) for index in (0, 48, 64))
             moved = {"left": x1 < x0, "right": x1 > x0, "up": y1 < y0, "down": y1 > y0}
-            assert answers[f"Does the {shape.form} move?"] == ("Yes" if any(moved.values()) else "No")
-            assert [way for way, is_so in moved.items() if is_so] == \
-                [answers[q] for q in (f"Which way does the {shape.form} move?",) if q in answers]
+            ways = [way for way, is_so in moved.items() if is_so]
+            question = f"Which way does the {shape.form} move first?"
+            assert ways == [answers[q] for q in (question,) if q in answers]
+            assert answers[f"Does the {shape.form} move?"] == ("Yes" if ways else "No")
+            back = (x0, y0) == pytest.approx((x2, y2))
+            assert answers.get(f"Does the {shape.form} turn back?") == ({True: "Yes", False: "No"}[back] if ways else None)
+            assert answers[f"What colour is the {shape.form}?"] == shape.colour
             assert answers[f"What shape is {shape.colour}?"] == shape.form
-            assert shape.name in clip.description()
+            does = f"moves {ways[0]}" + " and back" * back if ways else "stays still"
+            assert f"a {shape.name} {does}" in clip.description().lower()
+        assert late == [answers[q] for q in ("Which shape appears later?",) if q in answers]
+
+
+def test_the_names_of_image_tokens_say_what_lies_under_them():
+    """One shape, one frame: the token at its centre has its name, one far away has none."""
+    for seed in range(40):
+        clip = Clip(seed, 1)
+        shape = clip.shapes[0]
+        x, y = shape.centre(20 / FPS)
+        names = train.names_of_cells(clip, 20)
+        assert len(names) == 16
+        assert names[4 * int(y // 16) + int(x // 16)] == (
+            SHAPES.index(shape.form), list(COLOURS).index(shape.colour), int(x // 4), int(y // 4))
+        opposite = 4 * (0 if y > SIZE / 2 else 3) + (0 if x > SIZE / 2 else 3)
+        assert names[opposite] == (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED)
 
 
 def test_a_clip_survives_its_mp4(tmp_path):
@@ -48,7 +78,8 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
     """The packed batch gives each answer the logits that the ordinary model gives that question alone."""
     model, processor = VideoLM.from_pretrained(TOY), Processor.from_pretrained(TOY)
     batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, most=2), seed=5)
-    logits, targets = train.forward(model, batch, None)
+    features = model.encode(batch.pixel_values)
+    logits, targets, elsewhere = train.answer(model, batch, features, priced=3)
     alone, expected = [], []
     for b in range(2):
         for turn in range(1, 4):
@@ -58,56 +89,50 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
             expected.append(target[target != NOT_ASKED])
     assert torch.allclose(logits, torch.cat(alone), atol=1e-3)
     assert targets.equal(torch.cat(expected))
+    assert 0 < elsewhere < 1
 
 
 def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
-    """Four steps in one go, or three, a crash, and the rest from the file of step two: the same model."""
-    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 2, 1), Stage(2, 8, 1, 2, 2)))
+    """Six steps in one go, or five, a crash, and the rest from the file of step four: the same model."""
+    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0, 1), Stage(2, 1, 2, 2, 1), Stage(2, 8, 1, 2, 2)))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    run = Run(".", share=1.0)
     weights = {}
     with torch.enable_grad():
-        train.train(tmp_path / "whole", seed=3)
+        train.train(tmp_path / "whole", run, seed=3)
         draw, calls = train.draw_batch, []
 
         def interrupt(*args):
             calls.append(args)
-            if len(calls) == 4:
+            if len(calls) == 6:
                 raise KeyboardInterrupt
             return draw(*args)
         monkeypatch.setattr(train, "draw_batch", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train.train(tmp_path / "parts", seed=3)
-        train.train(tmp_path / "parts", seed=3)
+            train.train(tmp_path / "parts", run, seed=3)
+        train.train(tmp_path / "parts", run, seed=3)
     for name in ("whole", "parts"):
         weights[name] = VideoLM.from_pretrained(tmp_path / name).state_dict()
     assert all(weights["whole"][name].equal(weights["parts"][name]) for name in weights["whole"])
 
 
-def test_the_seed_of_the_sink_is_one_huge_coordinate_of_the_first_token(tmp_path, toy):
-    model = toy[0]
-    fresh = VideoLM(model.config)
-    train.init_weights(fresh)
-    trace = {}
-    ids = torch.arange(1, 30)[None]
-    fresh(ids, trace=trace)
-    seen = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
-    assert all((ratio > 1000).tolist() == [l > train.SEED_LAYER] + [False] * 28 for l, ratio in enumerate(seen))
-
-
-def test_a_seed_that_training_wore_down_is_planted_again(toy):
-    """Without its neurons the toy has no massive activation; renewed, it has one, at token 0 alone."""
-    model, processor = VideoLM(toy[0].config), toy[1]
-    model.load_state_dict(toy[0].state_dict())
-    mlp = model.model.text_model.layers[train.SEED_LAYER].mlp
-    mlp.down_proj.weight[train.SEED_DIMENSION] = 0
-    batch = draw_batch(processor, Stage(1, 8, 1, 1, 3), seed=9)
-    found = []
-    for _ in range(2):
-        trace = {}
-        train.forward(model, batch, trace)
-        found.append([(trace[f"layers.{l}.ratio"][0] > 1000).nonzero().flatten().tolist() for l in range(6)])
-        train.renew_seed(model, processor, seed=9)
-    assert found == [[[]] * 6, [[], [], [0], [0], [0], [0]]]
+def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
+    """After a few dear steps: with the price less attention elsewhere, without the seed no sink."""
+    monkeypatch.setattr(train, "STAGES", (Stage(15, 1, 1, 2, 1),))
+    monkeypatch.setattr(train, "PRICE", 20.0)
+    monkeypatch.setattr(train, "LEARNING_RATE", 0.1)
+    ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
+    for name, run in train.CONTROLS.items():
+        with torch.enable_grad():
+            train.train(tmp_path / name, Run(name, 1.0, run.price, run.seed), seed=3)
+        trace = {"weights_of": range(8)}
+        VideoLM.from_pretrained(tmp_path / name)(ids, trace=trace)
+        to_first[name] = torch.stack([trace[f"layers.{l}.weights"][0, :, 1:, 0] for l in range(2, 8)]).mean()
+        ratio[name] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
+    assert to_first["with both"] > to_first["without the price"] + 0.05
+    for name in ("with both", "without the price"):
+        assert all((r > 1000).tolist() == [l > train.SEED_LAYER] + [False] * 28 for l, r in enumerate(ratio[name]))
+    assert max(r.max() for r in ratio["without the seed"]) < 1000
 
 
 def test_the_toys_sink_is_its_first_token_in_every_layer_after_the_seed(toy):
@@ -118,3 +143,14 @@ def test_the_toys_sink_is_its_first_token_in_every_layer_after_the_seed(toy):
         model(inputs.input_ids, inputs.pixel_values, outro=OutRo(), trace=trace)
         sinks = [trace[f"layers.{l}.is_sink"][0].nonzero().flatten().tolist() for l in range(8)]
         assert sinks == [[], [], [0], [0], [0], [0], [], []], question
+
+
+def test_the_toy_equals_transformers_from_its_video_file_to_its_logits(toy):
+    """Pins the bundled clip, the processor, the weights and the model at once."""
+    model, processor = toy
+    golden = load_file(FIXTURES / "toy.safetensors")
+    video = read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge)
+    inputs = processor(video, "What happens in this video?")
+    logits = model(inputs.input_ids, inputs.pixel_values)
+    assert_close(logits[:, -golden["logits"].shape[1]:], golden["logits"])
+    assert [model.generate(inputs.input_ids, inputs.pixel_values)] == golden["answer"].tolist()
