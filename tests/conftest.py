@@ -1,13 +1,16 @@
 """Shapes are named as in minioutro/model.py; sizes in tests are distinct, so that no transpose passes."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from exercises import EXERCISES, Implementation, points_table
 from safetensors.torch import load_file
 
 from minioutro import OutRo, VideoLM, load
+from minioutro import model as minioutro_model
 
 torch.set_num_threads(1)             # the tensors are tiny, and a second thread only gets in the way
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -57,3 +60,57 @@ def assert_close(ours, golden, tolerance=1e-4):
 @pytest.fixture(scope="session")
 def decoded():
     return json.loads((FIXTURES / "decode.json").read_text())
+
+
+# ---- the exercises: python -m pytest --impl my_module -m exercise_4 ----
+
+
+def pytest_addoption(parser):
+    parser.addoption("--impl", metavar="MODULE", default="minioutro.model",
+                     help="run the tests of the exercises, and no others, on the functions of this module")
+
+
+def pytest_configure(config):
+    for exercise in EXERCISES:
+        config.addinivalue_line("markers", f"{exercise.mark}: {exercise.title}, {exercise.points} points")
+    name = config.getoption("--impl")
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        raise pytest.UsageError(f"--impl {name}: {error}; python tests/starter.py my_module.py writes a module "
+                                f"to start from, for --impl my_module") from None
+
+
+def exercise_of(keywords) -> int | None:
+    return next((e.number for e in EXERCISES if e.mark in keywords), None)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--impl") != "minioutro.model":
+        others = [item for item in items if exercise_of(item.keywords) is None]
+        items[:] = [item for item in items if exercise_of(item.keywords) is not None]
+        config.hook.pytest_deselected(items=others)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    try:
+        return (yield)
+    except NotImplementedError as missing:          # in one sentence, without a traceback
+        pytest.fail(str(missing), pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--impl") != "minioutro.model":
+        results = {}
+        for outcome in ("passed", "failed", "error"):
+            for report in terminalreporter.stats.get(outcome, []):
+                results.setdefault(exercise_of(report.keywords), []).append(outcome == "passed")
+        terminalreporter.section("points")
+        terminalreporter.write_line(points_table(results))
+
+
+@pytest.fixture(scope="session")
+def impl(pytestconfig):
+    """The functions that the exercises ask for: the model's own, or those of --impl."""
+    return Implementation(importlib.import_module(pytestconfig.getoption("--impl")), minioutro_model)
