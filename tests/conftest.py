@@ -67,18 +67,20 @@ def decoded():
 
 def pytest_addoption(parser):
     parser.addoption("--impl", metavar="MODULE", default="minioutro.model",
-                     help="run the tests of the exercises, and no others, on the functions of this module")
+                     help="run the tests of the exercises, and no others, on this module")
 
 
 def pytest_configure(config):
-    for exercise in EXERCISES:
-        config.addinivalue_line("markers", f"{exercise.mark}: {exercise.title}, {exercise.points} points")
+    for e in EXERCISES:
+        config.addinivalue_line("markers", f"{e.mark}: {e.title}, {e.points} points")
     name = config.getoption("--impl")
     try:
         importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise pytest.UsageError(f"--impl {name}: {error}; python tests/starter.py my_module.py "
+                                f"writes one to start from, for --impl my_module") from None
     except Exception as error:
-        raise pytest.UsageError(f"--impl {name}: {error}; python tests/starter.py my_module.py writes a module "
-                                f"to start from, for --impl my_module") from None
+        raise pytest.UsageError(f"--impl {name}: {type(error).__name__}: {error}") from None
 
 
 def exercise_of(keywords) -> int | None:
@@ -94,10 +96,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
+    """An exercise that is not written yet fails with that sentence, not with a traceback."""
     try:
         return (yield)
-    except NotImplementedError as missing:          # in one sentence, without a traceback
-        pytest.fail(str(missing), pytrace=False)
+    except NotImplementedError as missing:
+        sentence = str(missing)
+    pytest.fail(sentence, pytrace=False)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -113,4 +117,5 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def impl(pytestconfig):
     """The functions that the exercises ask for: the model's own, or those of --impl."""
-    return Implementation(importlib.import_module(pytestconfig.getoption("--impl")), minioutro_model)
+    module = importlib.import_module(pytestconfig.getoption("--impl"))
+    return Implementation(module, minioutro_model)

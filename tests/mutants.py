@@ -1,4 +1,4 @@
-"""Typical wrong solutions of the exercises. A test shows that each fails a test of its own exercise."""
+"""Typical wrong solutions of the exercises: each fails a test of its own exercise."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from starter import MODEL, SLIP, decoder_layer
 from minioutro import model
 from minioutro.model import activation_ratio, causal_mask, cosine, repeat_heads
 
-WRONG = []          # (exercise, name in model.py, the wrong function, what is wrong in one word)
+WRONG = []          # (exercise, name in model.py, the wrong function or class, what is wrong)
 
 
 def wrong(exercise: int, name: str):
@@ -29,7 +29,7 @@ def patches_in_a_line_instead_of_squares(x, scale):
 def squares(x, scale):
     B, P, Cv = x.shape
     n = int(P**0.5)
-    return x.view(B, n // scale, scale, n // scale, scale, Cv)                # (B, Y, dy, X, dx, Cv)
+    return x.view(B, n // scale, scale, n // scale, scale, Cv)      # (B, Y, dy, X, dx, Cv)
 
 
 @wrong(1, "pixel_shuffle")
@@ -67,7 +67,8 @@ class EpsOutsideTheRoot(model.RMSNorm):
 class SumInsteadOfMean(model.RMSNorm):
     def forward(self, x):
         h = x.float()
-        return self.weight * (h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + self.eps)).to(x.dtype)
+        h = h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
 
 
 @wrong(2, "RMSNorm")
@@ -158,7 +159,8 @@ def heads_repeated_in_turn(x, H):
     return x.repeat(1, H // x.shape[1], *[1] * (x.dim() - 2))
 
 
-def softmax_attention(q, k, v, may_attend, scale=0.5, dim=-1, forbidden=float("-inf"), repeat=repeat_heads):
+def softmax_attention(q, k, v, may_attend, scale=0.5, dim=-1, forbidden=float("-inf"),
+                      repeat=repeat_heads):
     k, v = repeat(k, q.shape[1]), repeat(v, q.shape[1])
     allowed = may_attend if may_attend.dim() == 2 else may_attend[:, None]
     scores = (q @ k.transpose(-1, -2) / q.shape[-1]**scale).masked_fill(~allowed, forbidden)
@@ -337,7 +339,7 @@ def the_mean_of_the_others(v, is_sink):
 
 
 def turn(out, v_sink, ever_sink, gamma, gate, power=2, restore=True, repeat=repeat_heads):
-    """align_with_sink with a gate (B,H,S) of one's own, |v|^power below p, and the length restored or not."""
+    """align_with_sink with a gate (B,H,S) of one's own, |v|^power in p, and |o| restored or not."""
     v = repeat(v_sink, out.shape[1])[:, :, None].float()
     o = out.float()
     p = (o * v).sum(-1, keepdim=True) / (v.norm(dim=-1, keepdim=True)**power + 1e-8) * v
@@ -391,7 +393,8 @@ def towards_the_value_of_another_head(out, v_sink, ever_sink, gamma, temperature
 
 @wrong(10, "align_with_sink")
 def sinks_turned_too(out, v_sink, ever_sink, gamma, temperature):
-    return turn(out, v_sink, torch.zeros_like(ever_sink), gamma, usual_gate(out, v_sink, temperature))
+    return turn(out, v_sink, torch.zeros_like(ever_sink), gamma, usual_gate(out, v_sink,
+                temperature))
 
 
 @wrong(10, "align_with_sink")
