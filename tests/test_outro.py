@@ -1,4 +1,7 @@
-"""The method: worked by hand, equal to the published code, and equal to a second, slower writing of it."""
+"""The method in the model: equal to the published code, and to a second, slower writing of it.
+
+Its functions are tested one by one in test_exercises.py.
+"""
 
 import math
 from dataclasses import replace
@@ -9,97 +12,12 @@ from conftest import assert_close
 
 from minioutro import Cache, OutRo
 from minioutro import model as module
-from minioutro.model import (align_with_sink, attention, causal_mask, find_sinks, open_sink_rows, rotate,
-                             rope_tables, sink_value)
+from minioutro.model import align_with_sink, attention, causal_mask, open_sink_rows, rotate, rope_tables
 
 CASES = ("dev_late", "dev_natural")
 
 
-# ---- the pure functions, by hand ----
-
-
-def test_find_sinks_by_hand():
-    """Six values, |h| = 0, 1, 1, 2, 5, 40: the lower of the two middle ones is 1.
-
-    Multiple 40: token 2 (40 >= 40) is a sink. Multiple 40.1, or a floor of 41: none is.
-    """
-    hidden = torch.tensor([[[1.0, -1.0], [0.0, 5.0], [2.0, -40.0]]])
-    assert find_sinks(hidden, 0.0, 40.0).tolist() == [[False, False, True]]
-    assert find_sinks(hidden, 40.0, 5.1).tolist() == [[False, False, True]]
-    assert find_sinks(hidden, 0.0, 5.0).tolist() == [[False, True, True]]
-    assert not find_sinks(hidden, 0.0, 40.1).any()
-    assert not find_sinks(hidden, 41.0, 1.0).any()
-
-
-def test_the_median_is_of_the_item_not_of_the_token_or_the_batch():
-    """Item 0 has median 1, item 1 median 10; 100 is 100 times the one and 10 times the other."""
-    hidden = torch.tensor([[[1.0, 1.0], [1.0, 100.0]], [[10.0, 10.0], [10.0, 100.0]]])
-    assert find_sinks(hidden, 0.0, 50.0).tolist() == [[False, True], [False, False]]
-    # token 1 of item 0 is a sink although its own median is not small against its largest value
-    assert find_sinks(torch.tensor([[[1.0, 1.0], [90.0, 100.0]]]), 0.0, 90.0).tolist() == [[False, True]]
-
-
-def test_sink_value_is_the_mean_over_sinks_by_head_and_item():
-    v = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)              # (B,G,S,D)
-    is_sink = torch.tensor([[True, False, True, False], [False] * 4])
-    v_sink = sink_value(v, is_sink)
-    assert v_sink.shape == (2, 3, 5)
-    assert v_sink[0].equal((v[0, :, 0] + v[0, :, 2]) / 2)
-    assert (v_sink[1] == 0).all()
-
-
-@pytest.mark.parametrize("before, after", [(85, 74.8), (80, 56.0), (70, 34.5), (60, 23.4), (45, 14.0),
-                                           (30, 8.2)])
-def test_alignment_angles(before, after):
-    """In a plane, with v_sink along x: o at angle a becomes (1 + 3g) cos a, sin a, g = tanh(cos a / 0.1)."""
-    angle = math.radians(before)
-    g = math.tanh(math.cos(angle) / 0.1)
-    assert math.degrees(math.atan2(math.sin(angle), (1 + 3 * g) * math.cos(angle))) == \
-        pytest.approx(after, abs=0.06)
-    out = 7 * torch.tensor([math.cos(angle), math.sin(angle)]).view(1, 1, 1, 2)
-    turned = align_with_sink(out, torch.tensor([[[0.3, 0.0]]]), torch.zeros(1, 1, dtype=torch.bool), 3.0,
-                             0.1).flatten()
-    assert math.degrees(math.atan2(turned[1], turned[0])) == pytest.approx(after, abs=0.06)
-    assert turned.norm().item() == pytest.approx(7, rel=1e-5)
-
-
-def heads(B=2, H=6, G=3, S=5, D=4):
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(B, H, S, D, generator=generator), torch.randn(B, G, D, generator=generator)
-
-
-def test_alignment_keeps_length_and_plane_and_turns_only_towards_the_sink():
-    out, v_sink = heads()
-    turned = align_with_sink(out, v_sink, torch.zeros(2, 5, dtype=torch.bool), 3.0, 0.1)
-    assert torch.allclose(turned.norm(dim=-1), out.norm(dim=-1), atol=1e-5)
-    for h in range(6):
-        v = v_sink[:, h // 2, None]                                 # two query heads share one of G = 3
-        before = torch.cosine_similarity(out[:, h], v, dim=-1)
-        after = torch.cosine_similarity(turned[:, h], v, dim=-1)
-        assert (after[before > 0] > before[before > 0]).all()
-        assert torch.allclose(turned[:, h][before <= 0], out[:, h][before <= 0], atol=1e-6)
-        basis = torch.stack([out[:, h], v.expand_as(out[:, h])], dim=-1)        # (B,S,D,2)
-        residual = turned[:, h, :, :, None] - basis @ torch.linalg.pinv(basis) @ turned[:, h, :, :, None]
-        assert residual.abs().max() < 1e-5
-
-
-def test_alignment_of_no_strength_of_sinks_and_without_sinks():
-    out, v_sink = heads()
-    ever_sink = torch.tensor([[True, False, False, True, False], [False] * 5])
-    assert torch.allclose(align_with_sink(out, v_sink, ever_sink, 0.0, 0.1), out, atol=1e-6)
-    v_sink[1] = 0
-    turned = align_with_sink(out, v_sink, ever_sink, 3.0, 0.1)
-    assert turned[0][:, ever_sink[0]].equal(out[0][:, ever_sink[0]])
-    assert not torch.allclose(turned[0][:, ~ever_sink[0]], out[0][:, ~ever_sink[0]])
-    assert turned[1].equal(out[1])
-
-
-def test_alignment_of_half_precision_is_computed_in_float32():
-    """A float16 output of length 1e-4 would vanish in |o'| + 1e-8, and |v|^2 = 1e-8 in the other."""
-    out, v_sink = heads()
-    never = torch.zeros(2, 5, dtype=torch.bool)
-    small = align_with_sink(out.half() * 1e-3, v_sink.half() * 1e-3, never, 3.0, 0.1).float()
-    assert torch.allclose(small * 1e3, align_with_sink(out, v_sink, never, 3.0, 0.1), atol=0.05)
+# ---- constants ----
 
 
 def test_the_defaults_are_those_of_the_release():
@@ -136,11 +54,10 @@ def test_sinks_rows_and_logits_equal_the_published_code(golden, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_generated_tokens_are_aligned_unlike_in_the_published_code(golden, decoded, case):
-    """The release tests index 0 of a one-token chunk against the prompt's sinks: no alignment there."""
+def test_without_outro_after_the_prompt_answers_are_those_of_the_published_code(golden, decoded, case):
+    """The release tests index 0 of a one-token chunk against the prompt's sinks: no alignment there.
+    Ours is tested in test_exercises.py."""
     g = golden(case)
-    assert g.model.generate(g.input_ids, g.pixels, max_new_tokens=24, outro=g.outro()) == \
-        decoded[case]["ids"]
     assert g.model.generate(g.input_ids, g.pixels, max_new_tokens=24) == decoded[case]["off"]
     cache, slip = Cache(), []
     logits = g.model(g.input_ids, g.pixels, outro=g.outro(), cache=cache)

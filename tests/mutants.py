@@ -1,0 +1,424 @@
+"""Typical wrong solutions of the exercises: each fails a test of its own exercise."""
+
+import torch
+import torch.nn.functional as F
+from starter import MODEL, SLIP, decoder_layer
+
+from minioutro import model
+from minioutro.model import activation_ratio, causal_mask, cosine, repeat_heads
+
+WRONG = []          # (exercise, name in model.py, the wrong function or class, what is wrong)
+
+
+def wrong(exercise: int, name: str):
+    def register(function):
+        WRONG.append((exercise, name, function, function.__name__))
+        return function
+    return register
+
+
+# ---- exercise 1 ----
+
+
+@wrong(1, "pixel_shuffle")
+def patches_in_a_line_instead_of_squares(x, scale):
+    B, P, Cv = x.shape
+    return x.reshape(B, P // scale**2, Cv * scale**2)
+
+
+def squares(x, scale):
+    B, P, Cv = x.shape
+    n = int(P**0.5)
+    return x.view(B, n // scale, scale, n // scale, scale, Cv)      # (B, Y, dy, X, dx, Cv)
+
+
+@wrong(1, "pixel_shuffle")
+def columns_of_a_square_first(x, scale):
+    return squares(x, scale).permute(0, 1, 3, 4, 2, 5).flatten(1, 2).flatten(2)
+
+
+@wrong(1, "pixel_shuffle")
+def tokens_column_by_column(x, scale):
+    return squares(x, scale).permute(0, 3, 1, 2, 4, 5).flatten(1, 2).flatten(2)
+
+
+@wrong(1, "pixel_shuffle")
+def channels_outside(x, scale):
+    return squares(x, scale).permute(0, 1, 3, 5, 2, 4).flatten(1, 2).flatten(2)
+
+
+# ---- exercise 2 ----
+
+
+@wrong(2, "RMSNorm")
+class TheMeanIsSubtracted(model.RMSNorm):
+    def forward(self, x):
+        return self.weight * F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+@wrong(2, "RMSNorm")
+class EpsOutsideTheRoot(model.RMSNorm):
+    def forward(self, x):
+        h = x.float()
+        return self.weight * (h / (h.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)).to(x.dtype)
+
+
+@wrong(2, "RMSNorm")
+class SumInsteadOfMean(model.RMSNorm):
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+@wrong(2, "RMSNorm")
+class OneMeanForAllTokens(model.RMSNorm):
+    def forward(self, x):
+        h = x.float()
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean() + self.eps)).to(x.dtype)
+
+
+@wrong(2, "RMSNorm")
+class SquaredInHalfPrecision(model.RMSNorm):
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+@wrong(2, "RMSNorm")
+class WithoutTheWeight(model.RMSNorm):
+    def forward(self, x):
+        h = x.float()
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+# ---- exercise 3 ----
+
+
+@wrong(3, "rotate")
+def neighbours_as_pairs(x, cos, sin):
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
+
+
+@wrong(3, "rotate")
+def clockwise(x, cos, sin):
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([right, -left], dim=-1) * sin
+
+
+@wrong(3, "rotate")
+def cosine_and_sine_exchanged(x, cos, sin):
+    left, right = x.chunk(2, dim=-1)
+    return x * sin + torch.cat([-right, left], dim=-1) * cos
+
+
+@wrong(3, "rotate")
+def halves_not_exchanged(x, cos, sin):
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-left, right], dim=-1) * sin
+
+
+# ---- exercise 4 ----
+
+
+@wrong(4, "causal_mask")
+def counted_from_the_upper_left(n_query, n_key, device=None):
+    return torch.ones(n_query, n_key, dtype=torch.bool).tril()
+
+
+@wrong(4, "causal_mask")
+def one_key_too_few(n_query, n_key, device=None):
+    return torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query - 1)
+
+
+@wrong(4, "causal_mask")
+def one_key_too_many(n_query, n_key, device=None):
+    return torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query + 1)
+
+
+@wrong(4, "causal_mask")
+def true_where_it_is_forbidden(n_query, n_key, device=None):
+    return ~causal_mask(n_query, n_key)
+
+
+@wrong(4, "causal_mask")
+def the_future_instead_of_the_past(n_query, n_key, device=None):
+    return torch.ones(n_query, n_key, dtype=torch.bool).triu(n_key - n_query)
+
+
+@wrong(4, "causal_mask")
+def zero_and_minus_infinity(n_query, n_key, device=None):
+    return torch.zeros(n_query, n_key).masked_fill(~causal_mask(n_query, n_key), float("-inf"))
+
+
+# ---- exercise 5 ----
+
+
+@wrong(5, "repeat_heads")
+def heads_repeated_in_turn(x, H):
+    return x.repeat(1, H // x.shape[1], *[1] * (x.dim() - 2))
+
+
+def softmax_attention(q, k, v, may_attend, scale=0.5, dim=-1, forbidden=float("-inf"),
+                      repeat=repeat_heads):
+    k, v = repeat(k, q.shape[1]), repeat(v, q.shape[1])
+    allowed = may_attend if may_attend.dim() == 2 else may_attend[:, None]
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1]**scale).masked_fill(~allowed, forbidden)
+    weights = scores.softmax(dim)
+    return weights @ v, weights
+
+
+@wrong(5, "attention")
+def values_of_the_wrong_head(q, k, v, may_attend):
+    return softmax_attention(q, k, v, may_attend, repeat=heads_repeated_in_turn)
+
+
+@wrong(5, "attention")
+def scores_not_scaled(q, k, v, may_attend):
+    return softmax_attention(q, k, v, may_attend, scale=0)
+
+
+@wrong(5, "attention")
+def scaled_by_the_head_size_without_root(q, k, v, may_attend):
+    return softmax_attention(q, k, v, may_attend, scale=1)
+
+
+@wrong(5, "attention")
+def mask_inverted(q, k, v, may_attend):
+    return softmax_attention(q, k, v, ~may_attend)
+
+
+@wrong(5, "attention")
+def forbidden_scores_are_zero(q, k, v, may_attend):
+    return softmax_attention(q, k, v, may_attend, forbidden=0.0)
+
+
+@wrong(5, "attention")
+def softmax_over_the_queries(q, k, v, may_attend):
+    return softmax_attention(q, k, v, may_attend, dim=-2)
+
+
+@wrong(5, "attention")
+def masked_behind_the_softmax(q, k, v, may_attend):
+    allowed = may_attend if may_attend.dim() == 2 else may_attend[:, None]
+    _, weights = softmax_attention(q, k, v, torch.ones_like(may_attend))
+    weights = weights * allowed
+    return weights @ repeat_heads(v, q.shape[1]), weights
+
+
+@wrong(5, "attention")
+def the_mask_of_the_first_item_for_all(q, k, v, may_attend):
+    return softmax_attention(q, k, v, may_attend if may_attend.dim() == 2 else may_attend[0])
+
+
+# ---- exercise 6 ----
+
+
+@wrong(6, "activation_ratio")
+def mean_of_the_two_middle_values(hidden):
+    magnitude = hidden.abs()
+    return magnitude.amax(-1), magnitude.flatten(1).quantile(0.5, dim=1, keepdim=True)
+
+
+@wrong(6, "find_sinks")
+def greater_instead_of_at_least(hidden, abs_threshold, median_multiple):
+    largest, median = activation_ratio(hidden)
+    return (largest > abs_threshold) & (largest > median_multiple * median)
+
+
+@wrong(6, "find_sinks")
+def median_of_the_token(hidden, abs_threshold, median_multiple):
+    largest, _ = activation_ratio(hidden)
+    median = hidden.abs().median(dim=-1).values
+    return (largest >= abs_threshold) & (largest >= median_multiple * median)
+
+
+@wrong(6, "find_sinks")
+def median_of_the_batch(hidden, abs_threshold, median_multiple):
+    largest, _ = activation_ratio(hidden)
+    return (largest >= abs_threshold) & (largest >= median_multiple * hidden.abs().median())
+
+
+@wrong(6, "find_sinks")
+def mean_instead_of_median(hidden, abs_threshold, median_multiple):
+    largest, _ = activation_ratio(hidden)
+    mean = hidden.abs().mean(dim=(1, 2), keepdim=True)[:, 0]
+    return (largest >= abs_threshold) & (largest >= median_multiple * mean)
+
+
+@wrong(6, "find_sinks")
+def either_instead_of_both(hidden, abs_threshold, median_multiple):
+    largest, median = activation_ratio(hidden)
+    return (largest >= abs_threshold) | (largest >= median_multiple * median)
+
+
+@wrong(6, "find_sinks")
+def signs_kept(hidden, abs_threshold, median_multiple):
+    _, median = activation_ratio(hidden)
+    largest = hidden.amax(-1)
+    return (largest >= abs_threshold) & (largest >= median_multiple * median)
+
+
+@wrong(6, "find_sinks")
+def length_instead_of_largest_coordinate(hidden, abs_threshold, median_multiple):
+    _, median = activation_ratio(hidden)
+    length = hidden.norm(dim=-1)
+    return (length >= abs_threshold) & (length >= median_multiple * median)
+
+
+# ---- exercise 7 ----
+
+
+@wrong(7, "open_sink_rows")
+def columns_instead_of_rows(may_attend, is_sink):
+    return may_attend | is_sink[:, None, :]
+
+
+@wrong(7, "open_sink_rows")
+def the_rows_of_all_others(may_attend, is_sink):
+    return may_attend | ~is_sink[:, :, None]
+
+
+@wrong(7, "open_sink_rows")
+def all_rows_of_an_item_with_a_sink(may_attend, is_sink):
+    return may_attend | is_sink.any(1)[:, None, None]
+
+
+@wrong(7, "open_sink_rows")
+def only_the_rows_of_sinks_remain(may_attend, is_sink):
+    return may_attend & is_sink[:, :, None]
+
+
+@wrong(7, "open_sink_rows")
+def the_sinks_of_the_first_item_for_all(may_attend, is_sink):
+    return may_attend | is_sink[:1, :, None].expand(len(is_sink), -1, -1)
+
+
+@wrong(7, "open_sink_rows")
+def written_into_the_mask_of_the_caller(may_attend, is_sink):
+    if may_attend.dim() == 2:
+        may_attend = may_attend[None].repeat(len(is_sink), 1, 1)
+    may_attend[is_sink] = True
+    return may_attend
+
+
+# ---- exercise 9 ----
+
+
+@wrong(9, "sink_value")
+def mean_over_all_tokens(v, is_sink):
+    return v.masked_fill(~is_sink[:, None, :, None], 0).mean(2)
+
+
+@wrong(9, "sink_value")
+def sum_instead_of_mean_value(v, is_sink):
+    return v.masked_fill(~is_sink[:, None, :, None], 0).sum(2)
+
+
+@wrong(9, "sink_value")
+def nan_without_sinks(v, is_sink):
+    return v.masked_fill(~is_sink[:, None, :, None], 0).sum(2) / is_sink.sum(1)[:, None, None]
+
+
+@wrong(9, "sink_value")
+def one_value_for_all_heads(v, is_sink):
+    return model.sink_value(v, is_sink).mean(1, keepdim=True).expand(-1, v.shape[1], -1)
+
+
+@wrong(9, "sink_value")
+def only_the_first_sink(v, is_sink):
+    return model.sink_value(v, is_sink & (is_sink.cumsum(1) == 1))
+
+
+@wrong(9, "sink_value")
+def the_mean_of_the_others(v, is_sink):
+    return model.sink_value(v, ~is_sink)
+
+
+# ---- exercise 10 ----
+
+
+def turn(out, v_sink, ever_sink, gamma, gate, power=2, restore=True, repeat=repeat_heads):
+    """align_with_sink with a gate (B,H,S) of one's own, |v|^power in p, and |o| restored or not."""
+    v = repeat(v_sink, out.shape[1])[:, :, None].float()
+    o = out.float()
+    p = (o * v).sum(-1, keepdim=True) / (v.norm(dim=-1, keepdim=True)**power + 1e-8) * v
+    turned = o + gate[..., None] * gamma * p
+    if restore:
+        turned = turned * o.norm(dim=-1, keepdim=True) / (turned.norm(dim=-1, keepdim=True) + 1e-8)
+    turns = (v_sink != 0).any(-1).any(-1)[:, None] & ~ever_sink
+    return torch.where(turns[:, None, :, None], turned.to(out.dtype), out)
+
+
+def usual_gate(out, v_sink, temperature):
+    return torch.tanh(cosine(out, v_sink).relu() / temperature)
+
+
+@wrong(10, "align_with_sink")
+def length_not_restored(out, v_sink, ever_sink, gamma, temperature):
+    return turn(out, v_sink, ever_sink, gamma, usual_gate(out, v_sink, temperature), restore=False)
+
+
+@wrong(10, "align_with_sink")
+def gate_without_relu(out, v_sink, ever_sink, gamma, temperature):
+    return turn(out, v_sink, ever_sink, gamma, torch.tanh(cosine(out, v_sink).abs() / temperature))
+
+
+@wrong(10, "align_with_sink")
+def gate_without_tanh(out, v_sink, ever_sink, gamma, temperature):
+    return turn(out, v_sink, ever_sink, gamma, cosine(out, v_sink).relu() / temperature)
+
+
+@wrong(10, "align_with_sink")
+def gate_always_open(out, v_sink, ever_sink, gamma, temperature):
+    return turn(out, v_sink, ever_sink, gamma, torch.ones_like(cosine(out, v_sink)))
+
+
+@wrong(10, "align_with_sink")
+def multiplied_by_the_temperature(out, v_sink, ever_sink, gamma, temperature):
+    return turn(out, v_sink, ever_sink, gamma, torch.tanh(cosine(out, v_sink).relu() * temperature))
+
+
+@wrong(10, "align_with_sink")
+def projection_over_the_length_not_its_square(out, v_sink, ever_sink, gamma, temperature):
+    return turn(out, v_sink, ever_sink, gamma, usual_gate(out, v_sink, temperature), power=1)
+
+
+@wrong(10, "align_with_sink")
+def towards_the_value_of_another_head(out, v_sink, ever_sink, gamma, temperature):
+    shuffled = heads_repeated_in_turn(v_sink, out.shape[1])
+    gate = usual_gate(out, shuffled, temperature)
+    return turn(out, v_sink, ever_sink, gamma, gate, repeat=heads_repeated_in_turn)
+
+
+@wrong(10, "align_with_sink")
+def sinks_turned_too(out, v_sink, ever_sink, gamma, temperature):
+    return turn(out, v_sink, torch.zeros_like(ever_sink), gamma, usual_gate(out, v_sink,
+                temperature))
+
+
+@wrong(10, "align_with_sink")
+def only_sinks_turned(out, v_sink, ever_sink, gamma, temperature):
+    return turn(out, v_sink, ~ever_sink, gamma, usual_gate(out, v_sink, temperature))
+
+
+@wrong(10, "align_with_sink")
+def computed_in_half_precision(out, v_sink, ever_sink, gamma, temperature):
+    v = repeat_heads(v_sink, out.shape[1])[:, :, None]
+    p = (out * v).sum(-1, keepdim=True) / (v.pow(2).sum(-1, keepdim=True) + 1e-8) * v
+    turned = out + usual_gate(out, v_sink, temperature)[..., None].to(out.dtype) * gamma * p
+    turned = turned * out.norm(dim=-1, keepdim=True) / (turned.norm(dim=-1, keepdim=True) + 1e-8)
+    return torch.where(ever_sink[:, None, :, None], out, turned)
+
+
+# ---- exercise 11: the same layer, with another answer to who was a sink ----
+
+
+for what, who_was_a_sink in (
+        ("the_published_slip", SLIP),
+        ("the_end_of_the_prompt_looked_up", "cache.sinks.ever_sink[:, -S:]"),
+        ("generated_tokens_left_alone", "cache.sinks.ever_sink if is_prompt else ~none"),
+        ("sinks_of_the_prompt_turned_too", "none")):
+    namespace = dict(vars(model))
+    exec(decoder_layer(MODEL.read_text(encoding="utf-8"), who_was_a_sink), namespace)
+    WRONG.append((11, "DecoderLayer", namespace["DecoderLayer"], what))

@@ -1,0 +1,512 @@
+"""The functions of the exercises, one by one, in the order of the data flow: worked by hand first.
+
+They are called through `impl`, which is minioutro.model, or the module given to --impl. Everything
+else here is the model's own, so that an exercise is judged by itself; only the last one (11) runs
+all of a module's functions together.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import TOY, assert_close
+
+from minioutro import Cache, OutRo, VideoLM, read_video
+from minioutro.model import (causal_mask, cosine, fused_attention, open_sink_rows, rope_tables,
+                             show_mask)
+
+
+def fail_unless(equal, sentence):
+    """An assert whose report is the sentence, and the line of the test that called."""
+    __tracebackhide__ = True
+    if not equal:
+        raise AssertionError(sentence)
+
+
+def assert_mask(may_attend, rows, call):
+    __tracebackhide__ = True
+    expected = torch.tensor(rows, dtype=torch.bool)
+    fail_unless(may_attend.dtype == torch.bool,
+                f"{call} is {may_attend.dtype}, not bool with True = may attend")
+    fail_unless(may_attend.shape == expected.shape,
+                f"{call} is {tuple(may_attend.shape)}, not {tuple(expected.shape)}")
+    fail_unless(may_attend.equal(expected),
+                f"{call} is\n{show_mask(may_attend)}\nand should be\n{show_mask(expected)}")
+
+
+def assert_values(values, expected, why, tolerance=1e-4):
+    __tracebackhide__ = True
+    expected = torch.as_tensor(expected, dtype=torch.float32)
+    fail_unless(values.shape == expected.shape,
+                f"{why}: shape {tuple(values.shape)}, not {tuple(expected.shape)}")
+    fail_unless(torch.allclose(values.float(), expected, atol=tolerance),
+                f"{why}\nfound\n{values}\nexpected\n{expected}")
+
+
+# ---- exercise 1: pixel shuffle ----
+
+
+@pytest.mark.exercise_1
+def test_pixel_shuffle_by_hand(impl):
+    """Patches 0 to 15 in four rows of four; every 2 x 2 square becomes one token:
+
+         0  1 |  2  3
+         4  5 |  6  7
+        -------------       token 0 is (0, 1, 4, 5), its right neighbour (2, 3, 6, 7)
+         8  9 | 10 11
+        12 13 | 14 15
+    """
+    x = torch.arange(16.0).view(1, 16, 1)
+    squares = [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+    assert_values(impl.pixel_shuffle(x, 2), squares,
+                  "each token is one square, its rows one after another")
+
+
+@pytest.mark.exercise_1
+def test_pixel_shuffle_concatenates_squares_of_patches(impl):
+    """Token (Y, X) of a 6 x 6 grid at scale 3 is the 9 patches (3Y + dy, 3X + dx), dy outside."""
+    x = torch.randn(2, 36, 5)
+    grid, folded = x.view(2, 6, 6, 5), impl.pixel_shuffle(x, 3)
+    assert folded.shape == (2, 4, 45), \
+        f"36 patches of size 5 at scale 3: {tuple(folded.shape)}, not (2, 4, 45)"
+    for Y in range(2):
+        for X in range(2):
+            patches = [grid[:, 3 * Y + dy, 3 * X + dx] for dy in range(3) for dx in range(3)]
+            assert folded[:, 2 * Y + X].equal(torch.cat(patches, dim=-1)), \
+                f"token ({Y}, {X}) is not the 9 patches of its square, 5 values of each together"
+
+
+# ---- exercise 2: RMSNorm ----
+
+
+@pytest.mark.exercise_2
+def test_rms_norm_by_hand(impl):
+    """The mean square of (3, 4, 0, 0) is 25/4, its root 2.5: the norm is (1.2, 1.6, 0, 0)."""
+    norm = impl.RMSNorm(4, 0.0)
+    assert_values(norm(torch.tensor([3.0, 4.0, 0.0, 0.0])), [1.2, 1.6, 0.0, 0.0],
+                  "x over its root mean square")
+    assert_values(norm(torch.ones(4)), [1.0] * 4, "no mean is subtracted")
+    tokens = torch.tensor([[[3.0, 4.0, 0.0, 0.0], [30.0, 40.0, 0.0, 0.0]]])
+    assert_values(norm(tokens), [[[1.2, 1.6, 0.0, 0.0]] * 2], "each token has its own mean square")
+    norm.weight.data = torch.tensor([1.0, 10.0, 1.0, 1.0])
+    assert_values(norm(tokens[0, 0]), [1.2, 16.0, 0.0, 0.0],
+                  "the weight multiplies each coordinate")
+
+
+@pytest.mark.exercise_2
+def test_eps_is_added_to_the_mean_square(impl):
+    """x = 0.001 everywhere and eps = 3e-6: 0.001 / sqrt(1e-6 + 3e-6) = 1/2."""
+    assert_values(impl.RMSNorm(4, 3e-6)(torch.full((4,), 1e-3)), [0.5] * 4,
+                  "eps belongs below the root")
+
+
+@pytest.mark.exercise_2
+def test_the_norm_of_a_massive_activation_does_not_overflow(impl):
+    """15,000 squared is beyond float16; the norm of (15000, 0, 0, 0) is (2, 0, 0, 0) still."""
+    x = torch.tensor([15000.0, 0, 0, 0], dtype=torch.float16)
+    normed = impl.RMSNorm(4, 1e-5).half()(x)
+    assert normed.tolist() == [2.0, 0.0, 0.0, 0.0], \
+        "square it in float32: the largest float16 is 65504"
+    assert normed.dtype == torch.float16, f"float16 goes in and {normed.dtype} comes out"
+
+
+# ---- exercise 3: rotary positions ----
+
+
+@pytest.mark.exercise_3
+def test_rotation_by_hand(impl):
+    """D = 4, theta 100: frequencies 1 and 1/10; at position 2, (x0, x2) turns by 2, (x1, x3) by .2."""
+    cos, sin = rope_tables(2, 3, 4, 100.0, like=torch.zeros(()))
+    x = impl.rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]), cos[0], sin[0])
+    expected = [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]
+    assert_values(x, expected, "(x0, x2) turns by 2 radians, (x1, x3) by 0.2, counterclockwise")
+
+
+@pytest.mark.exercise_3
+def test_rotation_depends_on_the_distance_only(impl):
+    """<R(i) q, R(j) k> is the same for (i, j) = (3, 1) and (9, 7), and another for (3, 2)."""
+    q, k = torch.randn(2, 10, generator=torch.Generator().manual_seed(1))
+    cos, sin = rope_tables(0, 12, 10, 10000.0, like=q)
+    score = lambda i, j: impl.rotate(q, cos[i], sin[i]) @ impl.rotate(k, cos[j], sin[j])
+    assert torch.allclose(score(3, 1), score(9, 7), atol=1e-5), \
+        "the same distance gives another score"
+    assert not torch.allclose(score(3, 1), score(3, 2), atol=1e-3), \
+        "another distance gives the same score"
+
+
+@pytest.mark.exercise_3
+def test_every_head_is_rotated_by_position_alone(impl):
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(2))
+    cos, sin = rope_tables(0, 5, 4, 100.0, like=x)
+    rotated = impl.rotate(x, cos, sin)
+    assert rotated[:, :, 0].equal(x[:, :, 0]), "position 0 is turned by nothing"
+    assert_values(rotated[1, 2, 3], impl.rotate(x[1, 2, 3], cos[3], sin[3]),
+                  "item 1, head 2, position 3")
+
+
+# ---- exercise 4: masks ----
+
+
+@pytest.mark.exercise_4
+def test_causal_mask_by_hand(impl):
+    """Each of four sees itself and what came before. The last two of four see three and four."""
+    square = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert_mask(impl.causal_mask(4, 4), square, "causal_mask(4, 4)")
+    assert_mask(impl.causal_mask(2, 4), [[1, 1, 1, 0], [1, 1, 1, 1]],
+                "causal_mask(2, 4), with a cache of two,")
+    assert_mask(impl.causal_mask(1, 5), [[1, 1, 1, 1, 1]], "causal_mask(1, 5), one new token,")
+
+
+@pytest.mark.exercise_4
+def test_row_sums_of_the_causal_mask(impl):
+    """With K keys, query i of Q sees K - Q + i + 1 of them."""
+    for Q, K in ((1, 1), (1, 7), (3, 7), (7, 7)):
+        expected = [K - Q + i + 1 for i in range(Q)]
+        sums = impl.causal_mask(Q, K).sum(1).tolist()
+        assert sums == expected, \
+            f"keys seen by each query of causal_mask({Q}, {K}): {sums}, not {expected}"
+
+
+# ---- exercise 5: attention ----
+
+
+def random_heads(B=2, H=6, G=3, Q=7, K=7, D=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((B, H, Q, D), (B, G, K, D), (B, G, K, D))
+    return [torch.randn(*size, generator=generator) for size in sizes]
+
+
+@pytest.mark.exercise_5
+def test_neighbouring_query_heads_share_a_key_value_head(impl):
+    assert_values(impl.repeat_heads(torch.tensor([[10.0, 20.0, 30.0]]), 6), [[10, 10, 20, 20, 30,
+                  30]],
+                  "G = 3 heads for H = 6: heads 0 and 1 read the first, 2 and 3 the second")
+
+
+@pytest.mark.exercise_5
+def test_attention_by_hand(impl):
+    """D = 4, q = (1,1,1,1), keys 0 and (ln 3)/2 q: the scores are 0 and 2 ln 3 / sqrt(4) = ln 3,
+    their exponentials 1 and 3, the weights 1/4 and 3/4. With values 0 and 4 the output is 3."""
+    q = torch.ones(1, 1, 1, 4)
+    k = torch.stack([torch.zeros(4), torch.full((4,), math.log(3) / 2)])[None, None]
+    v = torch.tensor([0.0, 4.0])[:, None].expand(2, 4)[None, None]
+    out, weights = impl.attention(q, k, v, torch.ones(1, 2, dtype=torch.bool))
+    assert_values(weights, [[[[0.25, 0.75]]]], "weights: softmax of q k^T / sqrt(D)")
+    assert_values(out, [[[[3.0] * 4]]], "the weighted mean of the values")
+    out, weights = impl.attention(q, k, v, torch.tensor([[True, False]]))
+    assert_values(weights, [[[[1.0, 0.0]]]], "the only key that the mask allows has all the weight")
+
+
+@pytest.mark.exercise_5
+def test_attention_equals_a_loop_over_its_definition(impl):
+    """Head h of 6 reads key-value head h // 2 of 3, and only what its mask allows."""
+    q, k, v = random_heads(Q=4)
+    may_attend = causal_mask(4, 7)
+    out, weights = impl.attention(q, k, v, may_attend)
+    for b in range(2):
+        for h in range(6):
+            for i in range(4):
+                keys = [j for j in range(7) if may_attend[i, j]]
+                scores = [math.exp(q[b, h, i] @ k[b, h // 2, j] / math.sqrt(10)) for j in keys]
+                expected = sum(s / sum(scores) * v[b, h // 2, j] for s, j in zip(scores, keys))
+                assert_values(out[b, h, i], expected,
+                              f"item {b}, query head {h} on head {h // 2}, query {i}", 1e-5)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 6, 4)), \
+        "the weights of a query sum to 1 over its keys"
+    assert (weights[:, :, ~may_attend] == 0).all(), "a key that is not allowed has a weight"
+
+
+@pytest.mark.exercise_5
+def test_explicit_and_fused_attention_agree(impl):
+    q, k, v = random_heads()
+    opened = open_sink_rows(causal_mask(7, 7), torch.tensor([[True] + [False] * 6, [False] * 7]))
+    for may_attend in (causal_mask(7, 7), opened):
+        assert_close(impl.attention(q, k, v, may_attend)[0], fused_attention(q, k, v, may_attend),
+                     5e-6)
+
+
+@pytest.mark.exercise_5
+def test_in_one_attention_call_only_opened_rows_see_the_future(impl):
+    q, k, v = random_heads(B=1)
+    is_sink = torch.tensor([[False, False, True, False, False, False, False]])
+    may_attend = open_sink_rows(causal_mask(7, 7), is_sink)
+    before = impl.attention(q, k, v, may_attend)[0]
+    v[:, :, 6] += 1.0                                               # the last token changes
+    after = impl.attention(q, k, v, may_attend)[0]
+    changed = (before != after).any(-1).any(1)[0].nonzero().flatten().tolist()
+    assert changed == [2, 6], \
+        f"token 6 changed, and only 6 and the opened row 2 may see it: {changed} did"
+
+
+# ---- exercise 6: sinks ----
+
+
+@pytest.mark.exercise_6
+def test_activation_ratio_by_hand(impl):
+    """Six values, |h| = 0, 1, 1, 2, 5, 40: the lower of the two middle ones is 1."""
+    largest, median = impl.activation_ratio(torch.tensor([[[1.0, -1.0], [0.0, 5.0], [2.0, -40.0]]]))
+    assert_values(largest, [[1, 5, 40]], "the largest |h| of each token")
+    assert_values(median, [[1]],
+                  "the median |h| of the item: the lower of the two middle values, 1 and 2")
+
+
+@pytest.mark.exercise_6
+def test_find_sinks_by_hand(impl):
+    """Six values, |h| = 0, 1, 1, 2, 5, 40, with a median of 1.
+
+    Multiple 40: token 2 (40 >= 40) is a sink. Multiple 40.02, or a floor of 41: none is,
+    though the length of token 2, sqrt(2^2 + 40^2), is 40.05.
+    """
+    hidden = torch.tensor([[[1.0, -1.0], [0.0, 5.0], [2.0, -40.0]]])
+    for floor, multiple, expected, why in (
+            (0.0, 40.0, [False, False, True], "-40 is 40 times the median, which is enough"),
+            (40.0, 5.1, [False, False, True], "-40 reaches a floor of exactly 40"),
+            (0.0, 5.0, [False, True, True], "5 is 5 times the median"),
+            (0.0, 40.02, [False] * 3, "no coordinate is 40.02 times the median"),
+            (41.0, 1.0, [False] * 3, "both must hold, and nothing reaches the floor of 41")):
+        found = impl.find_sinks(hidden, floor, multiple).tolist()
+        assert found == [expected], f"find_sinks(hidden, {floor}, {multiple}): {why}"
+
+
+@pytest.mark.exercise_6
+def test_the_median_is_of_the_item_not_of_the_token_or_the_batch(impl):
+    """Item 0 has median 1, item 1 median 10; 100 is 100 times the one and 10 times the other."""
+    hidden = torch.tensor([[[1.0, 1.0], [1.0, 100.0]], [[10.0, 10.0], [10.0, 100.0]]])
+    assert impl.find_sinks(hidden, 0.0, 50.0).tolist() == [[False, True], [False, False]], \
+        "each item of the batch is compared with its own median"
+    hidden = torch.tensor([[[1.0, 1.0], [90.0, 100.0]]])
+    assert impl.find_sinks(hidden, 0.0, 90.0).tolist() == [[False, True]], \
+        "token 1 is 100 times the median of its item (1), though not of itself (90)"
+
+
+# ---- exercise 7: opened rows ----
+
+
+@pytest.mark.exercise_7
+def test_opened_rows_by_hand(impl):
+    """Item 0 has sinks at 0 and 2, item 1 none: two rows of item 0 become full, no other."""
+    is_sink = torch.tensor([[True, False, True], [False] * 3])
+    closed = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    opened = impl.open_sink_rows(causal_mask(3, 3), is_sink)
+    assert opened.shape == (2, 3, 3), f"one mask an item: (2, 3, 3), not {tuple(opened.shape)}"
+    assert_mask(opened[0], [[1, 1, 1], [1, 1, 0], [1, 1, 1]],
+                "the mask with the rows of sinks 0 and 2 opened")
+    assert_mask(opened[1], closed, "the mask of the item without sinks")
+    assert impl.open_sink_rows(opened, is_sink).equal(opened), "a row that is open stays open"
+
+
+@pytest.mark.exercise_7
+def test_only_the_rows_of_sinks_grow(impl):
+    is_sink = torch.tensor([[False, True, False, False, True]])
+    sums = impl.open_sink_rows(causal_mask(5, 5), is_sink).sum(2).tolist()
+    assert sums == [[1, 5, 3, 4, 5]], f"keys that each row sees, with sinks at 1 and 4: {sums}"
+
+
+@pytest.mark.exercise_7
+def test_the_mask_that_is_given_is_not_changed(impl):
+    """All layers are given the same mask, and only one of them may open a row."""
+    given = causal_mask(3, 3)[None].repeat(2, 1, 1)
+    impl.open_sink_rows(given, torch.tensor([[False, True, False], [True, False, False]]))
+    assert_mask(given[0], [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+                "the mask that was passed in, afterwards,")
+
+
+# ---- exercise 9: sink value ----
+
+
+@pytest.mark.exercise_9
+def test_sink_value_by_hand(impl):
+    """One head of size 2, sinks at 0 and 2: the mean of (1, 2) and (5, 10) is (3, 6)."""
+    v = torch.tensor([[1.0, 2.0], [100.0, 100.0], [5.0, 10.0]])[None, None]
+    assert_values(impl.sink_value(v, torch.tensor([[True, False, True]])), [[[3, 6]]],
+                  "the mean over the sinks")
+
+
+@pytest.mark.exercise_9
+def test_sink_value_is_the_mean_over_sinks_by_head_and_item(impl):
+    v = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)              # (B,G,S,D)
+    is_sink = torch.tensor([[True, False, True, False], [False] * 4])
+    v_sink = impl.sink_value(v, is_sink)
+    assert v_sink.shape == (2, 3, 5), \
+        f"one vector for each item and head: (2, 3, 5), not {tuple(v_sink.shape)}"
+    assert v_sink[0].equal((v[0, :, 0] + v[0, :, 2]) / 2), \
+        "each head has the mean of its own values at 0 and 2"
+    assert (v_sink[1] == 0).all(), f"an item without sinks has zeros, not {v_sink[1, 0].tolist()}"
+
+
+# ---- exercise 10: alignment ----
+
+
+def heads(B=2, H=6, G=3, S=5, D=4):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(B, H, S, D, generator=generator), torch.randn(B, G, D, generator=generator)
+
+
+NEVER = torch.zeros(2, 5, dtype=torch.bool)         # ever_sink for `heads`: nothing was a sink
+
+
+def turned_in_a_plane(impl, o, v, temperature=0.1):
+    """One token, one head of size 2."""
+    out, v_sink = torch.tensor(o).view(1, 1, 1, 2), torch.tensor(v).view(1, 1, 2)
+    return impl.align_with_sink(out, v_sink, torch.tensor([[False]]), 3.0, temperature).flatten()
+
+
+@pytest.mark.exercise_10
+def test_alignment_by_hand(impl):
+    """o = (3, 4), v = (2, 0): c = 0.6, g = tanh(6) = 1, p = (3, 0), o + 3p = (12, 4), of length
+    sqrt(160); scaled to the length 5 of o: (4.743, 1.581). Temperature 0.6: g = tanh(1) = 0.762."""
+    assert_values(turned_in_a_plane(impl, [3.0, 4.0], [2.0, 0.0]), [4.743, 1.581],
+                  "o = (3, 4), v = (2, 0), gamma 3, temperature 0.1", 1e-3)
+    assert_values(turned_in_a_plane(impl, [3.0, 4.0], [2.0, 0.0], 0.6), [4.633, 1.881],
+                  "o = (3, 4), v = (2, 0), gamma 3, temperature 0.6", 1e-3)
+    assert_values(turned_in_a_plane(impl, [-3.0, 4.0], [2.0, 0.0]), [-3.0, 4.0],
+                  "o points away from v and stays")
+
+
+@pytest.mark.exercise_10
+def test_alignment_angles(impl):
+    """With v_sink along x, o at angle a becomes ((1 + 3g) cos a, sin a), g = tanh(cos a / 0.1)."""
+    for before, after in ((85, 74.8), (80, 56.0), (70, 34.5), (60, 23.4), (45, 14.0), (30, 8.2)):
+        angle = math.radians(before)
+        g = math.tanh(math.cos(angle) / 0.1)
+        formula = math.degrees(math.atan2(math.sin(angle), (1 + 3 * g) * math.cos(angle)))
+        assert formula == pytest.approx(after, abs=0.06)
+        o = [7 * math.cos(angle), 7 * math.sin(angle)]
+        x, y = turned_in_a_plane(impl, o, [0.3, 0.0]).tolist()
+        assert math.degrees(math.atan2(y, x)) == pytest.approx(after, abs=0.06), \
+            f"an angle of {before} degrees to v_sink becomes {after}"
+        assert math.hypot(x, y) == pytest.approx(7, rel=1e-5), "the length of o is kept"
+
+
+@pytest.mark.exercise_10
+def test_alignment_keeps_length_and_plane_and_turns_only_towards_the_sink(impl):
+    out, v_sink = heads()
+    turned = impl.align_with_sink(out, v_sink, NEVER, 3.0, 0.1)
+    assert_values(turned.norm(dim=-1), out.norm(dim=-1),
+                  "the length of each head's output is kept", 1e-5)
+    for h in range(6):
+        v = v_sink[:, h // 2, None]                         # two query heads share one of G = 3
+        before = torch.cosine_similarity(out[:, h], v, dim=-1)
+        after = torch.cosine_similarity(turned[:, h], v, dim=-1)
+        assert (after[before > 0] > before[before > 0]).all(), \
+            f"query head {h} does not turn towards the value of its key-value head {h // 2}"
+        assert torch.allclose(turned[:, h][before <= 0], out[:, h][before <= 0], atol=1e-6), \
+            "an output whose cosine is not positive must stay"
+        basis = torch.stack([out[:, h], v.expand_as(out[:, h])], dim=-1)        # (B,S,D,2)
+        new = turned[:, h, :, :, None]
+        residual = new - basis @ torch.linalg.pinv(basis) @ new
+        assert residual.abs().max() < 1e-5, \
+            f"query head {h} leaves the plane of its output and its v_sink"
+
+
+@pytest.mark.exercise_10
+def test_alignment_of_no_strength_of_sinks_and_without_sinks(impl):
+    out, v_sink = heads()
+    ever_sink = torch.tensor([[True, False, False, True, False], [False] * 5])
+    assert_values(impl.align_with_sink(out, v_sink, ever_sink, 0.0, 0.1), out,
+                  "gamma 0 changes nothing", 1e-6)
+    v_sink[1] = 0
+    turned = impl.align_with_sink(out, v_sink, ever_sink, 3.0, 0.1)
+    assert turned[0][:, ever_sink[0]].equal(out[0][:, ever_sink[0]]), \
+        "a token that was a sink is left alone"
+    assert not torch.allclose(turned[0][:, ~ever_sink[0]], out[0][:, ~ever_sink[0]]), \
+        "the others are turned"
+    assert turned[1].equal(out[1]), "an item whose v_sink is zero is left alone, bit for bit"
+
+
+@pytest.mark.exercise_10
+def test_alignment_of_half_precision_is_computed_in_float32(impl):
+    """In float16 the squares of 1e-4 are zero, and so is the 1e-8 that is added to them."""
+    out, v_sink = heads()
+    small = impl.align_with_sink(out.half() * 1e-3, v_sink.half() * 1e-3, NEVER, 3.0, 0.1)
+    assert small.dtype == torch.float16, f"float16 goes in and {small.dtype} comes out"
+    expected = impl.align_with_sink(out, v_sink, NEVER, 3.0, 0.1)
+    assert_values(small.float() * 1e3, expected,
+                  "the squares of small numbers are zero in float16", 0.05)
+
+
+# ---- exercise 11: the layer, and the decode step in it ----
+
+
+def model_of(impl, g):
+    """The model of a fixture with the decoder layers of the implementation."""
+    model = VideoLM.from_pretrained(g.folder)
+    layers = model.model.text_model.layers
+    for l, layer in enumerate(layers):
+        layers[l] = impl.DecoderLayer(model.config.text_config, l)
+        layers[l].load_state_dict(layer.state_dict())
+    return model
+
+
+@pytest.mark.exercise_11
+def test_prompts_are_read_as_by_the_published_code(impl, golden):
+    for case in ("dev_late", "dev_natural"):
+        g = golden(case)
+        logits = model_of(impl, g)(g.input_ids, g.pixels, outro=g.outro())
+        assert_close(logits, g.tensors["logits_on"])
+
+
+@pytest.mark.exercise_11
+def test_a_generated_token_is_turned_at_every_layer_that_had_sinks(impl, golden):
+    """In dev_late token 0 of the prompt is a sink; the first 12 of dev_natural end in one."""
+    for case, n_prompt, n_image in (("dev_late", 29, 8), ("dev_natural", 12, 4)):
+        g, prompt, step, cache = golden(case), {}, {}, Cache()
+        model, outro = model_of(impl, g), g.outro()
+        ids, features = g.input_ids[:, :n_prompt], g.model.encode(g.pixels)[:, :n_image]
+        logits = model(ids, features=features, outro=outro, cache=cache, trace=prompt)
+        model(logits[:, -1:].argmax(-1), outro=outro, cache=cache, trace=step)
+        for l in range(g.meta["L"]):
+            out, aligned = step[f"layers.{l}.out"], step[f"layers.{l}.aligned"]
+            v_sink = step[f"layers.{l}.v_sink"]
+            assert v_sink.equal(prompt[f"layers.{l}.v_sink"]), \
+                f"{case}, layer {l}: this is not the value of the prompt's sinks"
+            towards, stays = cosine(out, v_sink) > 0.01, (aligned == out).all(-1)
+            assert not (towards & stays).any(), \
+                f"{case}, layer {l} has sinks; the generated token was not turned: is it taken for one?"
+
+
+@pytest.mark.exercise_11
+def test_generated_tokens_are_aligned_unlike_in_the_published_code(impl, golden, decoded):
+    """The release looks up index 0 of the prompt for them; where that is a sink, it aligns none."""
+    for case in ("dev_late", "dev_natural"):
+        g = golden(case)
+        model = model_of(impl, g)
+        token_ids = model.generate(g.input_ids, g.pixels, max_new_tokens=12, outro=g.outro())
+        assert token_ids != decoded[case]["no_decode_alignment"][:12], \
+            f"{case}: the answer is that of a model which aligns the prompt only"
+        assert token_ids == decoded[case]["ids"][:12], f"{case}: another answer"
+
+
+# ---- the answers to the exercises in words ----
+
+
+def test_a_row_opened_in_the_last_layer_does_not_reach_the_answer(toy, golden):
+    """Exercise 8: no effect. Opening a row changes the output of that position alone; the layer's
+    keys and values are computed before it, and there is no later layer in which others could read
+    it. The logits at the sink itself move, but the answer is read from the last position."""
+    model, processor = toy
+    inputs = processor(read_video(TOY / "clip.mp4"), "What happens in this video?")
+    g = golden("dev_late")
+    for model, ids, pixels in ((model, inputs.input_ids, inputs.pixel_values),
+                               (g.model, g.input_ids, g.pixels)):
+        last, trace = len(model.model.text_model.layers) - 1, {}
+        late = OutRo(relax_every=last, skip_last=0, align=False)
+        opened = model(ids, pixels, outro=late, trace=trace)
+        is_open = trace[f"layers.{last}.relaxed"][0]
+        assert is_open.any() and not is_open[-1] and not trace["layers.0.relaxed"].any()
+        moved = (opened - model(ids, pixels)).abs().amax(-1)[0]
+        assert (moved[~is_open] == 0).all() and (moved[is_open] > 0).all()
+
+
+def test_seven_more_right_answers_are_evidence_only_if_few_answers_changed():
+    """Exercise 12: at most 9 may have changed, 8 for the better and 1 for the worse (p = 0.039). By
+    chance each change is for the better with probability 1/2, and p is twice the upper tail. The
+    standard error of 80 % among 1,000 is 1.3 points, but it says how the share would vary with
+    other questions; both runs had the same. So a report prints both counts of changes."""
+    assert math.sqrt(0.8 * 0.2 / 1000) == pytest.approx(0.013, abs=5e-4)
+
+    def p(worse):
+        changed = worse + (worse + 7)
+        return 2 * sum(math.comb(changed, k) for k in range(worse + 1)) / 2**changed
+    assert p(0) < p(1) < 0.05 < p(2) and p(20) > 0.3
+    assert p(1) == pytest.approx(0.039, abs=5e-4) and p(2) == pytest.approx(0.065, abs=5e-4)
