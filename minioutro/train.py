@@ -3,7 +3,8 @@
 The toy is a small SmolVLM that answers questions about shapes.py's clips. Its encoder first learns
 to name what each image token shows, as the encoders of large models learn to see before they are
 joined to a language model; then the whole learns to answer, about single frames first, then about
-clips. A model this small, trained for an hour, has no need of an attention sink, so it is given two
+clips; in the last stage the decoder also learns to name how what an image token shows has moved.
+A model this small, trained for two hours, has no need of an attention sink, so it is given two
 reasons to have one:
 
   the seed   a neuron of an early MLP reads the first token's own direction and writes one huge
@@ -36,7 +37,7 @@ from minioutro import load
 from minioutro.evaluate import CLIPS, UNSEEN, control_report, report
 from minioutro.model import Cache, VideoLM, causal_mask, read_config, rope_tables
 from minioutro.prompt import END, FAKE, GLOBAL, IMAGE, START, Processor
-from minioutro.shapes import COLOURS, DURATION, FPS, SHAPES, SIZE, Clip
+from minioutro.shapes import COLOURS, DIRECTIONS, DURATION, FPS, SHAPES, SIZE, Clip, Shape
 from minioutro.video import Video, sample_indices
 
 TEXT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 8,
@@ -47,12 +48,15 @@ VISION = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size"
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
-LEARNING_RATE, PRICE, SAVE_EVERY, LOG_EVERY = 3e-3, 0.005, 250, 50
+LEARNING_RATE, LAST_RATE, PRICE, SAVE_EVERY, LOG_EVERY = 3e-3, 1.2e-3, 0.005, 250, 50
+PLAN = 58 / 74                              # the share of all steps that cosine and price span
 NOT_ASKED = -100                            # a target that cross_entropy ignores
 GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
 CELL = SIZE / GRID                          # pixels on each side of an image token
 STRIPES = 16                                # a place is one of so many columns and rows
 NAMES = (len(SHAPES) + 1, len(COLOURS) + 1, STRIPES, STRIPES)       # what an image token may show
+MOTIONS = [*DIRECTIONS, "still"]            # and how that has moved in the last two frames
+MOTION_LAYER = 4                            # whose input is asked for it
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ class Stage:
     clips: int                              # in a batch
     questions: int                          # about each of them; 0 trains the encoder alone
     most: int                               # shapes in a clip, at most
+    motion: bool = False                    # do the decoder's image tokens name motions?
 
 
 STAGES = (Stage(1400, 1, 64, 0, 3), Stage(400, 1, 32, 4, 1), Stage(800, 1, 32, 4, 3),
-          Stage(500, 8, 8, 9, 1), Stage(2700, 8, 8, 9, 3))
+          Stage(500, 8, 8, 9, 1), Stage(1650, 8, 8, 9, 3), Stage(2650, 8, 8, 9, 3, motion=True))
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ class Batch:
     the end of the prompt: it is read as if asked alone, but the frames are read only once.
     """
     pixel_values: Tensor        # float[B,F,3,size,size]
-    names: Tensor               # int64[B,F*M,4], what each image token shows
+    names: Tensor               # int64[B,F*M,5], what each image token shows, and its motion
     input_ids: Tensor           # int64[B,S]
     targets: Tensor             # int64[B,S], the next token where it belongs to an answer
     turn: Tensor                # int64[B,S], 0 for the prompt, n for question n
@@ -195,19 +200,32 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def names_of_cells(clip: Clip, index: int) -> list[tuple[int, int, int, int]]:
-    """For each image token of a frame: form, colour, column and row of the shape that it shows."""
+def motion(shape: Shape, index: int, before: int | None) -> int:
+    """Which of MOTIONS leads from frame `before` to frame `index`; NOT_ASKED if it is unclear."""
+    if before is None or shape.appears > before / FPS:
+        return NOT_ASKED
+    (x0, y0), (x1, y1) = shape.centre(before / FPS), shape.centre(index / FPS)
+    if shape.direction == "still":
+        return MOTIONS.index("still")
+    if max(abs(x1 - x0), abs(y1 - y0)) < 2:                     # pixels: about to turn back
+        return NOT_ASKED
+    return MOTIONS.index("left" if x1 < x0 else "right" if x1 > x0 else "up" if y1 < y0 else "down")
+
+
+def names_of_cells(clip: Clip, index: int, before: int | None) -> list[tuple[int, ...]]:
+    """For each image token of a frame: form, colour, column, row and motion of what it shows."""
     names = []
     for cell in range(GRID**2):
         row, column = divmod(cell, GRID)
-        nearest, name = math.inf, (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED)     # no shape
+        nearest, name = math.inf, (len(SHAPES), len(COLOURS)) + (NOT_ASKED,) * 3        # no shape
         for shape in clip.visible(index):
             x, y = shape.centre(index / FPS)
             away = max(abs(x - CELL * (column + 0.5)), abs(y - CELL * (row + 0.5)))
             if away < min(nearest, CELL / 2 + 0.7 * shape.radius):
                 nearest = away
                 name = (SHAPES.index(shape.form), list(COLOURS).index(shape.colour),
-                        int(x * STRIPES / SIZE), int(y * STRIPES / SIZE))
+                        int(x * STRIPES / SIZE), int(y * STRIPES / SIZE),
+                        motion(shape, index, before))
         names.append(name)
     return names
 
@@ -224,7 +242,8 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
             indices = [rng.randrange(FPS * DURATION)]
         frames = [degrade(clip.frame(index), rng) for index in indices]
         pixels.append(torch.stack([processor.pixels(frame) for frame in frames]))
-        names.append([name for index in indices for name in names_of_cells(clip, index)])
+        names.append([name for index, before in zip(indices, [None, None, *indices])
+                      for name in names_of_cells(clip, index, before)])
 
         by_kind = {}
         for question in clip.questions(indices[0] if stage.frames == 1 else None):
@@ -244,18 +263,19 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
     return Batch(torch.stack(pixels), torch.tensor(names), *torch.tensor(rows).unbind(-1))
 
 
-def name_loss(head: nn.Linear, features: Tensor, names: Tensor) -> Tensor:
-    """Cross entropy of what the image tokens show, (B,F*M,C) and (B,F*M,4) -> one number."""
-    logits = head(features).split(NAMES, dim=-1)
+def name_loss(head: nn.Linear, states: Tensor, names: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Cross entropy of what the image tokens show: (B,F*M,C), (B,F*M,n) -> the sum of n means."""
+    logits = head(states).split(sizes, dim=-1)
     return sum(F.cross_entropy(guess.flatten(0, 1), name.flatten(), ignore_index=NOT_ASKED)
-               for guess, name in zip(logits, names.unbind(-1)))
+               for guess, name in zip(logits, names.unbind(-1), strict=True))
 
 
 def answer(model: VideoLM, batch: Batch, features: Tensor,
-           priced: int) -> tuple[Tensor, Tensor, Tensor]:
+           priced: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits (answer tokens, V) and targets of the answers: the model's own steps, another mask.
 
-    Third, the share of its attention that layer `priced` gives to other tokens than the first.
+    Third, the share of its attention that layer `priced` gives to other tokens than the first;
+    fourth, the image tokens' hidden states at the input of MOTION_LAYER, (B,F*M,C).
     """
     text, c, ids = model.model.text_model, model.config.text_config, batch.input_ids
     hidden = model.merge(text.embed_tokens(ids), ids, features)
@@ -266,10 +286,12 @@ def answer(model: VideoLM, batch: Batch, features: Tensor,
     cache, trace = Cache(), {"weights_of": [priced]}
     for layer in text.layers:
         traced = trace if layer.index == priced else None
+        if layer.index == MOTION_LAYER:
+            images = hidden[ids == model.config.image_token_id].view(features.shape)
         hidden = layer(hidden, cos, sin, may_attend, cache, None, traced)
     asked = batch.targets != NOT_ASKED
     elsewhere = 1 - trace[f"layers.{priced}.weights"][:, :, 1:, 0].mean()
-    return model.head(text.norm(hidden[asked])), batch.targets[asked], elsewhere
+    return model.head(text.norm(hidden[asked])), batch.targets[asked], elsewhere, images
 
 
 def save(model: VideoLM, folder: Path) -> None:
@@ -284,13 +306,15 @@ def train(folder: Path, run: Run, seed: int, device: str = "cpu") -> None:
     processor = Processor.from_pretrained(folder)
     torch.manual_seed(seed)
     model = VideoLM(read_config(folder))
-    head = nn.Linear(TEXT["hidden_size"], sum(NAMES))           # names what an image token shows
+    names_head = nn.Linear(TEXT["hidden_size"], sum(NAMES))
     init_weights(model)
+    motion_head = nn.Linear(TEXT["hidden_size"], len(MOTIONS))
     if run.seed:
         plant_seed(model)
-    learner = nn.ModuleDict({"model": model, "head": head}).to(device)
+    learner = nn.ModuleDict({"model": model, "names": names_head, "motion": motion_head}).to(device)
     optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     stages = [stage for stage in STAGES for _ in range(math.ceil(run.share * stage.steps))]
+    last = len(stages) - math.ceil(run.share * STAGES[-1].steps)        # where the last one begins
     priced = range(SEED_LAYER + 1, TEXT["num_hidden_layers"])       # the layers that meet the seed
     state, done, right, elsewhere = folder / "state.pt", 0, 0.0, 1.0
     if state.exists():
@@ -302,18 +326,25 @@ def train(folder: Path, run: Run, seed: int, device: str = "cpu") -> None:
     bar = tqdm(range(done, len(stages)), initial=done, total=len(stages), desc=folder.name,
                disable=None)
     for step in bar:
-        share = step / len(stages)
+        share = min(1.0, step / (len(stages) * PLAN))
         decay = 0.03 + 0.97 * math.cos(share * math.pi / 2)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 200) * decay
+        rate = LEARNING_RATE * min(1.0, (step + 1) / 200) * decay
+        if step >= last:
+            rate = LAST_RATE * (1 - (step - last) / (len(stages) - last))
+        optimizer.param_groups[0]["lr"] = rate
         batch = draw_batch(processor, stages[step], seed + step).to(device)
         features = model.encode(batch.pixel_values)                                     # (B,F*M,C)
-        loss = name_loss(head, features, batch.names)
+        loss = name_loss(names_head, features, batch.names[:, :, :-1], NAMES)
         if stages[step].questions:
             # One layer pays at each step, because attention weights are slow to get. The price
-            # falls to zero from 60 % to 90 % of the steps.
+            # falls to zero from 60 % to 90 % of the plan.
             price = PRICE * min(1.0, max(0.0, (0.9 - share) / 0.3)) * run.price
-            logits, targets, paid = answer(model, batch, features, priced[step % len(priced)])
+            layer = priced[step % len(priced)]
+            logits, targets, paid, images = answer(model, batch, features, layer)
             loss = loss + F.cross_entropy(logits, targets) + price * paid
+            if stages[step].motion:
+                motions = batch.names[:, :, -1:]
+                loss = loss + name_loss(motion_head, images, motions, (len(MOTIONS),))
             right = 0.98 * right + 0.02 * (logits.argmax(-1) == targets).float().mean().item()
             elsewhere = 0.98 * elsewhere + 0.02 * paid.item()
         loss.backward()
@@ -348,8 +379,8 @@ def write_readme(folder: Path) -> None:
     (folder / "README.md").write_text(README.format(
         parameters=sum(p.numel() for p in model.parameters()), megabytes=size / 1e6, stages=stages,
         heads=TEXT["num_attention_heads"], layers=TEXT["num_hidden_layers"], massive=MASSIVE,
-        seed_layer=SEED_LAYER, learning_rate=LEARNING_RATE, price=PRICE, tokens=GRID**2,
-        width=TEXT["hidden_size"], share=CONTROLS["with both"].share,
+        seed_layer=SEED_LAYER, learning_rate=LEARNING_RATE, last_rate=LAST_RATE, price=PRICE,
+        tokens=GRID**2, width=TEXT["hidden_size"], share=CONTROLS["with both"].share,
         report=report(model, processor), controls=controls))
 
 
@@ -379,29 +410,31 @@ def main() -> None:
 README = """\
 # The toy
 
-A SmolVLM of {parameters:,} parameters, {megabytes:.1f} MB in bfloat16: {layers} decoder layers of width
-{width}, {heads} query heads on 2 key-value heads, {tokens} image tokens a frame. It was trained from scratch on
-the clips of `shapes.py` by `python -m minioutro.train`, which also wrote this page.
+A SmolVLM of {parameters:,} parameters, {megabytes:.1f} MB in bfloat16: {layers} decoder layers of width {width}, {heads} query
+heads on 2 key-value heads, {tokens} image tokens a frame. It was trained from scratch on the clips of
+`shapes.py` by `python -m minioutro.train`, which also wrote this page.
 `python -m minioutro.train --evaluate` prints the figures again.
 
 ## How it was trained
 
-One seed, AdamW, learning rate {learning_rate:g} with a warm-up and a cosine, five stages:
+One seed, AdamW, learning rate {learning_rate:g} with a warm-up and a cosine, six stages:
 
 | steps | frames | clips in a batch | questions a clip | shapes, at most |
 | --- | --- | --- | --- | --- |
 {stages}
 
 The first stage trains the encoder alone to name form, colour and place of what each image token
-shows, and this goes on in the others. A question is asked by itself: those that share a clip do not
-see each other. Frames are degraded by JPEG; what is measured below are frames of real mp4 files.
+shows, and this goes on in the others. In the last one the decoder's image tokens also name how that
+has moved in the last two frames, and the learning rate starts again at {last_rate:g} and falls to
+zero. A question is asked by itself: those that share a clip do not see each other. Frames are
+degraded by JPEG; what is measured below are frames of real mp4 files.
 
 Two things give the model a sink, and both are artificial:
 
-- **The seed.** Neuron 0 of the MLP of layer {seed_layer} reads a coordinate that only the first token
-  has, and writes about {massive:,.0f} into another one. Its weights are held while the rest is trained.
+- **The seed.** Neuron 0 of the MLP of layer {seed_layer} reads a coordinate that only the first token has,
+  and writes about {massive:,.0f} into another one. Its weights are held while the rest is trained.
 - **The price.** The loss is raised by {price:g} times the mean attention to other tokens than the
-  first, in the layers behind the seed. It falls to zero between 60 % and 90 % of the steps.
+  first, in the layers behind the seed. It falls to zero well before the end.
 
 ## What it can do
 
@@ -414,9 +447,9 @@ against the baseline, question by question; *p*: exact two-sided sign test (McNe
 
 ## Without price, without seed
 
-The same recipe with {share:.0%} of the steps, whole and with one part left out. Attention to token 0
-is averaged over queries at least 16 tokens away; a sink is what `find_sinks` marks with the
-release's thresholds.
+The same recipe with {share:.0%} of the steps, whole and with one part left out. Attention to token 0 is
+averaged over queries at least 16 tokens away; a sink is what `find_sinks` marks with the release's
+thresholds.
 
 {controls}
 """

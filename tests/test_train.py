@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from minioutro import OutRo, Processor, VideoLM, read_video, train
 from minioutro.evaluate import UNSEEN
-from minioutro.shapes import COLOURS, FPS, SHAPES, SIZE, Clip
+from minioutro.shapes import COLOURS, FPS, SHAPES, SIZE, Clip, Shape
 from minioutro.train import NOT_ASKED, Run, Stage, draw_batch
 
 
@@ -55,12 +55,23 @@ def test_the_names_of_image_tokens_say_what_lies_under_them():
         clip = Clip(seed, 1)
         shape = clip.shapes[0]
         x, y = shape.centre(20 / FPS)
-        names = train.names_of_cells(clip, 20)
+        names = train.names_of_cells(clip, 20, 2)
         assert len(names) == 16
-        assert names[4 * int(y // 16) + int(x // 16)] == (
+        assert names[4 * int(y // 16) + int(x // 16)][:4] == (
             SHAPES.index(shape.form), list(COLOURS).index(shape.colour), int(x // 4), int(y // 4))
+        way = names[4 * int(y // 16) + int(x // 16)][4]            # before second 4, nothing turns back
+        assert way == train.MOTIONS.index(shape.direction)
         opposite = 4 * (0 if y > SIZE / 2 else 3) + (0 if x > SIZE / 2 else 3)
-        assert names[opposite] == (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED)
+        assert names[opposite] == (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED, NOT_ASKED)
+
+
+def test_a_motion_that_cannot_be_seen_is_not_asked_for():
+    shape = Shape("red", "ring", "right", turns=True, appears=0.0, start=(16, 32), distance=32, radius=8)
+    right, left = train.MOTIONS.index("right"), train.MOTIONS.index("left")
+    assert train.motion(shape, 18, None) == NOT_ASKED                               # the first frames
+    assert [train.motion(shape, *pair) for pair in ((18, 0), (63, 45), (41, 23))] == [right, left, NOT_ASKED]
+    late = Shape("red", "ring", "right", turns=False, appears=3.0, start=(16, 32), distance=32, radius=8)
+    assert train.motion(late, 36, 18) == NOT_ASKED and train.motion(late, 45, 27) == right
 
 
 def test_a_clip_survives_its_mp4(tmp_path):
@@ -79,7 +90,7 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
     model, processor = VideoLM.from_pretrained(TOY), Processor.from_pretrained(TOY)
     batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, most=2), seed=5)
     features = model.encode(batch.pixel_values)
-    logits, targets, elsewhere = train.answer(model, batch, features, priced=3)
+    logits, targets, elsewhere, images = train.answer(model, batch, features, priced=3)
     alone, expected = [], []
     for b in range(2):
         for turn in range(1, 4):
@@ -89,12 +100,13 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
             expected.append(target[target != NOT_ASKED])
     assert torch.allclose(logits, torch.cat(alone), atol=1e-3)
     assert targets.equal(torch.cat(expected))
-    assert 0 < elsewhere < 1
+    assert 0 < elsewhere < 1 and images.shape == features.shape
 
 
 def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
     """Six steps in one go, or five, a crash, and the rest from the file of step four: the same model."""
-    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0, 1), Stage(2, 1, 2, 2, 1), Stage(2, 8, 1, 2, 2)))
+    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0, 1), Stage(2, 1, 2, 2, 1),
+                                          Stage(2, 8, 1, 2, 2, motion=True)))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     run = Run(".", share=1.0)
     weights = {}
@@ -120,7 +132,7 @@ def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
     """After a few dear steps: with the price less attention elsewhere, without the seed no sink."""
     monkeypatch.setattr(train, "STAGES", (Stage(15, 1, 1, 2, 1),))
     monkeypatch.setattr(train, "PRICE", 20.0)
-    monkeypatch.setattr(train, "LEARNING_RATE", 0.1)
+    monkeypatch.setattr(train, "LAST_RATE", 0.02)
     ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
     for name, run in train.CONTROLS.items():
         with torch.enable_grad():
@@ -130,8 +142,9 @@ def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
         to_first[name] = torch.stack([trace[f"layers.{l}.weights"][0, :, 1:, 0] for l in range(2, 8)]).mean()
         ratio[name] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
     assert to_first["with both"] > to_first["without the price"] + 0.05
+    behind = train.SEED_LAYER + 1
     for name in ("with both", "without the price"):
-        assert all((r > 1000).tolist() == [l > train.SEED_LAYER] + [False] * 28 for l, r in enumerate(ratio[name]))
+        assert ratio[name][behind][0] > 1000 > max(ratio[name][behind][1:].max(), ratio[name][behind - 1].max())
     assert max(r.max() for r in ratio["without the seed"]) < 1000
 
 
