@@ -132,7 +132,7 @@ def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
     """After a few dear steps: with the price less attention elsewhere, without the seed no sink."""
     monkeypatch.setattr(train, "STAGES", (Stage(15, 1, 1, 2, 1),))
     monkeypatch.setattr(train, "PRICE", 20.0)
-    monkeypatch.setattr(train, "LAST_RATE", 0.02)
+    monkeypatch.setattr(train, "LAST_RATE", 0.008)
     ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
     for name, run in train.CONTROLS.items():
         with torch.enable_grad():
