@@ -159,8 +159,9 @@ def run(args: argparse.Namespace) -> None:
         f"{ratio:.2f} times as long")
 
     if figures:
-        write_figures(figures, video, seen, texts, outro, M)
-        say(f"figures   in {figures}: frames, masks and sinks, and all of them in run.png")
+        write_figures(figures, model, video, input_ids, features, texts, outro, seen)
+        say(f"figures   in {figures}: frames, masks and sinks (together in run.png), attention, "
+            f"cosine and rotation")
     if args.json:
         print(json.dumps({
             "video": str(path), "frames": F, "total_frames": video.total_frames,
@@ -312,16 +313,20 @@ def below(value: float) -> float:
     return int(value) if value >= 10 else int(value * 100) / 100
 
 
-def write_figures(folder: Path, video, seen: Seen, texts: list[str], outro, M: int) -> None:
-    from minioutro.figures import draw_frames, draw_masks, draw_ratios, stack
-    from minioutro.model import causal_mask
+def write_figures(folder: Path, model, video, input_ids, features, texts: list[str], outro,
+                  seen: Seen) -> None:
+    """Draw everything, after one more pass: no run whose time is told has to give weights."""
+    import torch
 
-    layer = seen.opened.any(1).int().argmax().item()    # the first that opened a row, or 0
-    mask = causal_mask(len(texts), len(texts))
-    pictures = {"frames.png": draw_frames(video, M),
-                "masks.png": draw_masks(mask, seen.opened[layer], layer, texts),
-                "sinks.png": draw_ratios(seen.ratio, seen.is_sink, outro.median_multiple)}
-    pictures["run.png"] = stack(list(pictures.values()))
+    from minioutro.figures import draw_all
+
+    rows_opened = seen.opened.any(1)            # else the layer with the most massive activation
+    layer = (rows_opened.int() if rows_opened.any() else seen.ratio.amax(1)).argmax().item()
+    trace = {"weights_of": [layer]}
+    with torch.inference_mode():
+        model.hidden_states(input_ids, features=features, outro=outro, trace=trace)
+    is_image = input_ids[0].cpu() == model.config.image_token_id
+    pictures = draw_all(video, trace, texts, is_image, layer, outro)
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         picture.save(folder / name)
