@@ -1,13 +1,7 @@
 """The paper's questions about the attention sink, each a short function over a trace or a model.
 
-  Q1  which tokens are sinks?             three detectors side by side, and where they agree
-  Q2  are heads that rest on it useless?  such heads removed, one by one
-  Q3  what is in the sink?                its key (Zero-K), its value (a bias, or nothing), and what
-                                          a probe reads from its last hidden state
-  and does its query judge tokens?        answers from the image tokens that it attends to most
-
 Nothing is hooked: a weight is replaced in a copy, a key is edited in the open cache, a mask is
-handed to the layers. Traces are the plain model's unless a docstring says otherwise. Shapes are
+handed to the layers. Traces are the plain model's unless a docstring says otherwise; shapes are
 named as in model.py. What all this finds on the toy is printed by the blocks of tutorial.md.
 """
 
@@ -23,12 +17,10 @@ from minioutro import Cache, OutRo, Processor, Video, VideoLM
 from minioutro.model import causal_mask, find_sinks, repeat_heads, rope_tables, split_heads
 from minioutro.prompt import END
 from minioutro.shapes import DURATION, FPS, Clip
-from minioutro.train import UNSEEN
 from minioutro.video import sample_indices
 
 QUESTION = "What happens in this video?"            # it asks for all that a clip shows
-
-# ---- Clips with right answers: what an intervention does is measured as a loss on them ----------
+UNSEEN = 10**9 + 10_000                             # training draws its clips from seeds below 10^9
 
 
 @dataclass
@@ -47,7 +39,7 @@ class Examples:
 
 def examples(model: VideoLM, processor: Processor, n: int, most: int = 3) -> Examples:
     """n clips of 1 to `most` shapes."""
-    clips = [Clip(UNSEEN + 10_000 + i, 1 + i % most) for i in range(n)]
+    clips = [Clip(UNSEEN + i, 1 + i % most) for i in range(n)]
     indices = sample_indices(FPS * DURATION, FPS, DURATION)
     seconds = [i / FPS for i in indices]
     inputs, answers = [], []
@@ -72,8 +64,8 @@ def loss_of(model: VideoLM, asked: Examples, outro: OutRo | None = None) -> Tens
     """The answers' loss. The prompt is read by itself, since OutRo works on a prompt."""
     cache = Cache()
     prompt = model(asked.input_ids, features=asked.features, outro=outro, cache=cache)
-    return answer_loss(torch.cat([prompt, model(asked.answer_ids, outro=outro, cache=cache)], 1),
-                       asked)
+    rest = model(asked.answer_ids, outro=outro, cache=cache)
+    return answer_loss(torch.cat([prompt, rest], dim=1), asked)
 
 
 # ---- Q1: which tokens are sinks? ----------------------------------------------------------------
@@ -90,7 +82,7 @@ def attention_mass(weights: Tensor) -> Tensor:
 
 
 def sink_share(weights: Tensor, threshold: float = 0.3) -> Tensor:
-    """Sink_k of arXiv 2410.10781, the share of heads with an attention_mass above 0.3: float[B,S]."""
+    """Sink_k of arXiv 2410.10781: the share of heads with attention_mass above 0.3, float[B,S]."""
     return (attention_mass(weights) > threshold).float().mean(1)
 
 

@@ -20,7 +20,6 @@ BLUE = (95, 150, 205)
 FONT, SMALL = ImageFont.load_default(15), ImageFont.load_default(12)
 WIDTH = 880                                 # pixels; about what a README shows unscaled
 PAD = 14
-LOWEST = 1e-4                               # attention up to this is drawn as none
 
 
 def canvas(height: int, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -28,8 +27,7 @@ def canvas(height: int, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]
     lines = textwrap.wrap(caption, 150)
     image = Image.new("RGB", (WIDTH, height + 18 * len(lines) + PAD), PAPER)
     draw = ImageDraw.Draw(image)
-    for n, line in enumerate(lines):
-        draw.text((PAD, height + 18 * n), line, INK, SMALL)
+    draw.text((PAD, height), "\n".join(lines), INK, SMALL, spacing=6)
     return image, draw
 
 
@@ -165,12 +163,10 @@ def draw_attention(weights: Tensor, is_image: Tensor, is_sink: Tensor, layer: in
         f"Attention in layer {layer}: probabilities, each row sums to 1 (logarithmic). Left: head "
         f"{head}. Right: the mean over all {H} heads. A pixel shows the largest of the weights "
         f"under it. Blue: the image tokens; red: the sinks."))
-    pictures = ((f"head {head}", weights[head]), (f"mean over {H} heads", weights.mean(0)))
-    for n, (title, shown) in enumerate(pictures):
+    for n, shown in enumerate((weights[head], weights.mean(0))):
         x0 = left + n * (size + 46)
-        draw.text((x0, PAD), title, INK, FONT)
-        shade = 1 - shown.float().clamp(min=LOWEST).log() / math.log(LOWEST)
-        image.paste(heat(shade, size, size), (x0, top))
+        draw.text((x0, PAD), (f"head {head}", f"mean over {H} heads")[n], INK, FONT)
+        image.paste(heat(1 + shown.clamp(min=1e-4).log10() / 4, size, size), (x0, top))
         for tokens, colour, least in ((is_image, BLUE, 1), (is_sink, MARK, 4)):
             for s in tokens.nonzero().flatten().tolist():
                 a, b = s * size // S, max(s * size // S + least, (s + 1) * size // S) - 1
@@ -283,8 +279,8 @@ def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Im
     seen = seen[::math.ceil(max(1, len(seen)) / 1500)].clamp(-1, 1).acos().rad2deg().tolist()
     image, draw = canvas(370, (
         f"The alignment turns an output towards the sink's value, with gamma {outro.gamma:g} and "
-        f"temperature {outro.temperature:g}. Left: the angle between them, before and after; red is "
-        f"the formula, blue dots are {len(seen)} of the {before.numel()} outputs (heads and "
+        f"temperature {outro.temperature:g}. Left: the angle between them, before and after; red"
+        f" is the formula, blue dots are {len(seen)} of the {before.numel()} outputs (heads and "
         f"tokens) in layer {layer}. Right: outputs in their plane with the sink's value, before "
         f"(black) and after (red), of the same length. From 90 degrees on nothing turns."))
     ticks = {angle: f"{angle}°" for angle in range(0, 181, 30)}
@@ -300,32 +296,3 @@ def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Im
             draw.line((x0, y0, x0 + r * x, y0 + r * y), colour, 2)
             draw.text((x0 + (r + 18) * x, y0 + (r + 18) * y), f"{angle:.0f}°", colour, SMALL, "mm")
     return image
-
-
-def draw_all(video: Video, trace: dict, tokens: list[str], is_image: Tensor, layer: int,
-             outro: OutRo) -> dict[str, Image.Image]:
-    """Every picture of a run with OutRo, by file name; its trace has the weights of `layer`.
-
-    The head is the one whose last token attends most to the sinks (without any: to token 0).
-    """
-    L = sum(name.endswith(".hidden") for name in trace)
-
-    def stacked(name):
-        return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)]).cpu()
-    is_sink, before, after = stacked("is_sink"), stacked("cosine"), stacked("cosine_aligned")
-    counts = is_sink.any(1, keepdim=True) & (is_sink.cumsum(0) == 0)                    # (L,S)
-    opened = trace[f"layers.{layer}.relaxed"][0].cpu()
-    weights = trace[f"layers.{layer}.weights"][0].float().cpu()                         # (H,S,S)
-    sinks = is_sink.any(0)
-    if not sinks.any():
-        sinks[0] = True
-    head = weights[:, -1, sinks].sum(-1).argmax().item()
-    pictures = {"frames.png": draw_frames(video, is_image.sum().item() // len(video.frames)),
-                "masks.png": draw_masks(opened, layer, tokens),
-                "sinks.png": draw_ratios(stacked("ratio"), is_sink, outro.median_multiple)}
-    on_frames = draw_attention_on_frames(video, weights, is_image, opened, layer, head)
-    aligned = (cosines[layer][:, counts[layer]] for cosines in (before, after))
-    return {**pictures, "run.png": stack(list(pictures.values())),
-            "attention.png": draw_attention(weights, is_image, is_sink.any(0), layer, head),
-            "attention_frames.png": on_frames, "cosine.png": draw_cosines(before, after, counts),
-            "rotation.png": draw_rotation(*aligned, layer, outro)}

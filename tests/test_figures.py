@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from minioutro import OutRo, Video
-from minioutro.figures import (BLUE, INK, MARK, PALE, PAPER, SMALL, WIDTH, chart, draw_all, draw_attention,
-                               draw_attention_on_frames, draw_cosines, draw_masks, draw_ratios,
+from minioutro.figures import (BLUE, INK, MARK, PALE, PAPER, SMALL, WIDTH, chart, draw_attention,
+                               draw_attention_on_frames, draw_cosines, draw_frames, draw_masks, draw_ratios,
                                draw_rotation, heat, shorten, sketch_positions)
 
 
@@ -123,19 +123,18 @@ def test_nothing_touches_the_edge_of_the_paper(n_frames, L, H, M):
     """Also not for a prompt as long as the largest, many layers, and tokens of endless text."""
     S = n_frames * (M + 13) + 40 if n_frames > 1 else 5
     generator = torch.Generator().manual_seed(0)
-    is_image = torch.zeros(S, dtype=torch.bool)
-    is_image[2:2 + n_frames * M] = True
-    is_sink = torch.zeros(1, S, dtype=torch.bool)
-    is_sink[0, [0, S // 2, S - 1]] = True
-    trace = {"layers.0.weights": torch.rand(1, H, S, S, generator=generator).tril().softmax(-1)}
-    for l in range(L):
-        trace.update({f"layers.{l}.{name}": value for name, value in {
-            "hidden": None, "ratio": torch.rand(1, S, generator=generator) * 1e7, "is_sink": is_sink,
-            "relaxed": is_sink, "cosine": torch.zeros(1, H, S), "cosine_aligned": torch.ones(1, H, S)}.items()})
+    position = torch.arange(S)
+    is_image = (position >= 2) & (position < 2 + n_frames * M)
+    is_sink = (position == 0) | (position == S // 2) | (position == S - 1)
+    weights = torch.rand(H, S, S, generator=generator).tril().softmax(-1)
+    ratios, cosines = 1e7 * torch.rand(L, S, generator=generator), torch.zeros(L, H, S)
     video = Video([Image.new("RGB", (64, 48), (70, 90, 80))] * n_frames, [4000.0] * n_frames, 4e3, 10**6)
-    pictures = draw_all(video, trace, ["WM@\n" * 40] * S, is_image, 0, OutRo(gamma=123.4))
-    assert len(pictures) == 8
-    for name, picture in pictures.items():
+    for picture in (draw_frames(video, M), draw_masks(is_sink, 31, ["WM@\n" * 40] * S),
+                    draw_ratios(ratios, is_sink.expand(L, S), 1000.0),
+                    draw_attention(weights, is_image, is_sink, 31, 0),
+                    draw_attention_on_frames(video, weights, is_image, is_sink, 31, 0),
+                    draw_cosines(cosines, cosines + 1, ~is_sink.expand(L, S)),
+                    draw_rotation(cosines[0], cosines[0] + 1, 31, OutRo(gamma=123.4))):
         edge = Image.new("RGB", picture.size, PAPER)
         edge.paste(picture.crop((6, 6, WIDTH - 6, picture.height - 6)), (6, 6))
-        assert picture.width == WIDTH and edge.tobytes() == picture.tobytes(), name
+        assert picture.width == WIDTH and edge.tobytes() == picture.tobytes()
