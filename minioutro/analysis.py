@@ -74,8 +74,7 @@ def loss_of(model: VideoLM, asked: Examples, outro: OutRo | None = None) -> Tens
 def attention_mass(weights: Tensor) -> Tensor:
     """How much attention each key draws, on average over the queries that may see it.
 
-    weights: float[B,H,S,S] under a causal mask. Returns: float[B,H,S].
-    Source: arXiv 2410.10781: alpha_k = sum over i >= k of weights[i,k], over S - k (k from 0).
+    weights: float[B,H,S,S], causal. Returns: float[B,H,S]. Source: arXiv 2410.10781, alpha_k.
     """
     S = weights.shape[-1]
     return weights.sum(-2) / torch.arange(S, 0, -1, device=weights.device)
@@ -88,9 +87,7 @@ def sink_share(weights: Tensor, threshold: float = 0.3) -> Tensor:
 
 def sink_dimensions(hidden: Tensor, n: int = 2) -> Tensor:
     """The n coordinates of (B,S,C) that are largest in the token with the largest |h|: int64[n].
-
-    Source: ours; arXiv 2503.03321 reads a few off the first token, once for each model.
-    """
+    Source: ours; arXiv 2503.03321 reads a few off the first token, once for each model."""
     magnitude = hidden.abs().flatten(0, 1)                                      # (B*S,C)
     return magnitude[magnitude.amax(-1).argmax()].topk(n).indices
 

@@ -61,10 +61,7 @@ def shorten(text: str, width: float) -> str:
 
 
 def sketch_positions(is_sink: Tensor, n: int = 8) -> list[int]:
-    """About n positions that stand for a whole prompt: its ends, evenly spread ones, up to 3 sinks.
-
-    is_sink: bool[S].
-    """
+    """About n of bool[S] that stand for a prompt: its ends, evenly spread ones, up to 3 sinks."""
     S = len(is_sink)
     spread = {round(i * (S - 1) / (n - 1)) for i in range(n)}
     return sorted(spread | set(is_sink.nonzero().flatten()[:3].tolist()))
@@ -247,8 +244,7 @@ def chart(image: Image.Image, box: tuple, x_ticks: dict, y_ticks: dict, titles: 
 def draw_cosines(before: Tensor, after: Tensor, counts: Tensor) -> Image.Image:
     """Cosine of the heads' outputs to the sink's value, by layer.
 
-    before, after: float[L,H,S]; counts: bool[L,S], the tokens that are averaged, none in a layer
-    without a sink.
+    before, after: float[L,H,S]; counts: bool[L,S], what is averaged: none in layers without sink.
     """
     L, layers = len(before), counts.any(1).nonzero().flatten().tolist()
     image, draw = canvas(310, (

@@ -54,7 +54,8 @@ def test_each_detector_looks_at_its_own_definition():
     """Token 0 is massive in coordinate 1; token 1 draws attention; token 2 is small, yet all in 1."""
     hidden = torch.tensor([[[1.0, 5000.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 0.0]]])
     drawing = torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0], [0.0, 0.8, 0.2]])
-    trace = {"layers.3.hidden": hidden, "layers.3.weights": drawing.expand(1, 2, 3, 3)}
+    weights = torch.stack([drawing, torch.zeros(3, 3)])[None]           # one head of two: that is half
+    trace = {"layers.3.hidden": hidden, "layers.3.weights": weights}
     found = detectors(trace, 3, torch.tensor([1]))
     assert {name: is_sink[0].tolist() for name, is_sink in found.items()} == {
         "activation": [True, False, False], "attention": [True, True, False],

@@ -45,6 +45,7 @@ def test_the_opened_row_alone_is_red():
     red = places(picture, MARK)
     cells = red[red[:, 1] > WIDTH // 2]
     assert len(cells) > 5000 and cells[:, 0].max() - cells[:, 0].min() < 40
+    assert len(cells) + (red[:, 1] < 170).sum() == len(red)             # the rest is the label
     nothing = draw_masks(torch.zeros(10, dtype=torch.bool), 2, ["t"] * 10)
     assert len(places(nothing, MARK)) == 0
 
