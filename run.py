@@ -159,8 +159,9 @@ def run(args: argparse.Namespace) -> None:
         f"{ratio:.2f} times as long")
 
     if figures:
-        write_figures(figures, video, seen, texts, outro, M)
-        say(f"figures   in {figures}: frames, masks and sinks, and all of them in run.png")
+        write_figures(figures, model, video, input_ids, features, texts, outro, seen)
+        say(f"figures   in {figures}: frames, masks and sinks (together in run.png), attention, "
+            f"cosine and rotation")
     if args.json:
         print(json.dumps({
             "video": str(path), "frames": F, "total_frames": video.total_frames,
@@ -312,16 +313,42 @@ def below(value: float) -> float:
     return int(value) if value >= 10 else int(value * 100) / 100
 
 
-def write_figures(folder: Path, video, seen: Seen, texts: list[str], outro, M: int) -> None:
-    from minioutro.figures import draw_frames, draw_masks, draw_ratios, stack
-    from minioutro.model import causal_mask
+def write_figures(folder: Path, model, video, input_ids, features, texts: list[str], outro,
+                  seen: Seen) -> None:
+    """Draw everything, after one more pass: no run whose time is told has to give weights.
 
-    layer = seen.opened.any(1).int().argmax().item()    # the first that opened a row, or 0
-    mask = causal_mask(len(texts), len(texts))
-    pictures = {"frames.png": draw_frames(video, M),
-                "masks.png": draw_masks(mask, seen.opened[layer], layer, texts),
-                "sinks.png": draw_ratios(seen.ratio, seen.is_sink, outro.median_multiple)}
-    pictures["run.png"] = stack(list(pictures.values()))
+    The layer of a picture is the first that opened a row, or else the one with the most massive
+    activation; the head is the one whose last token attends most to the sinks (or to token 0).
+    """
+    import torch
+
+    from minioutro import figures
+
+    rows_opened = seen.opened.any(1)
+    layer = (rows_opened.int() if rows_opened.any() else seen.ratio.amax(1)).argmax().item()
+    trace = {"weights_of": [layer]}
+    with torch.inference_mode():
+        model.hidden_states(input_ids, features=features, outro=outro, trace=trace)
+    before, after = (torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(len(seen.opened))])
+                     for name in ("cosine", "cosine_aligned"))                          # (L,H,S)
+    before, after = before.cpu(), after.cpu()
+    weights = trace[f"layers.{layer}.weights"][0].float().cpu()                         # (H,S,S)
+    is_image = input_ids[0].cpu() == model.config.image_token_id
+    sinks, opened = seen.is_sink.any(0), seen.opened[layer]
+    head = weights[:, -1, sinks if sinks.any() else 0].view(len(weights), -1).sum(1).argmax().item()
+    counts = seen.is_sink.any(1, keepdim=True) & (seen.is_sink.cumsum(0) == 0)          # (L,S)
+    aligned = before[layer][:, counts[layer]], after[layer][:, counts[layer]]
+
+    M = is_image.sum().item() // len(video.frames)
+    pictures = {"frames.png": figures.draw_frames(video, M),
+                "masks.png": figures.draw_masks(opened, layer, texts),
+                "sinks.png": figures.draw_ratios(seen.ratio, seen.is_sink, outro.median_multiple)}
+    pictures["run.png"] = figures.stack(list(pictures.values()))
+    pictures["attention.png"] = figures.draw_attention(weights, is_image, sinks, layer, head)
+    pictures["attention_frames.png"] = figures.draw_attention_on_frames(
+        video, weights, is_image, opened, layer, head)
+    pictures["cosine.png"] = figures.draw_cosines(before, after, counts)
+    pictures["rotation.png"] = figures.draw_rotation(*aligned, layer, outro)
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         picture.save(folder / name)

@@ -1,109 +1,70 @@
-"""Pictures of a run: the frames, the mask before and after, the sinks. Drawn with Pillow alone."""
+"""Pictures of a run, each one function, drawn with Pillow alone. `run.py --figures DIR` writes all.
+
+Captions say what is drawn: layer, head, probabilities or cosines, and what was averaged. Tensors
+are those of one prompt, without B; shapes are named as in model.py.
+"""
 
 import math
+import textwrap
 
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minioutro.model import open_sink_rows
+from minioutro.model import OutRo, align_with_sink, causal_mask, open_sink_rows
 from minioutro.video import Video
 
 INK, PALE, PAPER, MARK = (40, 40, 48), (226, 226, 232), (255, 255, 255), (205, 60, 45)
+BLUE = (95, 150, 205)
 FONT, SMALL = ImageFont.load_default(15), ImageFont.load_default(12)
 WIDTH = 880                                 # pixels; about what a README shows unscaled
 PAD = 14
 
 
-def sketch_positions(is_sink: Tensor, n: int = 8) -> list[int]:
-    """About n positions that stand for a whole prompt: its ends, evenly spread ones, up to 3 sinks.
-
-    is_sink: bool[S].
-    """
-    S = len(is_sink)
-    spread = {round(i * (S - 1) / (n - 1)) for i in range(n)}
-    return sorted(spread | set(is_sink.nonzero().flatten()[:3].tolist()))
-
-
 def canvas(height: int, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """White paper with a caption in its last lines."""
-    lines = caption.split("\n")
+    lines = textwrap.wrap(caption, 150)
     image = Image.new("RGB", (WIDTH, height + 18 * len(lines) + PAD), PAPER)
     draw = ImageDraw.Draw(image)
-    for n, line in enumerate(lines):
-        draw.text((PAD, height + 18 * n), line, INK, SMALL)
+    draw.text((PAD, height), "\n".join(lines), INK, SMALL, spacing=6)
     return image, draw
 
 
-def draw_frames(video: Video, tokens_per_frame: int) -> Image.Image:
-    """The frames that the model was shown, each with its time."""
-    columns = min(8, len(video.frames))
-    side = min(160, (WIDTH - PAD) // columns - PAD)
-    row = side + 30
-    rows = math.ceil(len(video.frames) / columns)
-    image, draw = canvas(rows * row + PAD, (
-        f"The {len(video.frames)} frames that the model is shown, of {video.total_frames}, as it "
-        f"sees them: square, {tokens_per_frame} tokens each."))
-    for n, (frame, seconds) in enumerate(zip(video.frames, video.seconds)):
-        x, y = PAD + n % columns * (side + PAD), PAD + n // columns * row
-        image.paste(frame.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + side + 4), f"{seconds:.1f} s", INK, SMALL)
-    return image
+def heat(shade: Tensor, width: int, height: int) -> Image.Image:
+    """A map of values from 0 (pale) to 1 (dark); a pixel takes the largest of those under it."""
+    shade = F.adaptive_max_pool2d(shade.float().clamp(0, 1)[None], (height, width))[0, :, :, None]
+    colours = torch.tensor(PALE) + shade * (torch.tensor(INK) - torch.tensor(PALE))
+    return Image.frombytes("RGB", (width, height), bytes(colours.round().int().flatten().tolist()))
 
 
-def draw_masks(may_attend: Tensor, opened: Tensor, layer: int, tokens: list[str]) -> Image.Image:
-    """The causal mask, and that of the layer that opened the rows of its sinks, at a few positions.
-
-    may_attend: bool[S,S]; opened: bool[S], the sinks whose rows were opened; tokens: S texts.
-    """
-    positions = sketch_positions(opened, n=12)
-    cell, left, top = 22, 150, 2 * PAD + 14
-    after = open_sink_rows(may_attend, opened[None])[0]
-    change = ("what OutRo makes of it, with the opened row of each sink in red" if opened.any() else
-              "the same, since no row was opened")
-    image, draw = canvas(top + cell * len(positions) + PAD, (
-        f"Who may attend to whom in layer {layer}: a row is a query, a column a key. "
-        f"{len(positions)} of {len(tokens)} positions are drawn.\n"
-        f"Left: the causal mask. Right: {change}."))
-    step = cell * len(positions) + 40
-    for n, (mask, title) in enumerate(((may_attend, "before"), (after, "after"))):
-        x0 = left + n * step
-        draw.text((x0, PAD), title, INK, FONT)
-        for y, query in enumerate(positions):
-            for x, key in enumerate(positions):
-                fill = PALE if not mask[query, key] else MARK if n and opened[query] else INK
-                corner = x0 + x * cell, top + y * cell
-                draw.rectangle((*corner, corner[0] + cell - 3, corner[1] + cell - 3), fill)
-    for y, query in enumerate(positions):
-        text = f"{query}  {tokens[query]!r}"
-        text = text if len(text) <= 21 else text[:20] + "…"
-        draw.text((left - 8, top + y * cell + 9), text, MARK if opened[query] else INK, SMALL, "rm")
-    return image
+def scale_bar(image: Image.Image, x: int, y: int, title: str, labels: list[str]) -> None:
+    """What pale and dark stand for: evenly spaced labels under a strip."""
+    draw, width = ImageDraw.Draw(image), 200
+    draw.text((x - 10, y), title, INK, SMALL, "ra")
+    image.paste(heat(torch.linspace(0, 1, width)[None], width, 12), (x, y + 1))
+    for n, label in enumerate(labels):
+        draw.text((x + n * width / (len(labels) - 1), y + 16), label, INK, SMALL, "ma")
 
 
-def draw_ratios(ratios: Tensor, is_sink: Tensor, median_multiple: float) -> Image.Image:
-    """Which token is massive in which layer: ratios and is_sink are [L,S]."""
-    L, S = ratios.shape
-    cell, left, top = max(6, min(20, 320 // L)), 66, PAD
-    image, draw = canvas(top + cell * L + 30, (
-        f"Largest |h| of each token over the median |h| of the prompt, by layer; logarithmic, "
-        f"black is {median_multiple:,.0f} and more.\n"
-        f"Red: what the rule marks as a sink. The largest ratio is {ratios.max():,.0f}."))
-    width = (WIDTH - left - PAD) / S
-    shade = (ratios.clamp(min=1).log() / math.log(max(2, median_multiple))).clamp(max=1)
-    for l in range(L):
-        for s in range(S):
-            fill = tuple(int(p + (i - p) * shade[l, s].item()) for p, i in zip(PALE, INK))
-            x, y = left + s * width, top + l * cell
-            draw.rectangle((x, y, x + width, y + cell - 2), fill)
-        if l % max(1, math.ceil(14 / cell)) == 0:
-            draw.text((left - 8, top + l * cell + cell / 2), f"layer {l}", INK, SMALL, "rm")
-    for l, s in is_sink.nonzero().tolist():     # wide enough to be seen as one among a thousand
-        x, y = left + s * width, top + l * cell
-        draw.rectangle((x, y, x + max(width, 6), y + cell - 2), MARK)
-    draw.text((left - 8, top + cell * L + 6), "position", INK, SMALL, "ra")
-    for s in range(0, S, max(1, round(S / 8))):
-        draw.text((left + s * width, top + cell * L + 6), str(s), INK, SMALL)
-    return image
+def position_axis(draw: ImageDraw.ImageDraw, x: float, y: float, width: float, S: int) -> None:
+    for s in range(0, S, math.ceil(S * 90 / width)):
+        draw.text((x + (s + 0.5) * width / S, y), str(s), INK, SMALL, "ma")
+
+
+def shorten(text: str, width: float) -> str:
+    """A token's text, cut to so many pixels; what is not ASCII is escaped: the font may lack it."""
+    text, end = ascii(text), ""
+    while SMALL.getlength(text + end) > width:
+        text, end = text[:-1], "..."
+    return text + end
+
+
+def sketch_positions(is_sink: Tensor, n: int = 8) -> list[int]:
+    """About n of bool[S] that stand for a prompt: its ends, evenly spread ones, up to 3 sinks."""
+    S = len(is_sink)
+    spread = {round(i * (S - 1) / (n - 1)) for i in range(n)}
+    return sorted(spread | set(is_sink.nonzero().flatten()[:3].tolist()))
 
 
 def stack(images: list[Image.Image]) -> Image.Image:
@@ -114,3 +75,220 @@ def stack(images: list[Image.Image]) -> Image.Image:
         whole.paste(image, (0, y))
         y += image.height
     return whole
+
+
+def draw_frames(video: Video, tokens_per_frame: int) -> Image.Image:
+    """The frames that the model was shown, each with its time."""
+    columns = min(8, len(video.frames))
+    side = min(160, (WIDTH - PAD) // columns - PAD)
+    row = side + 30
+    image, draw = canvas(math.ceil(len(video.frames) / columns) * row + PAD, (
+        f"The {len(video.frames)} frames that the model is shown, of {video.total_frames}, as it "
+        f"sees them: square, {tokens_per_frame} tokens each."))
+    for n, (frame, seconds) in enumerate(zip(video.frames, video.seconds)):
+        x, y = PAD + n % columns * (side + PAD), PAD + n // columns * row
+        image.paste(frame.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        draw.text((x, y + side + 4), f"{seconds:.1f} s", INK, SMALL)
+    return image
+
+
+def draw_masks(opened: Tensor, layer: int, tokens: list[str]) -> Image.Image:
+    """The causal mask, and that of the layer that opened the rows of its sinks, at a few positions.
+
+    opened: bool[S], the sinks whose rows were opened; tokens: S texts.
+    """
+    positions = sketch_positions(opened, n=12)
+    left, top, gap, n, S = 170, 60, 40, len(positions), len(tokens)
+    cell = (WIDTH - left - gap - PAD) // 2 // n
+    before = causal_mask(S, S)
+    change = ("what OutRo makes of it, with the opened row of each sink in red" if opened.any() else
+              "the same, since no row was opened")
+    image, draw = canvas(top + cell * n + PAD, (
+        f"Who may attend to whom in layer {layer}: a row is a query, a column a key, dark is "
+        f"allowed. {n} of {S} positions are drawn. Left: the causal mask. Right: {change}."))
+    for side, mask in enumerate((before, open_sink_rows(before, opened[None])[0])):
+        x0 = left + side * (cell * n + gap)
+        draw.text((x0, PAD), ("before", "after")[side], INK, FONT)
+        for x, key in enumerate(positions):
+            if S <= 1000 or x % 2 == 0:                         # four digits need two columns
+                draw.text((x0 + (x + 0.5) * cell, top - 4), str(key), INK, SMALL, "ms")
+            for y, query in enumerate(positions):
+                fill = PALE if not mask[query, key] else MARK if side and opened[query] else INK
+                corner = x0 + x * cell, top + y * cell
+                draw.rectangle((*corner, corner[0] + cell - 3, corner[1] + cell - 3), fill)
+    for y, query in enumerate(positions):
+        text = f"{query}  {shorten(tokens[query], left - 62)}"
+        colour = MARK if opened[query] else INK
+        draw.text((left - 10, top + (y + 0.5) * cell - 1), text, colour, SMALL, "rm")
+    return image
+
+
+def draw_ratios(ratios: Tensor, is_sink: Tensor, median_multiple: float) -> Image.Image:
+    """Which token is massive in which layer: ratios and is_sink are [L,S]."""
+    L, S = ratios.shape
+    cell, left, top = max(8, min(20, 320 // L)), 66, PAD
+    width, bottom, darkest = WIDTH - left - PAD, top + cell * L, max(2.0, median_multiple)
+    image, draw = canvas(bottom + 68, (
+        f"Largest |h| of each token over the median |h| of the prompt, at the input of each layer "
+        f"(logarithmic). Red: what the rule marks as a sink, in the layers that it searches. The "
+        f"largest ratio is {ratios.max():,.0f}; the rule asks for {median_multiple:,.0f}."))
+    shades = ratios.clamp(min=1).log() / math.log(darkest)
+    for l in range(L):
+        image.paste(heat(shades[l:l + 1], width, cell - 1), (left, top + l * cell))
+        if l % math.ceil(14 / cell) == 0:
+            draw.text((left - 8, top + (l + 0.5) * cell), f"layer {l}", INK, SMALL, "rm")
+    for l, s in is_sink.nonzero().tolist():     # wide enough to be seen as one among a thousand
+        wide = max(width / S, 6)
+        x, y = left + min(s * width / S, width - wide), top + l * cell
+        draw.rectangle((x, y, x + wide - 1, y + cell - 2), MARK)
+    draw.text((left - 8, bottom + 4), "position", INK, SMALL, "ra")
+    position_axis(draw, left, bottom + 4, width, S)
+    labels = [f"{darkest**(n / 3):,.0f}" for n in range(4)]
+    scale_bar(image, left + 60, bottom + 28, "ratio", labels)
+    return image
+
+
+def draw_attention(weights: Tensor, is_image: Tensor, is_sink: Tensor, layer: int,
+                   head: int) -> Image.Image:
+    """The attention of one head, and the mean over all heads, from every query to every key.
+
+    weights: float[H,S,S], probabilities; is_image, is_sink: bool[S].
+    """
+    H, S, _ = weights.shape
+    size, left, top = 370, 74, 60
+    image, draw = canvas(top + size + 76, (
+        f"Attention in layer {layer}: probabilities, each row sums to 1 (logarithmic). Left: head "
+        f"{head}. Right: the mean over all {H} heads. A pixel shows the largest of the weights "
+        f"under it. Blue: the image tokens; red: the sinks."))
+    for n, shown in enumerate((weights[head], weights.mean(0))):
+        x0 = left + n * (size + 46)
+        draw.text((x0, PAD), (f"head {head}", f"mean over {H} heads")[n], INK, FONT)
+        image.paste(heat(1 + shown.clamp(min=1e-4).log10() / 4, size, size), (x0, top))
+        for tokens, colour, least in ((is_image, BLUE, 1), (is_sink, MARK, 4)):
+            for s in tokens.nonzero().flatten().tolist():
+                a, b = s * size // S, max(s * size // S + least, (s + 1) * size // S) - 1
+                draw.rectangle((x0 + a, top - 8, x0 + b, top - 4), colour)
+                draw.rectangle((x0 - 8, top + a, x0 - 4, top + b), colour)
+        position_axis(draw, x0, top + size + 4, size, S)
+    for s in range(0, S, math.ceil(S / 6)):
+        draw.text((left - 14, top + (s + 0.5) * size / S), str(s), INK, SMALL, "rm")
+    draw.text((left - 14, top - 8), "query", INK, SMALL, "rs")
+    draw.text((left - 14, top + size + 4), "key", INK, SMALL, "ra")
+    labels = ["0.0001", "0.001", "0.01", "0.1", "1"]
+    scale_bar(image, left + 100, top + size + 34, "probability", labels)
+    return image
+
+
+def draw_attention_on_frames(video: Video, weights: Tensor, is_image: Tensor, opened: Tensor,
+                             layer: int, head: int) -> Image.Image:
+    """Which part of which frame is attended to: by the last token, and by a sink that was opened.
+
+    weights: float[H,S,S], probabilities; is_image, opened: bool[S].
+    """
+    n_frames, mean = len(video.frames), weights.mean(0)
+    rows = [(f"last token, head {head}", weights[head, -1]),
+            (f"last token, mean over {len(weights)} heads", mean[-1])]
+    rows += [(f"opened sink at position {i}, mean over {len(weights)} heads", mean[i])
+             for i in opened.nonzero().flatten()[:1].tolist()]
+    columns = min(n_frames, 8 if n_frames <= 8 else 16)
+    step = min(106, (WIDTH - PAD) // columns)
+    block = math.ceil(n_frames / columns) * step + 32
+    image, draw = canvas(len(rows) * block + PAD, (
+        f"Attention in layer {layer} to the image tokens of every frame, in time order: "
+        f"probabilities, linear from 0 (grey) to the largest of the block (red), which is given "
+        f"beside its title, with the sum over all images."))
+    for n, (title, row) in enumerate(rows):
+        row, y0 = row[is_image].float(), PAD + n * block
+        text = f"{title}: largest {row.max():.4f}, sum {row.sum():.3f}"
+        draw.text((PAD, y0), text, INK, FONT)
+        shares = (row / row.max().clamp(min=1e-12)).view(n_frames, -1)              # (F,M)
+        side, size = math.isqrt(shares.shape[1]), (step - 6, step - 6)
+        for f, frame in enumerate(video.frames):
+            alpha = Image.frombytes("L", (side, side), bytes((shares[f] * 230).int().tolist()))
+            grey = frame.resize(size).convert("L").point(lambda g: 110 + g // 2).convert("RGB")
+            grey.paste(MARK, (0, 0, *size), alpha.resize(size, Image.Resampling.NEAREST))
+            image.paste(grey, (PAD + f % columns * step, y0 + 24 + f // columns * step))
+    return image
+
+
+def chart(image: Image.Image, box: tuple, x_ticks: dict, y_ticks: dict, titles: tuple[str, str],
+          marks: list) -> None:
+    """Marks, each ("line" or "dots", points, colour), in axes from the first to the last tick.
+
+    box: the four edges, in pixels. All is painted three times larger and averaged.
+    """
+    (x0, y0, x1, y1), draw = box, ImageDraw.Draw(image)
+    (xa, *_, xb), (ya, *_, yb) = x_ticks, y_ticks
+
+    def place(x, y, scale=1):
+        return scale * (x - xa) / (xb - xa) * (x1 - x0), scale * (yb - y) / (yb - ya) * (y1 - y0)
+    area = Image.new("RGB", (3 * (x1 - x0), 3 * (y1 - y0)), PAPER)
+    paint = ImageDraw.Draw(area)
+    for kind, points, colour in marks:
+        points = [place(x, y, 3) for x, y in points]
+        if kind == "line":
+            paint.line(points, colour, 6, "curve")
+        else:
+            for point in points:
+                paint.circle(point, 10, colour)
+    image.paste(area.reduce(3), (x0, y0))
+    draw.line((x0, y0, x0, y1, x1, y1), INK)
+    for x, text in x_ticks.items():
+        draw.text((x0 + place(x, 0)[0], y1 + 5), text, INK, SMALL, "ma")
+    for y, text in y_ticks.items():
+        draw.text((x0 - 8, y0 + place(0, y)[1]), text, INK, SMALL, "rm")
+    draw.text(((x0 + x1) / 2, y1 + 22), titles[0], INK, SMALL, "ma")
+    draw.text((x0 - 40, y0 - 12), titles[1], INK, SMALL, "ls")
+
+
+def draw_cosines(before: Tensor, after: Tensor, counts: Tensor) -> Image.Image:
+    """Cosine of the heads' outputs to the sink's value, by layer.
+
+    before, after: float[L,H,S]; counts: bool[L,S], what is averaged: none in layers without sink.
+    """
+    L, layers = len(before), counts.any(1).nonzero().flatten().tolist()
+    image, draw = canvas(310, (
+        f"Cosine of the attention outputs to the sink's value, before (black) and after (red) the "
+        f"alignment: the mean over all heads and over the tokens that were no sink so far, in "
+        f"{len(layers) or 'none'} of {L} layers, those with a sink and with such tokens."))
+    ticks = {-1: "", **{l: str(l) for l in range(0, L, math.ceil(L / 24))}, L: ""}
+    marks = [("line", [(-1, 0), (L, 0)], PALE)]
+    for cosines, colour in ((before, INK), (after, MARK)) if layers else ():
+        points = [(l, cosines[l][:, counts[l]].mean().item()) for l in layers]
+        marks += [("line", points, colour), ("dots", points, colour)]
+    chart(image, (74, 40, WIDTH - PAD, 250), ticks, {-1: "-1", 0: "0", 1: "1"}, ("layer", "cosine"),
+          marks)
+    return image
+
+
+def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Image.Image:
+    """What the alignment does to the angle between an output and the sink's value.
+
+    before, after: float[H,N], cosines in this layer of the tokens that are aligned.
+    """
+    angles = torch.arange(0, 181)
+    out = torch.stack([angles.deg2rad().cos(), angles.deg2rad().sin()], dim=-1)         # (181,2)
+    out = align_with_sink(out[None, None], torch.tensor([[[1.0, 0.0]]]),
+                          torch.zeros(1, 181, dtype=torch.bool), outro.gamma, outro.temperature)
+    turned = torch.atan2(out[0, 0, :, 1], out[0, 0, :, 0]).abs().rad2deg().tolist()
+    seen = torch.stack([before.flatten(), after.flatten()], dim=-1)                     # (H*N,2)
+    seen = seen[::math.ceil(max(1, len(seen)) / 1500)].clamp(-1, 1).acos().rad2deg().tolist()
+    image, draw = canvas(370, (
+        f"The alignment turns an output towards the sink's value, with gamma {outro.gamma:g} and "
+        f"temperature {outro.temperature:g}. Left: the angle between them, before and after; red"
+        f" is the formula, blue dots are {len(seen)} of the {before.numel()} outputs (heads and "
+        f"tokens) in layer {layer}. Right: outputs in their plane with the sink's value, before "
+        f"(black) and after (red), of the same length. From 90 degrees on nothing turns."))
+    ticks = {angle: f"{angle}°" for angle in range(0, 181, 30)}
+    chart(image, (74, 40, 394, 320), ticks, ticks, ("angle before", "angle after"),
+          [("line", [(0, 0), (180, 180)], PALE), ("dots", seen, BLUE),
+           ("line", list(enumerate(turned)), MARK)])
+    x0, y0, r = 650, 300, 190
+    draw.line((x0 - r, y0, x0 + r, y0), INK)
+    draw.text((x0 + r, y0 + 8), "direction of the sink's value", INK, SMALL, "ra")
+    for start in (45, 80, 120):
+        for angle, colour in ((start, INK), (turned[start], MARK)):
+            x, y = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
+            draw.line((x0, y0, x0 + r * x, y0 + r * y), colour, 2)
+            draw.text((x0 + (r + 18) * x, y0 + (r + 18) * y), f"{angle:.0f}°", colour, SMALL, "mm")
+    return image

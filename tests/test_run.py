@@ -90,13 +90,20 @@ def test_an_answer_is_printed_whole_when_characters_span_tokens(capsys):
 def test_figures_are_written_and_can_be_read(call, tmp_path):
     code, out, _ = call("--figures", tmp_path / "new" / "folder", "--max-new-tokens", 1)
     pictures = {path.name: Image.open(path) for path in (tmp_path / "new" / "folder").iterdir()}
-    assert code == 0 and sorted(pictures) == ["frames.png", "masks.png", "run.png", "sinks.png"]
+    assert code == 0 and sorted(pictures) == ["attention.png", "attention_frames.png", "cosine.png",
+                                              "frames.png", "masks.png", "rotation.png", "run.png",
+                                              "sinks.png"]
     assert pictures["run.png"].height == sum(
-        pictures[name].height for name in pictures if name != "run.png")
+        pictures[name].height for name in ("frames.png", "masks.png", "sinks.png"))
     for picture in pictures.values():
         colours = [colour for _, colour in picture.convert("RGB").getcolors(1 << 24)]
         assert picture.width == 880 and len(colours) > 10
     assert (205, 60, 45) in [colour for _, colour in pictures["masks.png"].getcolors(1 << 24)]
+
+
+def test_figures_of_a_run_without_sinks(call, tmp_path):
+    code, out, err = call("--figures", tmp_path / "pictures", "--median-multiple", 1e7, "--frames", 1)
+    assert (code, err) == (0, "") and len(list((tmp_path / "pictures").iterdir())) == 8
 
 
 def test_help_names_every_flag_and_needs_no_torch():

@@ -1,0 +1,240 @@
+"""The paper's questions about the attention sink, each a short function over a trace or a model.
+
+Nothing is hooked: a weight is replaced in a copy, a key is edited in the open cache, a mask is
+handed to the layers. Traces are the plain model's unless a docstring says otherwise; shapes are
+named as in model.py. What all this finds on the toy is printed by the blocks of tutorial.md.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minioutro import Cache, OutRo, Processor, Video, VideoLM
+from minioutro.model import causal_mask, find_sinks, repeat_heads, rope_tables, split_heads
+from minioutro.prompt import END
+from minioutro.shapes import DURATION, FPS, Clip
+from minioutro.video import sample_indices
+
+QUESTION = "What happens in this video?"            # it asks for all that a clip shows
+UNSEEN = 10**9 + 10_000                             # training draws its clips from seeds below 10^9
+
+
+@dataclass
+class Examples:
+    """Clips that the toy has never seen, all asked QUESTION, with their right answers."""
+    clips: list[Clip]
+    input_ids: Tensor           # int64[B,S], the prompts
+    features: Tensor            # float[B,F*M,C], what model.encode makes of the frames
+    answer_ids: Tensor          # int64[B,A], filled up to be equally long
+    is_answer: Tensor           # bool[B,A], False where filled up
+
+    @property
+    def both_ids(self) -> Tensor:
+        return torch.cat([self.input_ids, self.answer_ids], dim=1)
+
+
+def examples(model: VideoLM, processor: Processor, n: int, most: int = 3) -> Examples:
+    """n clips of 1 to `most` shapes."""
+    clips = [Clip(UNSEEN + i, 1 + i % most) for i in range(n)]
+    indices = sample_indices(FPS * DURATION, FPS, DURATION)
+    seconds = [i / FPS for i in indices]
+    inputs, answers = [], []
+    for clip in clips:
+        video = Video([clip.frame(i) for i in indices], seconds, DURATION, FPS * DURATION)
+        inputs.append(processor(video, QUESTION))
+        answers.append(torch.tensor(processor.tokenize([f" {clip.description()}", END])))
+    answer_ids = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)
+    return Examples(clips, torch.cat([i.input_ids for i in inputs]),
+                    model.encode(torch.cat([i.pixel_values for i in inputs])),
+                    answer_ids.clamp(min=0), answer_ids >= 0)
+
+
+def answer_loss(logits: Tensor, asked: Examples) -> Tensor:
+    """-log p of the right answers, nats a token: float[B]. logits: (B,.,V), up to the last one."""
+    log_p = logits[:, -asked.answer_ids.shape[1] - 1:-1].log_softmax(-1)        # (B,A,V)
+    log_p = log_p.gather(-1, asked.answer_ids[:, :, None])[:, :, 0]             # (B,A)
+    return -(log_p * asked.is_answer).sum(1) / asked.is_answer.sum(1)
+
+
+def loss_of(model: VideoLM, asked: Examples, outro: OutRo | None = None) -> Tensor:
+    """The answers' loss. The prompt is read by itself, since OutRo works on a prompt."""
+    cache = Cache()
+    prompt = model(asked.input_ids, features=asked.features, outro=outro, cache=cache)
+    rest = model(asked.answer_ids, outro=outro, cache=cache)
+    return answer_loss(torch.cat([prompt, rest], dim=1), asked)
+
+
+# ---- Q1: which tokens are sinks? ----------------------------------------------------------------
+
+
+def attention_mass(weights: Tensor) -> Tensor:
+    """How much attention each key draws, on average over the queries that may see it.
+
+    weights: float[B,H,S,S], causal. Returns: float[B,H,S]. Source: arXiv 2410.10781, alpha_k.
+    """
+    S = weights.shape[-1]
+    return weights.sum(-2) / torch.arange(S, 0, -1, device=weights.device)
+
+
+def sink_share(weights: Tensor, threshold: float = 0.3) -> Tensor:
+    """Sink_k of arXiv 2410.10781: the share of heads with attention_mass above 0.3, float[B,S]."""
+    return (attention_mass(weights) > threshold).float().mean(1)
+
+
+def sink_dimensions(hidden: Tensor, n: int = 2) -> Tensor:
+    """The n coordinates of (B,S,C) that are largest in the token with the largest |h|: int64[n].
+    Source: ours; arXiv 2503.03321 reads a few off the first token, once for each model."""
+    magnitude = hidden.abs().flatten(0, 1)                                      # (B*S,C)
+    return magnitude[magnitude.amax(-1).argmax()].topk(n).indices
+
+
+def phi(hidden: Tensor, dimensions: Tensor) -> Tensor:
+    """max |x[d]| over the sink dimensions by the root mean square of x: (B,S,C) -> float[B,S].
+
+    One square is at most the sum of all C, so phi is at most sqrt(C): a threshold of 20 cannot be
+    reached in a model less than 400 wide. Source: arXiv 2503.03321 (a sink has phi > 20).
+    """
+    return hidden[:, :, dimensions].abs().amax(-1) / (hidden.pow(2).mean(-1) + 1e-6).sqrt()
+
+
+def detectors(trace: dict, l: int, dimensions: Tensor, outro: OutRo = OutRo()) -> dict[str, Tensor]:
+    """The sinks of layer l by each definition, bool[B,S]; the trace holds this layer's weights.
+
+    Ours: half of the heads must agree on the attention; and beside the fixed 20, made for a model
+    of width 4,096 where phi is at most 64, its share of what phi can reach, 20/64 of sqrt(C).
+    """
+    hidden = trace[f"layers.{l}.hidden"]
+    score = phi(hidden, dimensions)
+    return {"activation": find_sinks(hidden, outro.abs_threshold, outro.median_multiple),
+            "attention": sink_share(trace[f"layers.{l}.weights"]) >= 0.5,
+            "dimensions": score > 20 / 64 * math.sqrt(hidden.shape[-1]), "phi > 20": score > 20}
+
+
+def overlap(one: Tensor, other: Tensor) -> float:
+    """Tokens that both call a sink by tokens that either does; nan where neither finds one."""
+    return ((one & other).sum() / (one | other).sum()).item()
+
+
+# ---- Q2: are the heads that attend to the sink useless? -----------------------------------------
+
+
+def heads_by_sink_attention(trace: dict, layers, position: int) -> list[tuple[float, int, int]]:
+    """(attention mass on the sink, layer, head), most first."""
+    mass = {l: attention_mass(trace[f"layers.{l}.weights"])[:, :, position].mean(0) for l in layers}
+    return sorted(((m, l, h) for l in layers for h, m in enumerate(mass[l].tolist())), reverse=True)
+
+
+def with_weight(model: VideoLM, name: str, tensor: Tensor) -> VideoLM:
+    """A copy of the model with one weight replaced; all others are shared, not copied."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    changed = copy.deepcopy(model, memo=shared)
+    owner, _, last = name.rpartition(".")
+    setattr(changed.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))
+    return changed
+
+
+def without_head(model: VideoLM, l: int, h: int) -> VideoLM:
+    """The model without one head: the columns of o_proj that read its output are zero."""
+    name = f"model.text_model.layers.{l}.self_attn.o_proj.weight"
+    weight, D = model.get_parameter(name).clone(), model.config.text_config.head_dim
+    weight[:, h * D:(h + 1) * D] = 0                                            # (C,H*D)
+    return with_weight(model, name, weight)
+
+
+# ---- Q3: what is in the sink? -------------------------------------------------------------------
+
+
+def loss_with_zero_keys(model: VideoLM, asked: Examples, layers, position: int, n: int) -> Tensor:
+    """Zero-K: the answers' loss if the n largest coordinates of one token's keys are zero.
+
+    The prompt is read into the cache up to this token, its keys are edited there, in the layers
+    that are given, and all later tokens meet the edited ones.
+    """
+    cache, ids = Cache(), asked.both_ids
+    images = (ids[0, :position + 1] == model.config.image_token_id).sum()
+    model(ids[:, :position + 1], features=asked.features[:, :images], cache=cache)
+    for l in layers:
+        key = cache.k[l][:, :, position]                                        # (B,G,D), a view
+        key.scatter_(-1, key.abs().topk(n).indices, 0)
+    rest = model(ids[:, position + 1:], features=asked.features[:, images:], cache=cache)
+    return answer_loss(rest, asked)
+
+
+def values(model: VideoLM, trace: dict, l: int) -> Tensor:
+    """The value vectors of layer l, from the layer's input: float[B,G,S,D]."""
+    layer = model.model.text_model.layers[l]
+    x = layer.input_layernorm(trace[f"layers.{l}.hidden"])
+    return split_heads(layer.self_attn.v_proj(x), layer.n_kv_heads)
+
+
+def value_split(weights: Tensor, v: Tensor, is_sink: Tensor) -> tuple[Tensor, Tensor]:
+    """o_t = sum over sinks of a_ti v_i + sum over the others: both terms, float[B,H,S,D]."""
+    v, of_sink = repeat_heads(v, weights.shape[1]), is_sink[:, None, :, None]
+    return weights @ v.masked_fill(~of_sink, 0), weights @ v.masked_fill(of_sink, 0)
+
+
+def nop_or_broadcast(out: Tensor, v: Tensor, v_sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Does attending to the sink switch a head off (NOP), or does it spread the sink's value?
+
+    out: float[B,H,S,D]; v: float[B,G,S,D]; v_sink: float[B,G,D].
+    Returns: |v_sink| over the median |v|, float[B,G], which is near 0 for a NOP; and the share of
+    the outputs' variance over the tokens that lies along v_sink, float[B,H], which is 1/D if all
+    directions are alike. Source: arXiv 2606.08105.
+    """
+    ratio = v_sink.norm(dim=-1) / v.norm(dim=-1).median(-1).values
+    direction = repeat_heads(F.normalize(v_sink, dim=-1), out.shape[1])         # (B,H,D)
+    deviation = out - out.mean(2, keepdim=True)
+    along = deviation @ direction[..., None]                                    # (B,H,S,1)
+    return ratio, along.pow(2).sum((-1, -2)) / deviation.pow(2).sum((-1, -2))
+
+
+def probe(states: Tensor, labels: list[str], n_train: int) -> float:
+    """How often a linear map, fitted to the first n_train examples, is right about the others.
+
+    states: float[N,C]. A ridge regression to one column for each label; the largest column wins.
+    States that do not differ leave it only the commonest label of the first n_train.
+    """
+    classes = sorted(set(labels))
+    target = torch.tensor([[label == c for c in classes] for label in labels]).double()
+    x = states.double()
+    scale = x[:n_train].std(0).clamp(min=1e-6 * x.abs().mean())        # smaller ones are rounding
+    x = (x - x[:n_train].mean(0)) / scale
+    mean, fitted = target[:n_train].mean(0), x[:n_train]
+    ridge = 0.1 * n_train * torch.eye(x.shape[1]).double()
+    weight = torch.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ (target[:n_train] - mean))
+    guesses = (x[n_train:] @ weight + mean).argmax(-1).tolist()
+    return sum(classes[g] == label for g, label in zip(guesses, labels[n_train:])) / len(guesses)
+
+
+# ---- Further: masks of our own, and the sink's query as a judge of image tokens -----------------
+
+
+def loss_with_masks(model: VideoLM, asked: Examples, masks: list[Tensor]) -> Tensor:
+    """The answers' loss with one mask for each layer, bool[S,S] or bool[B,S,S], over both_ids."""
+    text, c, ids = model.model.text_model, model.config.text_config, asked.both_ids
+    hidden, cache = model.merge(text.embed_tokens(ids), ids, asked.features), Cache()
+    cos, sin = rope_tables(0, ids.shape[1], c.head_dim, c.rope_theta, like=hidden)
+    for layer, may_attend in zip(text.layers, masks):
+        hidden = layer(hidden, cos, sin, may_attend, cache, None, None)
+    return answer_loss(model.head(text.norm(hidden)), asked)
+
+
+def image_token_masks(model: VideoLM, asked: Examples, scores: Tensor, l: int,
+                      share: float = 0.2) -> list[Tensor]:
+    """Masks for `loss_with_masks` that hide all but the best image tokens after layer l.
+
+    scores: float[B,S]; what they say about other tokens does not count.
+    """
+    ids = asked.both_ids
+    S, is_image = ids.shape[1], ids == model.config.image_token_id              # (B,S)
+    scores = F.pad(scores, (0, S - scores.shape[1])).masked_fill(~is_image, -math.inf)
+    best = scores.topk(round(share * is_image[0].sum().item()), dim=-1).indices
+    keep = (~is_image).scatter(1, best, True)
+    causal = causal_mask(S, S)
+    pruned = causal & keep[:, None, :] | torch.eye(S, dtype=torch.bool)         # each sees itself
+    L = model.config.text_config.num_hidden_layers
+    return [causal] * (l + 1) + [pruned] * (L - l - 1)

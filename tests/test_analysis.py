@@ -1,0 +1,206 @@
+"""The paper's questions: each function on numbers that can be checked by hand, or against a second way."""
+
+import math
+
+import pytest
+import torch
+
+from minioutro import Cache, OutRo
+from minioutro.analysis import (answer_loss, attention_mass, detectors, examples, heads_by_sink_attention,
+                                image_token_masks, loss_of, loss_with_masks, loss_with_zero_keys,
+                                nop_or_broadcast, overlap, phi, probe, sink_dimensions, sink_share,
+                                value_split, values, with_weight, without_head)
+from minioutro.model import causal_mask
+
+WEIGHTS = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.7, 0.1]])         # one head, (Q,K)
+SELFISH = torch.eye(3)
+
+
+@pytest.fixture(scope="module")
+def asked(toy):
+    return examples(*toy, n=3)
+
+
+# ---- Q1 ----
+
+
+def test_attention_mass_and_sink_share_by_hand():
+    """Key 0 draws 1 + 0.5 + 0.2 of three queries, key 1 draws 1.2 of two, key 2 draws 0.1 of one."""
+    weights = torch.stack([WEIGHTS, SELFISH])[None]
+    assert torch.allclose(attention_mass(weights)[0, 0], torch.tensor([1.7 / 3, 0.6, 0.1]))
+    assert torch.allclose(attention_mass(weights)[0, 1], torch.tensor([1 / 3, 1 / 2, 1.0]))
+    assert sink_share(weights).tolist() == [[1.0, 1.0, 0.5]]
+    assert sink_share(weights, threshold=0.5).tolist() == [[0.5, 0.5, 0.5]]
+
+
+def test_phi_by_hand_and_the_width_that_a_threshold_of_20_needs():
+    """Of (3, 0, -4, 0) the mean square is 25 / 4. One huge coordinate gives sqrt(C): 20 at C = 400."""
+    hidden = torch.tensor([[[3.0, 0.0, -4.0, 0.0]]])
+    assert phi(hidden, torch.tensor([0, 2])).item() == pytest.approx(4 / 2.5)
+    assert phi(hidden, torch.tensor([0])).item() == pytest.approx(3 / 2.5)
+    for C in (64, 399, 401):
+        massive = torch.zeros(1, 1, C)
+        massive[0, 0, 5] = -1e4
+        assert phi(massive, torch.tensor([5])).item() == pytest.approx(math.sqrt(C))
+        assert (phi(massive, torch.tensor([5])) > 20).item() == (C > 400)
+
+
+def test_sink_dimensions_are_those_of_the_most_massive_token():
+    hidden = torch.tensor([[[1.0, 7.0, 8.0], [0.0, 0.0, 0.0]], [[-9.0, 1.0, 2.0], [5.0, 6.0, 7.0]]])
+    assert sink_dimensions(hidden, 2).tolist() == [0, 2] and sink_dimensions(hidden, 1).tolist() == [0]
+
+
+def test_each_detector_looks_at_its_own_definition():
+    """Token 0 is massive in coordinate 1; token 1 draws attention; token 2 is small, yet all in 1."""
+    hidden = torch.tensor([[[1.0, 5000.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 0.0]]])
+    drawing = torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0], [0.0, 0.8, 0.2]])
+    weights = torch.stack([drawing, torch.zeros(3, 3)])[None]           # one head of two: that is half
+    trace = {"layers.3.hidden": hidden, "layers.3.weights": weights}
+    found = detectors(trace, 3, torch.tensor([1]))
+    assert {name: is_sink[0].tolist() for name, is_sink in found.items()} == {
+        "activation": [True, False, False], "attention": [True, True, False],
+        "dimensions": [True, True, True], "phi > 20": [False, False, False]}
+    assert overlap(found["activation"], found["dimensions"]) == pytest.approx(1 / 3)
+    assert overlap(found["attention"], found["activation"]) == 0.5
+    assert math.isnan(overlap(found["phi > 20"], found["phi > 20"]))
+
+
+# ---- Q2 ----
+
+
+def test_heads_are_ranked_by_what_the_sink_draws_of_them():
+    trace = {"layers.2.weights": torch.stack([SELFISH, WEIGHTS])[None],
+             "layers.4.weights": torch.stack([WEIGHTS / 2, WEIGHTS * 2])[None]}
+    assert [(l, h) for _, l, h in heads_by_sink_attention(trace, (2, 4), 0)] == \
+        [(4, 1), (2, 1), (2, 0), (4, 0)]
+    assert heads_by_sink_attention(trace, (2,), 1)[0] == (pytest.approx(0.6), 2, 1)
+
+
+def test_a_head_is_removed_from_a_copy_alone(toy, asked):
+    """Its columns of o_proj are zero; without all heads a layer adds nothing but its MLP."""
+    model = toy[0]
+    name = "model.text_model.layers.3.self_attn.o_proj.weight"
+    D, H = model.config.text_config.head_dim, model.config.text_config.num_attention_heads
+    before = model.get_parameter(name).clone()
+    changed = without_head(model, 3, 1)
+    difference = (changed.get_parameter(name) - before).abs().sum(0).view(H, D)
+    assert difference.any(1).tolist() == [h == 1 for h in range(H)]
+    assert not changed.get_parameter(name)[:, D:2 * D].any()
+    assert model.get_parameter(name).equal(before)
+    assert all(theirs is ours for (other, theirs), (_, ours) in
+               zip(changed.named_parameters(), model.named_parameters()) if other != name)
+    assert not loss_of(changed, asked).equal(loss_of(model, asked))
+    for h in range(H):
+        changed = without_head(changed, 3, h)
+    nothing = with_weight(model, name, torch.zeros_like(before))
+    assert loss_of(changed, asked).equal(loss_of(nothing, asked))
+
+
+# ---- Q3 ----
+
+
+def test_zero_k_by_a_second_way(toy, asked):
+    """For token 0, which sees only itself, editing its key in one pass is the same as in two."""
+    class ZeroKey(Cache):
+        def extend(self, layer, k, v):
+            k, v = super().extend(layer, k.clone(), v)
+            if layer >= 2:
+                for g in range(k.shape[1]):
+                    for b in range(len(k)):
+                        for d in k[b, g, 0].abs().sort(descending=True).indices[:3].tolist():
+                            k[b, g, 0, d] = 0
+            return k, v
+    model = toy[0]
+    L = model.config.text_config.num_hidden_layers
+    logits = model(asked.both_ids, features=asked.features, cache=ZeroKey())
+    edited = loss_with_zero_keys(model, asked, range(2, L), 0, 3)
+    assert torch.allclose(edited, answer_loss(logits, asked), atol=1e-4)
+    baseline = loss_of(model, asked)
+    assert not torch.allclose(edited, baseline, atol=1e-4)
+    middle = asked.input_ids.shape[1] // 2                          # an image token; none are edited
+    for position in (0, middle):
+        assert torch.allclose(loss_with_zero_keys(model, asked, (), position, 3), baseline, atol=1e-4)
+
+
+def test_the_values_are_those_that_the_layer_used(toy, asked):
+    model, trace = toy[0], {"weights_of": [3]}
+    model(asked.input_ids, features=asked.features, outro=OutRo(), trace=trace)
+    v, is_sink = values(model, trace, 3), trace["layers.3.is_sink"]
+    assert is_sink.sum(1).tolist() == [1, 1, 1]
+    assert torch.allclose(v[:, :, 0], trace["layers.3.v_sink"], atol=1e-5)
+    of_sink, of_others = value_split(trace["layers.3.weights"], v, is_sink)
+    assert torch.allclose(of_sink + of_others, trace["layers.3.out"], atol=1e-4)
+    v_of_head_3 = v[:, 3 * v.shape[1] // of_sink.shape[1], :1]                      # (B,1,D)
+    assert torch.allclose(of_sink[:, 3], trace["layers.3.weights"][:, 3, :, :1] * v_of_head_3, atol=1e-5)
+
+
+def test_value_split_by_hand():
+    """Sink values 10 and 20, the other 1: the last query has 0.2 * 10 + 0.7 * 20 of sinks, 0.1 of it."""
+    v = torch.tensor([10.0, 20.0, 1.0]).view(1, 1, 3, 1)
+    of_sink, of_others = value_split(WEIGHTS[None, None], v, torch.tensor([[True, True, False]]))
+    assert torch.allclose(of_sink.flatten(), torch.tensor([10.0, 15.0, 16.0]))
+    assert torch.allclose(of_others.flatten(), torch.tensor([0.0, 0.0, 0.1]))
+
+
+def test_nop_or_broadcast_by_hand():
+    """Head 0 varies by 3 along the sink's value and by 4 across it: 9 of 25. Head 1 only along it."""
+    v = torch.tensor([[[[2.0, 0.0], [0.0, 4.0], [0.0, 8.0]]]])
+    out = torch.tensor([[[[3.0, 4.0], [-3.0, -4.0]], [[6.0, 1.0], [0.0, 1.0]]]])
+    ratio, share = nop_or_broadcast(out, v, v[:, :, 0])
+    assert ratio.tolist() == [[0.5]] and share.tolist() == [[pytest.approx(9 / 25), pytest.approx(1.0)]]
+
+
+def test_a_probe_reads_what_is_there_and_guesses_where_nothing_is():
+    generator = torch.Generator().manual_seed(0)
+    labels = ["red", "blue", "blue"] * 20
+    noise = torch.randn(60, 5, generator=generator)
+    read = noise.clone()
+    read[:, 3] += torch.tensor([10.0 * (label == "red") for label in labels])
+    assert probe(read, labels, 30) == 1.0
+    assert probe(torch.full((60, 5), 7.0), labels, 30) == pytest.approx(2 / 3)          # always blue
+    tiny = 1e4 + 1e-5 * read.double()                          # a difference below the rounding of float32
+    assert probe(tiny, labels, 30) == pytest.approx(2 / 3)
+    assert probe(read, ["blue"] * 30 + labels[:30], 30) == pytest.approx(2 / 3)         # red not learnt
+
+
+# ---- losses and masks ----
+
+
+def test_the_loss_of_answers_by_hand(asked):
+    """Uniform logits cost log V a token; an answer's padding costs nothing."""
+    B, A = asked.answer_ids.shape
+    logits = torch.zeros(B, A + 4, 11)
+    asked_ids = asked.answer_ids % 11
+    alike = type(asked)(asked.clips, asked.input_ids, asked.features, asked_ids, asked.is_answer)
+    assert torch.allclose(answer_loss(logits, alike), torch.full((B,), math.log(11)))
+    right = logits.clone()
+    right[:, -A - 1:-1].scatter_(-1, asked_ids[:, :, None], 50.0)
+    assert answer_loss(right, alike).max() < 1e-6
+    assert asked.is_answer.sum(1).unique().numel() > 1
+
+
+def test_the_losses_agree_where_nothing_is_changed(toy, asked):
+    model = toy[0]
+    S, L = asked.both_ids.shape[1], model.config.text_config.num_hidden_layers
+    one_pass = answer_loss(model(asked.both_ids, features=asked.features), asked)
+    assert torch.allclose(loss_of(model, asked), one_pass, atol=1e-4)
+    assert torch.allclose(loss_with_masks(model, asked, [causal_mask(S, S)] * L), one_pass, atol=1e-4)
+    assert torch.allclose(loss_of(model, asked, OutRo(relax=False, align=False)), one_pass, atol=1e-4)
+    assert not torch.allclose(loss_of(model, asked, OutRo()), one_pass, atol=1e-4)
+
+
+def test_image_token_masks_keep_the_best_and_all_text(toy, asked):
+    model = toy[0]
+    S, is_image = asked.both_ids.shape[1], asked.both_ids == model.config.image_token_id
+    scores = torch.rand(asked.input_ids.shape, generator=torch.Generator().manual_seed(1))
+    masks = image_token_masks(model, asked, scores, l=2, share=0.25)
+    causal = causal_mask(S, S)
+    assert all(mask is masks[0] for mask in masks[:3]) and masks[0].equal(causal) and len(masks) == 8
+    for b in range(3):
+        last = masks[3][b, -1]
+        images = is_image[b].nonzero().flatten()
+        best = images[scores[b, images].argsort(descending=True)[:len(images) // 4]]
+        assert last[images].nonzero().flatten().tolist() == sorted(
+            (images == i).nonzero().item() for i in best)
+        assert last[~is_image[b]].all() and masks[7][b].diagonal().all()
+        assert not masks[7][b][~causal].any()

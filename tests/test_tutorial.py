@@ -1,0 +1,147 @@
+"""The tutorial: every python block runs, in order, and prints and draws what stands below it.
+
+    python tests/test_tutorial.py --write        writes all outputs, pictures and links anew
+"""
+
+import ast
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+ROOT = Path(__file__).parent.parent
+TUTORIAL = ROOT / "tutorial.md"
+# code, the output behind it if there is one, and the picture behind that if there is one
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n"
+                   r"(?:\n?```\n(?P<output>.*?)^```\n)?"
+                   r"(?:\n?!\[(?P<alt>[^\]]*)\]\((?P<picture>[^)]+)\)\n)?", re.S | re.M)
+LINK = re.compile(r"\[`(?P<name>\w+)`\]\((?P<file>[\w./]+)\)")
+NUMBER = re.compile(r"\d[\d,]*\.?\d*")
+
+
+def lesson() -> str:
+    """The tutorial up to its exercises, which are checked in another way."""
+    return TUTORIAL.read_text(encoding="utf-8").split("\n## Exercises")[0] + "\n"
+
+
+def run_blocks(text: str):
+    """Run the blocks in one namespace: yields (match, what was printed, the picture that was made)."""
+    sys.path.insert(0, str(ROOT))
+    namespace, before = {}, Path.cwd()
+    os.chdir(ROOT)
+    try:
+        for block in BLOCK.finditer(text):
+            namespace.pop("picture", None)
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed), torch.no_grad():
+                line = text[:block.start("code")].count("\n")
+                code = compile("\n" * line + block["code"], "tutorial.md", "exec")
+                exec(code, namespace)
+            yield block, printed.getvalue(), namespace.get("picture")
+    finally:
+        os.chdir(before)
+
+
+def small(picture: Image.Image) -> Image.Image:
+    """In 256 colours, as it lies in the repository; rare ones, as the red of a sink, are kept."""
+    return picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+
+
+def home(name: str, file: str) -> str:
+    """The file in which a function, class or test is defined: the given one, or any of its folder."""
+    folder = (ROOT / file).parent
+    for path in (ROOT / file, *sorted(folder.glob("*.py"))):
+        if path.exists() and any(node.name == name for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                                 if isinstance(node, (ast.FunctionDef, ast.ClassDef))):
+            return path.relative_to(ROOT).as_posix()
+    raise ValueError(f"tutorial.md links to {name}, which is not in {folder}")
+
+
+def write() -> None:
+    text, parts, end = lesson(), [], 0
+    for block, printed, picture in run_blocks(text):
+        parts += [text[end:block.start()], f"```python\n{block['code']}```\n"]
+        parts += [f"\n```\n{printed}```\n"] if printed else []
+        if block["picture"]:
+            small(picture).save(ROOT / block["picture"], optimize=True)
+            parts.append(f"\n![{block['alt']}]({block['picture']})\n")
+        end = block.end()
+    text = "".join([*parts, text[end:]])
+    text = LINK.sub(lambda link: f"[`{link['name']}`]({home(link['name'], link['file'])})", text)
+    exercises = TUTORIAL.read_text(encoding="utf-8")[len(lesson()) - 1:]
+    TUTORIAL.write_text(text[:-1] + exercises, encoding="utf-8")
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+
+
+def test_every_block_prints_and_draws_what_the_tutorial_shows():
+    """Texts must be equal, and numbers to 1e-5 of their size: none that is printed has more digits."""
+    wrong = []
+    for block, printed, picture in run_blocks(lesson()):
+        shown = block["output"] or ""
+        same = NUMBER.sub("#", printed) == NUMBER.sub("#", shown) and \
+            numbers(printed) == pytest.approx(numbers(shown), rel=1e-5, abs=0)
+        if not same:
+            wrong.append(f"{block['code']}printed\n{printed}and the tutorial shows\n{shown}")
+        if block["picture"]:
+            stored, new = Image.open(ROOT / block["picture"]).convert("RGB"), small(picture).convert("RGB")
+            if stored.size != new.size or too_different(stored, new):
+                wrong.append(f"{block['picture']} is not the picture that is drawn")
+    assert not wrong, "\n\n".join([*wrong, "python tests/test_tutorial.py --write shows the new ones"])
+
+
+def too_different(stored: Image.Image, new: Image.Image) -> bool:
+    """More than rounding: a hundred pixels that differ by more than 40 of 255, a few letters' worth."""
+    difference = ImageChops.difference(stored, new).convert("L").point(lambda grey: 255 * (grey > 40))
+    return sum(pixel > 0 for pixel in difference.tobytes()) > 100
+
+
+def test_every_link_leads_to_the_function_that_it_names():
+    links = [(link["name"], link["file"]) for link in LINK.finditer(lesson())]
+    assert len(links) > 40
+    assert [(name, home(name, file)) for name, file in links] == links
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", lesson()):
+        assert (ROOT / path).exists(), path
+
+
+def test_blocks_are_short_and_each_shows_something():
+    blocks = list(BLOCK.finditer(lesson()))
+    assert len(blocks) > 30 and len(blocks) == lesson().count("```python")
+    for block in blocks:
+        lines = block["code"].splitlines()
+        assert len(lines) < 15 and max(map(len, lines)) <= 79, block["code"]
+        assert block["output"] or block["picture"] or "import" in block["code"], block["code"]
+
+
+def test_the_comparison_finds_a_changed_number_and_a_changed_picture():
+    for number in NUMBER.findall("".join(block["output"] or "" for block in BLOCK.finditer(lesson()))):
+        if number.rstrip(".,")[-1:].isdigit():
+            last = str((int(number.rstrip(".,")[-1]) + 1) % 10)
+            changed = number.rstrip(".,")[:-1] + last
+            assert numbers(changed) != pytest.approx(numbers(number), rel=1e-5, abs=0), number
+    picture = Image.open(ROOT / "minioutro" / "pictures" / "cosine.png").convert("RGB")
+    changed = picture.copy()
+    changed.paste((205, 60, 45), (100, 100, 120, 120))
+    assert too_different(picture, changed) and not too_different(picture, picture)
+
+
+def test_pictures_are_small_and_all_of_them_are_shown():
+    folder = ROOT / "minioutro" / "pictures"
+    shown = {Path(block["picture"]).name for block in BLOCK.finditer(lesson()) if block["picture"]}
+    stored = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert shown == set(stored) and sum(stored.values()) < 500_000
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("usage: python tests/test_tutorial.py --write")
+    torch.set_num_threads(1)
+    write()
