@@ -26,8 +26,7 @@ NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 
 
 def lesson() -> str:
-    """The tutorial up to its exercises, which are checked in another way."""
-    return TUTORIAL.read_text(encoding="utf-8").split("\n## Exercises")[0] + "\n"
+    return TUTORIAL.read_text(encoding="utf-8")
 
 
 def run_blocks(text: str):
@@ -74,8 +73,7 @@ def write() -> None:
         end = block.end()
     text = "".join([*parts, text[end:]])
     text = LINK.sub(lambda link: f"[`{link['name']}`]({home(link['name'], link['file'])})", text)
-    exercises = TUTORIAL.read_text(encoding="utf-8")[len(lesson()) - 1:]
-    TUTORIAL.write_text(text[:-1] + exercises, encoding="utf-8")
+    TUTORIAL.write_text(text, encoding="utf-8")
 
 
 def numbers(text: str) -> list[float]:
