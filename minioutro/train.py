@@ -50,6 +50,7 @@ PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
 LEARNING_RATE, LAST_RATE, PRICE, SAVE_EVERY, LOG_EVERY = 3e-3, 1.2e-3, 0.005, 250, 50
 PLAN = 58 / 74                              # the share of all steps that cosine and price span
+BUNDLED = Path(__file__).parent / "toy"
 NOT_ASKED = -100                            # a target that cross_entropy ignores
 GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
 CELL = SIZE / GRID                          # pixels on each side of an image token
@@ -367,21 +368,28 @@ def train(folder: Path, run: Run, seed: int, device: str = "cpu") -> None:
     save(model, folder)
 
 
+def recipe(folder: Path, model: VideoLM) -> str:
+    c, size = model.config.text_config, (folder / "model.safetensors").stat().st_size
+    heads = f"{c.num_attention_heads} query heads on {c.num_key_value_heads} key-value heads"
+    lines = [f"{sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.1f} MB",
+             f"{c.num_hidden_layers} decoder layers of width {c.hidden_size}, {heads}",
+             f"{GRID**2} image tokens a frame",
+             f"learning rate {LEARNING_RATE:g}, in the last stage {LAST_RATE:g}; price {PRICE:g}; "
+             f"seed {MASSIVE:,.0f} in layer {SEED_LAYER}", "",
+             "stage   steps  frames  clips  questions a clip  shapes, at most"]
+    for n, s in enumerate(STAGES, start=1):
+        lines.append(f"{n:<7}{s.steps:>6}{s.frames:>8}{s.clips:>7}{s.questions:>18}{s.most:>17}")
+    return "\n".join(lines)
+
+
 def write_readme(folder: Path) -> None:
-    """Say what the checkpoint is, how it was made and what it can do: everything is measured."""
+    """The bundled page with new figures: its blocks are recipe, report and the three controls."""
     model, processor = load(folder)
-    size = (folder / "model.safetensors").stat().st_size
-    stages = "\n".join(f"| {s.steps} | {s.frames} | {s.clips} | {s.questions} | {s.most} |"
-                       for s in STAGES)
-    controls = "\n\n".join(f"### {name.capitalize()}\n\n```\n"
-                           f"{control_report(*load(folder / run.folder))}\n```"
-                           for name, run in CONTROLS.items())
-    (folder / "README.md").write_text(README.format(
-        parameters=sum(p.numel() for p in model.parameters()), megabytes=size / 1e6, stages=stages,
-        heads=TEXT["num_attention_heads"], layers=TEXT["num_hidden_layers"], massive=MASSIVE,
-        seed_layer=SEED_LAYER, learning_rate=LEARNING_RATE, last_rate=LAST_RATE, price=PRICE,
-        tokens=GRID**2, width=TEXT["hidden_size"], share=CONTROLS["with both"].share,
-        report=report(model, processor), controls=controls))
+    figures = [recipe(folder, model), report(model, processor)]
+    figures += [control_report(*load(folder / run.folder)) for run in CONTROLS.values()]
+    page = (BUNDLED / "README.md").read_text(encoding="utf-8").split("```")
+    page[1::2] = [f"\n{figure}\n" for figure in figures]
+    (folder / "README.md").write_text("```".join(page), encoding="utf-8")
 
 
 def main() -> None:
@@ -399,60 +407,13 @@ def main() -> None:
     if args.threads or not args.evaluate:
         torch.set_num_threads(args.threads or 1)
     if args.evaluate:
-        print(report(*load(args.folder or Path(__file__).parent / "toy")))
+        print(report(*load(args.folder or BUNDLED)))
         return
     folder = args.folder or Path("toy_run")
     for run in (TOY, *CONTROLS.values()):
         train(folder / run.folder, run, args.seed, args.device)
     write_readme(folder)
 
-
-README = """\
-# The toy
-
-A SmolVLM of {parameters:,} parameters, {megabytes:.1f} MB in bfloat16: {layers} decoder layers of width {width}, {heads} query
-heads on 2 key-value heads, {tokens} image tokens a frame. It was trained from scratch on the clips of
-`shapes.py` by `python -m minioutro.train`, which also wrote this page.
-`python -m minioutro.train --evaluate` prints the figures again.
-
-## How it was trained
-
-One seed, AdamW, learning rate {learning_rate:g} with a warm-up and a cosine, six stages:
-
-| steps | frames | clips in a batch | questions a clip | shapes, at most |
-| --- | --- | --- | --- | --- |
-{stages}
-
-The first stage trains the encoder alone to name form, colour and place of what each image token
-shows, and this goes on in the others. In the last one the decoder's image tokens also name how that
-has moved in the last two frames, and the learning rate starts again at {last_rate:g} and falls to
-zero. A question is asked by itself: those that share a clip do not see each other. Frames are
-degraded by JPEG; what is measured below are frames of real mp4 files.
-
-Two things give the model a sink, and both are artificial:
-
-- **The seed.** Neuron 0 of the MLP of layer {seed_layer} reads a coordinate that only the first token has,
-  and writes about {massive:,.0f} into another one. Its weights are held while the rest is trained.
-- **The price.** The loss is raised by {price:g} times the mean attention to other tokens than the
-  first, in the layers behind the seed. It falls to zero well before the end.
-
-## What it can do
-
-*chance*: always the commonest answer to that kind of question. *became right*, *became wrong*:
-against the baseline, question by question; *p*: exact two-sided sign test (McNemar).
-
-```
-{report}
-```
-
-## Without price, without seed
-
-The same recipe with {share:.0%} of the steps, whole and with one part left out. Attention to token 0 is
-averaged over queries at least 16 tokens away; a sink is what `find_sinks` marks with the release's
-thresholds.
-
-{controls}
-"""
 
 if __name__ == "__main__":
     main()
