@@ -22,6 +22,7 @@ import io
 import json
 import math
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -400,19 +401,30 @@ def main() -> None:
                         "evaluate (default: the bundled toy)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: 1 to train, all to evaluate")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu",
+                        help="default: %(default)s")
     parser.add_argument("--evaluate", action="store_true",
                         help=f"do not train; ask about {CLIPS} unseen clips and print the figures")
     args = parser.parse_args()
     if args.threads or not args.evaluate:
         torch.set_num_threads(args.threads or 1)
-    if args.evaluate:
-        print(report(*load(args.folder or BUNDLED)))
-        return
-    folder = args.folder or Path("toy_run")
-    for run in (TOY, *CONTROLS.values()):
-        train(folder / run.folder, run, args.seed, args.device)
-    write_readme(folder)
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+    try:
+        if not available[args.device]:
+            raise ValueError(f"--device {args.device}: there is none here; leave it out")
+        if args.evaluate:
+            print(report(*load(args.folder or BUNDLED)))
+            return
+        folder = args.folder or Path("toy_run")
+        for run in (TOY, *CONTROLS.values()):
+            train(folder / run.folder, run, args.seed, args.device)
+        write_readme(folder)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on from the last saved step")
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -186,3 +186,16 @@ def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
                                  "\ncontrol short_no_price\n", "\ncontrol short_no_seed\n"]
     assert "1.1 MB" in written[1] and len(written[1].splitlines()) == 7 + len(train.STAGES)
     assert all(run.share == 0.1 for run in train.CONTROLS.values())
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--evaluate", "--folder", "nowhere"], "nowhere is neither a folder here nor the name of a repository"),
+    (["--device", "mps"], "--device mps: there is none here"),
+])
+def test_errors_of_the_command_line_are_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"train.py: {said}") and error.count("\n") == 1
