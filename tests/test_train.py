@@ -189,7 +189,7 @@ def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--evaluate", "--folder", "nowhere"], "nowhere is neither a folder here nor the name of a repository"),
+    (["--evaluate", "--folder", "/no/toy"], "/no/toy is neither a folder here nor the name of a repository"),
     (["--device", "mps"], "--device mps: there is none here"),
 ])
 def test_errors_of_the_command_line_are_one_line(arguments, said, monkeypatch, capsys):
