@@ -49,8 +49,8 @@ VISION = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size"
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
-LEARNING_RATE, LAST_RATE, PRICE, SAVE_EVERY, LOG_EVERY = 3e-3, 1.2e-3, 0.005, 250, 50
-PLAN = 58 / 74                              # the share of all steps that cosine and price span
+LEARNING_RATE, PRICE, SAVE_EVERY, LOG_EVERY = 3e-3, 0.005, 250, 50
+PLAN = 29 / 44                              # the share of all steps that cosine and price span
 BUNDLED = Path(__file__).parent / "toy"
 NOT_ASKED = -100                            # a target that cross_entropy ignores
 GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
@@ -68,11 +68,17 @@ class Stage:
     clips: int                              # in a batch
     questions: int                          # about each of them; 0 trains the encoder alone
     most: int                               # shapes in a clip, at most
+    rate: float = 0.0                       # a learning rate of its own, falling to zero
+    price: float = 0.0                      # a price of its own, falling to zero
     motion: bool = False                    # do the decoder's image tokens name motions?
+    again: tuple[str, ...] = ()             # kinds of questions that are asked twice as often
 
 
 STAGES = (Stage(1400, 1, 64, 0, 3), Stage(400, 1, 32, 4, 1), Stage(800, 1, 32, 4, 3),
-          Stage(500, 8, 8, 9, 1), Stage(1650, 8, 8, 9, 3), Stage(2650, 8, 8, 9, 3, motion=True))
+          Stage(500, 8, 8, 9, 1), Stage(1650, 8, 8, 9, 3),
+          Stage(2650, 8, 8, 9, 3, rate=1.2e-3, motion=True),
+          Stage(1400, 8, 8, 9, 3, rate=8e-4, price=0.03, motion=True,
+                again=("moves", "turns", "direction", "describe")))
 
 
 @dataclass(frozen=True)
@@ -250,7 +256,8 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
         by_kind = {}
         for question in clip.questions(indices[0] if stage.frames == 1 else None):
             by_kind.setdefault(question.kind, []).append(question)
-        kinds = rng.sample(list(by_kind), len(by_kind)) * stage.questions
+        kinds = [*by_kind, *(kind for kind in stage.again if kind in by_kind)]
+        kinds = rng.sample(kinds, len(kinds)) * stage.questions
         row = [(token, NOT_ASKED, 0, position) for position, token in enumerate(prefix)]
         for turn, kind in enumerate(kinds[:stage.questions], start=1):
             question = rng.choice(by_kind[kind])
@@ -315,8 +322,10 @@ def train(folder: Path, run: Run, seed: int, device: str = "cpu") -> None:
         plant_seed(model)
     learner = nn.ModuleDict({"model": model, "names": names_head, "motion": motion_head}).to(device)
     optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    stages = [stage for stage in STAGES for _ in range(math.ceil(run.share * stage.steps))]
-    last = len(stages) - math.ceil(run.share * STAGES[-1].steps)        # where the last one begins
+    stages = []                             # of each step: its stage, and how much of that is done
+    for stage in STAGES:
+        steps = math.ceil(run.share * stage.steps)
+        stages += [(stage, n / steps) for n in range(steps)]
     priced = range(SEED_LAYER + 1, TEXT["num_hidden_layers"])       # the layers that meet the seed
     state, done, right, elsewhere = folder / "state.pt", 0, 0.0, 1.0
     if state.exists():
@@ -328,23 +337,23 @@ def train(folder: Path, run: Run, seed: int, device: str = "cpu") -> None:
     bar = tqdm(range(done, len(stages)), initial=done, total=len(stages), desc=folder.name,
                disable=None)
     for step in bar:
+        stage, within = stages[step]
         share = min(1.0, step / (len(stages) * PLAN))
-        decay = 0.03 + 0.97 * math.cos(share * math.pi / 2)
-        rate = LEARNING_RATE * min(1.0, (step + 1) / 200) * decay
-        if step >= last:
-            rate = LAST_RATE * (1 - (step - last) / (len(stages) - last))
+        rate = LEARNING_RATE * (0.03 + 0.97 * math.cos(share * math.pi / 2))
+        rate = stage.rate * (1 - within) if stage.rate else rate * min(1.0, (step + 1) / 200)
         optimizer.param_groups[0]["lr"] = rate
-        batch = draw_batch(processor, stages[step], seed + step).to(device)
+        batch = draw_batch(processor, stage, seed + step).to(device)
         features = model.encode(batch.pixel_values)                                     # (B,F*M,C)
         loss = name_loss(names_head, features, batch.names[:, :, :-1], NAMES)
-        if stages[step].questions:
+        if stage.questions:
             # One layer pays at each step, because attention weights are slow to get. The price
-            # falls to zero from 60 % to 90 % of the plan.
-            price = PRICE * min(1.0, max(0.0, (0.9 - share) / 0.3)) * run.price
+            # falls to zero from 60 % to 90 % of the plan, that of a stage from 50 % to 80 % of it.
+            price = PRICE * min(1.0, max(0.0, (0.9 - share) / 0.3))
+            price += stage.price * min(1.0, max(0.0, (0.8 - within) / 0.3))
             layer = priced[step % len(priced)]
             logits, targets, paid, images = answer(model, batch, features, layer)
-            loss = loss + F.cross_entropy(logits, targets) + price * paid
-            if stages[step].motion:
+            loss = loss + F.cross_entropy(logits, targets) + run.price * price * paid
+            if stage.motion:
                 motions = batch.names[:, :, -1:]
                 loss = loss + name_loss(motion_head, images, motions, (len(MOTIONS),))
             right = 0.98 * right + 0.02 * (logits.argmax(-1) == targets).float().mean().item()
@@ -375,11 +384,11 @@ def recipe(folder: Path, model: VideoLM) -> str:
     lines = [f"{sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.1f} MB",
              f"{c.num_hidden_layers} decoder layers of width {c.hidden_size}, {heads}",
              f"{GRID**2} image tokens a frame",
-             f"learning rate {LEARNING_RATE:g}, in the last stage {LAST_RATE:g}; price {PRICE:g}; "
              f"seed {MASSIVE:,.0f} in layer {SEED_LAYER}", "",
-             "stage   steps  frames  clips  questions a clip  shapes, at most"]
-    for n, s in enumerate(STAGES, start=1):
-        lines.append(f"{n:<7}{s.steps:>6}{s.frames:>8}{s.clips:>7}{s.questions:>18}{s.most:>17}")
+             "steps  frames  clips  questions  shapes  learning rate  price"]
+    for s in STAGES:
+        lines.append(f"{s.steps:>5}{s.frames:>8}{s.clips:>7}{s.questions:>11}{s.most:>8}"
+                     f"{s.rate or LEARNING_RATE:>15g}{s.price or PRICE:>7g}")
     return "\n".join(lines)
 
 

@@ -106,7 +106,7 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
 def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
     """Six steps in one go, or five, a crash, and the rest from the file of step four: the same model."""
     monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0, 1), Stage(2, 1, 2, 2, 1),
-                                          Stage(2, 8, 1, 2, 2, motion=True)))
+                                          Stage(2, 8, 1, 2, 2, rate=1e-3, price=0.1, motion=True, again=("moves",))))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     run = Run(".", share=1.0)
     weights = {}
@@ -130,9 +130,8 @@ def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, mon
 
 def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
     """After a few dear steps: with the price less attention elsewhere, without the seed no sink."""
-    monkeypatch.setattr(train, "STAGES", (Stage(15, 1, 1, 2, 1),))
+    monkeypatch.setattr(train, "STAGES", (Stage(15, 1, 1, 2, 1, rate=0.008),))
     monkeypatch.setattr(train, "PRICE", 20.0)
-    monkeypatch.setattr(train, "LAST_RATE", 0.008)
     ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
     for name, run in train.CONTROLS.items():
         with torch.enable_grad():
