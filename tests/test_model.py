@@ -141,6 +141,10 @@ def test_explicit_and_fused_attention_agree():
     opened = open_sink_rows(causal_mask(7, 7), torch.tensor([[True] + [False] * 6, [False] * 7]))
     for may_attend in (causal_mask(7, 7), opened):
         assert_close(fused_attention(q, k, v, may_attend), attention(q, k, v, may_attend)[0], 5e-6)
+        one_row = may_attend[..., 3:4, :]                           # a single query goes another way
+        assert not one_row.all()
+        assert_close(fused_attention(q[:, :, 3:4], k, v, one_row),
+                     attention(q[:, :, 3:4], k, v, one_row)[0], 5e-6)
 
 
 def test_in_one_attention_call_only_opened_rows_see_the_future():
@@ -191,6 +195,21 @@ def test_with_a_cache_equals_without(golden, case):
     one = g.model(g.input_ids[:, -1:], cache=cache)
     assert cache.length == g.input_ids.shape[1]
     assert_close(torch.cat([prompt, two, one], dim=1), whole, 1e-5)
+
+
+def test_a_step_of_decoding_copies_no_keys_until_the_buffer_is_full():
+    """5 positions of a prompt, then one at a time: 1 + 256 fit behind them before the next copy."""
+    generator, cache = torch.Generator().manual_seed(2), Cache()
+    k, v = torch.randn(2, 2, 3, 270, 10, generator=generator)       # twice (B,G,K,D)
+    cache.extend(0, k[:, :, :5], v[:, :, :5])
+    cache.length, places = 5, []
+    while cache.length < 270:
+        new = slice(cache.length, cache.length + 1)
+        all_k, all_v = cache.extend(0, k[:, :, new], v[:, :, new])
+        cache.length += 1
+        assert all_k.equal(k[:, :, :cache.length]) and all_v.equal(v[:, :, :cache.length])
+        places.append(all_k.data_ptr())
+    assert len(set(places[:257])) == 1 and places[257] != places[256]
 
 
 def test_rotation_depends_on_the_distance_only():

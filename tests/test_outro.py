@@ -39,6 +39,23 @@ def test_the_median_is_of_the_item_not_of_the_token_or_the_batch():
     assert find_sinks(torch.tensor([[[1.0, 1.0], [90.0, 100.0]]]), 0.0, 90.0).tolist() == [[False, True]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sink_is_a_token_that_half_of_all_values_are_small_against(dtype):
+    """The rule without a median: of the item's n values at least half are at most max |h| over 20. Whole
+    numbers, so that many are equal and no quotient is rounded across a value; an odd and an even n."""
+    generator = torch.Generator().manual_seed(4)
+    for S, C in ((7, 5), (6, 11)):
+        hidden = torch.randint(-3, 4, (2, S, C), generator=generator).to(dtype)
+        hidden[:, 1, 2], hidden[0, 3, 0], hidden[1, 4, 1] = 40, 39, -20
+        found = find_sinks(hidden, 25.0, 20.0)
+        for b in range(2):
+            for i in range(S):
+                largest = hidden[b, i].abs().max().item()
+                n_small = sum(abs(h) <= largest / 20 for h in hidden[b].flatten().tolist())
+                assert found[b, i] == (largest >= 25 and 2 * n_small >= S * C)
+        assert 0 < found.sum() < found.numel()
+
+
 def test_sink_value_is_the_mean_over_sinks_by_head_and_item():
     v = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)              # (B,G,S,D)
     is_sink = torch.tensor([[True, False, True, False], [False] * 4])
