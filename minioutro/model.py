@@ -309,11 +309,10 @@ def show_mask(may_attend: Tensor, labels: list[str] | None = None) -> str:
 
     Example: show_mask(causal_mask(2, 3), ["", "new"]) -> "■ ■ ·\\n■ ■ ■   <- new"
     """
-    assert may_attend.dim() == 2, f"one mask (Q,K) at a time, not {tuple(may_attend.shape)}"
     rows = [" ".join("■" if allowed else "·" for allowed in row) for row in may_attend.tolist()]
     labels = labels or [""] * len(rows)
-    assert len(labels) == len(rows), f"{len(labels)} labels for {len(rows)} rows"
-    return "\n".join(row + (f"   <- {label}" if label else "") for row, label in zip(rows, labels))
+    return "\n".join(row + (f"   <- {label}" if label else "")
+                     for row, label in zip(rows, labels, strict=True))
 
 
 # ---- 6. The method, as functions: tensors in, tensors out ---------------------------------------
@@ -326,7 +325,7 @@ def activation_ratio(hidden: Tensor) -> tuple[Tensor, Tensor]:
     all tokens and coordinates of the item, float[B,1] (the lower of the two middle values).
     """
     magnitude = hidden.abs().float()
-    return magnitude.amax(-1), magnitude.flatten(1).median(dim=1, keepdim=True).values
+    return magnitude.amax(-1), torch.stack([item.median() for item in magnitude])[:, None]
 
 
 def find_sinks(hidden: Tensor, abs_threshold: float, median_multiple: float) -> Tensor:
@@ -355,19 +354,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> tuple[Tens
     B, H, Q, D = q.shape
     k, v = repeat_heads(k, H), repeat_heads(v, H)                       # (B,G,K,D) -> (B,H,K,D)
     scores = q @ k.transpose(-1, -2) / D**0.5                           # (B,H,Q,K)
-    if may_attend.dim() == 3:
-        may_attend = may_attend[:, None]                                # one mask for all heads
-    scores = scores.masked_fill(~may_attend, float("-inf"))
+    forbidden = ~may_attend.unsqueeze(-3)                               # one mask for all heads
+    scores = scores.masked_fill(forbidden, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v, weights
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> Tensor:
     """`attention` without its weights: one call, which need not hold all (Q,K) scores at once."""
+    B, H, Q, D = q.shape
     if may_attend.dim() == 3:
         may_attend = may_attend[:, None]
-    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
+    if Q == 1:             # decoding: the H/G heads become queries of one, which reads k and v once
+        q = q.view(B, k.shape[1], -1, D)                                # (B,H,1,D) -> (B,G,H/G,D)
+    else:
+        k, v = repeat_heads(k, H), repeat_heads(v, H)                   # (B,G,K,D) -> (B,H,K,D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend).view(B, H, Q, D)
 
 
 def sink_value(v: Tensor, is_sink: Tensor) -> Tensor:
@@ -396,23 +398,21 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
         o' = o + g * gamma * p, then scaled to the length of o
 
     With gamma 3, an angle of 80 degrees to v becomes 56, one of 45 becomes 14; from 90 on it stays.
-
     out: float[B,H,S,D], before o_proj; v_sink: float[B,G,D]; ever_sink: bool[B,S], tokens that were
     a sink at this or an earlier layer and are left alone, as are items whose v_sink is zero.
     Returns: float[B,H,S,D]. Computed in float32: the 1e-8 below is zero in float16.
     Source: paper (align non-sink tokens with the sink); release, model/outro.py.
     """
-    B, H, S, D = out.shape
-    assert ever_sink.shape == (B, S), (out.shape, ever_sink.shape)
-    o = out.float()
-    v = repeat_heads(v_sink, H)[:, :, None].float()                               # (B,H,1,D)
-    g = torch.tanh(cosine(out, v_sink).relu() / temperature)[..., None]           # (B,H,S,1)
-    p = (o * v).sum(-1, keepdim=True) / (v.pow(2).sum(-1, keepdim=True) + 1e-8) * v
-    turned = o + g * gamma * p                                                    # (B,H,S,D)
-    turned = turned * o.norm(dim=-1, keepdim=True) / (turned.norm(dim=-1, keepdim=True) + 1e-8)
-    has_sink = (v_sink != 0).any(-1).any(-1)                                      # (B,)
-    turns = has_sink[:, None] & ~ever_sink                                        # (B,S)
-    return torch.where(turns[:, None, :, None], turned.to(out.dtype), out)
+    assert ever_sink.shape == (out.shape[0], out.shape[2]), (out.shape, ever_sink.shape)
+    o, v = out.float(), repeat_heads(v_sink, out.shape[1])[:, :, None].float()    # v: (B,H,1,D)
+    o_norm, v_norm = o.norm(dim=-1, keepdim=True), v.norm(dim=-1, keepdim=True)
+    dot = (o * v).sum(-1, keepdim=True)                                           # (B,H,S,1)
+    c = dot / (o_norm * v_norm).clamp(min=1e-12)
+    g = torch.tanh(c.relu() / temperature)
+    turned = o + g * gamma * dot / (v_norm**2 + 1e-8) * v                         # (B,H,S,D)
+    turned = turned * (o_norm / (turned.norm(dim=-1, keepdim=True) + 1e-8))
+    turns = (v_norm > 0) & ~ever_sink[:, None, :, None]                           # (B,H,S,1)
+    return torch.where(turns, turned.to(out.dtype), out)
 
 
 # ---- 7. What outlives a layer: keys and values, and what OutRo remembers of the prompt ----------
@@ -423,29 +423,29 @@ class Sinks:
     """Made when the prompt is read, then fixed: generated tokens are never searched for sinks."""
     ever_sink: Tensor                                           # bool[B,S], at any layer so far
     relaxed: Tensor                                             # bool[B,S], row opened at any layer
-    v_sink: list[Tensor] = field(default_factory=list)          # of each layer, float[B,G,D]
+    v_sink: list[Tensor] = field(default_factory=list)          # of each layer that is searched
 
 
 @dataclass
 class Cache:
     """Keys and values of all tokens so far. The call that finds it empty brings the prompt."""
-    k: list[Tensor] = field(default_factory=list)               # of each layer, float[B,G,K,D]
+    k: list[Tensor] = field(default_factory=list)   # of each layer, float[B,G,.,D], K or longer
     v: list[Tensor] = field(default_factory=list)
-    sinks: Sinks | None = None                             # None: the prompt was read without OutRo
-
-    @property
-    def length(self) -> int:
-        return self.k[0].shape[2] if self.k else 0
+    length: int = 0                                 # K, tokens that went through all layers
+    sinks: Sinks | None = None                      # None: the prompt was read without OutRo
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new positions of a layer and return all of its keys and values."""
+        """Keep the new positions of a layer, in a buffer with room to spare; return all of them."""
         if layer == len(self.k):
             self.k.append(k)
             self.v.append(v)
-        else:
-            self.k[layer] = torch.cat([self.k[layer], k], dim=2)
-            self.v[layer] = torch.cat([self.v[layer], v], dim=2)
-        return self.k[layer], self.v[layer]
+            return k, v
+        end = self.length + k.shape[2]
+        for buffers, new in ((self.k, k), (self.v, v)):
+            if end > buffers[layer].shape[2]:
+                buffers[layer] = F.pad(buffers[layer], (0, 0, 0, new.shape[2] + 256))
+            buffers[layer][:, :, self.length:end] = new
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 # ---- 8. The decoder layer: where the six steps happen -------------------------------------------
@@ -470,7 +470,7 @@ class DecoderLayer(nn.Module):
                 outro: OutRo | None, trace: dict | None) -> Tensor:
         B, S, _ = hidden.shape
         attn, l, L = self.self_attn, self.index, self.n_layers
-        is_prompt = l == len(cache.k)                          # nothing of this layer is cached yet
+        is_prompt = cache.length == 0
 
         x = self.input_layernorm(hidden)
         q = rotate(split_heads(attn.q_proj(x), self.n_heads), cos, sin)       # (B,S,C) -> (B,H,S,D)
@@ -481,7 +481,8 @@ class DecoderLayer(nn.Module):
         # Step 1. Only a prompt is searched, and not in the last layers.
         none = torch.zeros(B, S, dtype=torch.bool, device=hidden.device)
         is_sink, opened = none, none
-        if outro is not None and is_prompt and l < L - outro.skip_last:
+        touched = outro is not None and l < L - outro.skip_last
+        if touched and is_prompt:
             is_sink = find_sinks(hidden, outro.abs_threshold, outro.median_multiple)
             cache.sinks.ever_sink = cache.sinks.ever_sink | is_sink
 
@@ -501,7 +502,7 @@ class DecoderLayer(nn.Module):
 
         # Step 5, once per prompt: what follows is aligned with the same value.
         v_sink = torch.zeros_like(v[:, :, 0])                                   # (B,G,D)
-        if outro is not None:
+        if touched:
             if is_prompt:
                 cache.sinks.v_sink.append(sink_value(v, is_sink))
             v_sink = cache.sinks.v_sink[l]
@@ -509,7 +510,7 @@ class DecoderLayer(nn.Module):
         # Step 6. Generated tokens are no sinks, so all of them are aligned. (The release looks them
         # up at index 0 of the prompt's sinks: where token 0 is a sink, it aligns none of them.)
         aligned = out
-        if outro is not None and outro.align:
+        if touched and outro.align:
             ever_sink = cache.sinks.ever_sink if is_prompt else none
             aligned = align_with_sink(out, v_sink, ever_sink, outro.gamma, outro.temperature)
 
@@ -611,16 +612,18 @@ class VideoLM(nn.Module):
                 trace["projected"] = features
 
         cos, sin = rope_tables(start, end, c.head_dim, c.rope_theta, like=hidden)
-        may_attend = causal_mask(S, end, hidden.device)         # step 2, the same for all layers
+        # Step 2, for all layers. Explicit, though is_causal saves some work, since step 3 edits it.
+        may_attend = causal_mask(S, end, hidden.device)
         for layer in text.layers:
             hidden = layer(hidden, cos, sin, may_attend, cache, outro, trace)
+        cache.length = end
         return text.norm(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states -> logits: (B,S,C) -> (B,S,V)."""
-        if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.model.text_model.embed_tokens.weight)
-        return self.lm_head(hidden)
+        tied = self.config.tie_word_embeddings
+        table = self.model.text_model.embed_tokens if tied else self.lm_head
+        return F.linear(hidden, table.weight)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                 features: Tensor | None = None, outro: OutRo | None = None,
@@ -631,8 +634,7 @@ class VideoLM(nn.Module):
         input_ids: int64[B,S], prompts of equal length; with a filled cache only the new tokens.
         pixel_values: float[B,F,3,size,size] in -1..1, with pixel_attention_mask as in `encode`; or
         features: float[B,F*M,C] from `encode`, where several runs share a video. With neither, an
-        image token is a token like any other. outro: the method's constants, or None for the plain
-        model.
+        image token is a token like any other. outro: the method's constants, None for the baseline.
         cache: extended by these tokens; the call that finds it empty must bring the whole prompt.
         trace: an empty dict, to be filled.
         Returns: float[B,S,V].

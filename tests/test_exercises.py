@@ -223,6 +223,10 @@ def test_explicit_and_fused_attention_agree(impl):
     for may_attend in (causal_mask(7, 7), opened):
         assert_close(impl.attention(q, k, v, may_attend)[0], fused_attention(q, k, v, may_attend),
                      5e-6)
+        one_row = may_attend[..., 3:4, :]                   # a single query goes another way
+        assert not one_row.all()
+        assert_close(impl.attention(q[:, :, 3:4], k, v, one_row)[0],
+                     fused_attention(q[:, :, 3:4], k, v, one_row), 5e-6)
 
 
 @pytest.mark.exercise_5

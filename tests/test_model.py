@@ -130,6 +130,21 @@ def test_with_a_cache_equals_without(golden, case):
     assert_close(torch.cat([prompt, two, one], dim=1), whole, 1e-5)
 
 
+def test_a_step_of_decoding_copies_no_keys_until_the_buffer_is_full():
+    """5 positions of a prompt, then one at a time: 1 + 256 fit behind them before the next copy."""
+    generator, cache = torch.Generator().manual_seed(2), Cache()
+    k, v = torch.randn(2, 2, 3, 270, 10, generator=generator)       # twice (B,G,K,D)
+    cache.extend(0, k[:, :, :5], v[:, :, :5])
+    cache.length, places = 5, []
+    while cache.length < 270:
+        new = slice(cache.length, cache.length + 1)
+        all_k, all_v = cache.extend(0, k[:, :, new], v[:, :, new])
+        cache.length += 1
+        assert all_k.equal(k[:, :, :cache.length]) and all_v.equal(v[:, :, :cache.length])
+        places.append(all_k.data_ptr())
+    assert len(set(places[:257])) == 1 and places[257] != places[256]
+
+
 def test_position_ids_spread_a_smaller_picture_over_the_same_square():
     """A full frame counts 0, 1, 2, ...; one row of 2 of 4 patches takes columns 0 and 2."""
     full = torch.ones(1, 4, 4, dtype=torch.bool)

@@ -12,9 +12,27 @@ from conftest import assert_close
 
 from minioutro import Cache, OutRo
 from minioutro import model as module
-from minioutro.model import align_with_sink, attention, causal_mask, open_sink_rows, rotate, rope_tables
+from minioutro.model import (align_with_sink, attention, causal_mask, find_sinks, open_sink_rows, rotate,
+                             rope_tables)
 
 CASES = ("dev_late", "dev_natural")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sink_is_a_token_that_half_of_all_values_are_small_against(dtype):
+    """The rule without a median: of the item's n values at least half are at most max |h| over 20. Whole
+    numbers, so that many are equal and no quotient is rounded across a value; an odd and an even n."""
+    generator = torch.Generator().manual_seed(4)
+    for S, C in ((7, 5), (6, 11)):
+        hidden = torch.randint(-3, 4, (2, S, C), generator=generator).to(dtype)
+        hidden[:, 1, 2], hidden[0, 3, 0], hidden[1, 4, 1] = 40, 39, -20
+        found = find_sinks(hidden, 25.0, 20.0)
+        for b in range(2):
+            for i in range(S):
+                largest = hidden[b, i].abs().max().item()
+                n_small = sum(abs(h) <= largest / 20 for h in hidden[b].flatten().tolist())
+                assert found[b, i] == (largest >= 25 and 2 * n_small >= S * C)
+        assert 0 < found.sum() < found.numel()
 
 
 # ---- constants ----
