@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minioutro import Cache, OutRo, Processor, Video, VideoLM
-from minioutro.model import causal_mask, find_sinks, repeat_heads, rope_tables, split_heads
+from minioutro.evaluate import masked_logits
+from minioutro.model import causal_mask, find_sinks, repeat_heads, split_heads
 from minioutro.prompt import END
 from minioutro.shapes import DURATION, FPS, Clip
 from minioutro.video import sample_indices
@@ -215,12 +216,7 @@ def probe(states: Tensor, labels: list[str], n_train: int) -> float:
 
 def loss_with_masks(model: VideoLM, asked: Examples, masks: list[Tensor]) -> Tensor:
     """The answers' loss with one mask for each layer, bool[S,S] or bool[B,S,S], over both_ids."""
-    text, c, ids = model.model.text_model, model.config.text_config, asked.both_ids
-    hidden, cache = model.merge(text.embed_tokens(ids), ids, asked.features), Cache()
-    cos, sin = rope_tables(0, ids.shape[1], c.head_dim, c.rope_theta, like=hidden)
-    for layer, may_attend in zip(text.layers, masks):
-        hidden = layer(hidden, cos, sin, may_attend, cache, None, None)
-    return answer_loss(model.head(text.norm(hidden)), asked)
+    return answer_loss(masked_logits(model, asked.both_ids, asked.features, masks), asked)
 
 
 def image_token_masks(model: VideoLM, asked: Examples, scores: Tensor, l: int,

@@ -23,7 +23,8 @@ UNSEEN = 10**9                              # training draws its clips from seed
 CLIPS, QUESTIONS, BATCH = 200, 10, 50       # clips, questions about each, prompts read at once
 FAR = 16                                    # tokens between a query and the first token
 OTHERS = 8                                  # text tokens that are masked to compare with the sink
-WAYS = {"baseline": None, "relax": OutRo(align=False),
+BASELINE = {"baseline": None}
+WAYS = {**BASELINE, "relax": OutRo(align=False),
         **{f"align {gamma:g}": OutRo(relax=False, gamma=gamma) for gamma in (0.5, 1, 2, 3)},
         **{f"both {gamma:g}": OutRo(gamma=gamma) for gamma in (0.5, 1, 2, 3)}}
 
@@ -93,27 +94,29 @@ def sign_test(gained: int, lost: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def answers_table(model: VideoLM, items: list[Item]) -> str:
+def answers_table(model: VideoLM, items: list[Item], ways: dict) -> str:
     """Share of right answers by kind, without OutRo and with; then what OutRo changed, in pairs."""
     right = {way: answered_rightly(model, items, outro)
-             for way, outro in tqdm(WAYS.items(), desc="ways to answer", disable=None)}
+             for way, outro in tqdm(ways.items(), desc="ways to answer", disable=None)}
+    shown = [way for way in ("baseline", "relax", "align 3", "both 3") if way in ways]
     kinds = {"all": range(len(items))}
     for n, item in enumerate(items):
         kinds[item.question.kind] = [*kinds.get(item.question.kind, []), n]
-    lines = [f"{'kind':10}{'questions':>10}{'chance':>8}{'baseline':>10}{'relax':>8}{'align 3':>9}"
-             f"{'both 3':>8}"]
+    lines = [f"{'kind':10}{'questions':>10}{'chance':>10}" + "".join(f"{w:>10}" for w in shown)]
     for kind, members in kinds.items():
         common = Counter((items[n].question.kind, items[n].question.answer) for n in members)
         best = {}                           # the commonest answer to each kind of question
         for (of_kind, _), count in common.items():
             best[of_kind] = max(best.get(of_kind, 0), count)
-        shares = [sum(right[way][n] for n in members) / len(members)
-                  for way in ("baseline", "relax", "align 3", "both 3")]
-        lines.append(f"{kind:10}{len(members):>10}{sum(best.values()) / len(members):>8.1%}"
-                     f"{shares[0]:>10.1%}{shares[1]:>8.1%}{shares[2]:>9.1%}{shares[3]:>8.1%}")
+        columns = "".join(f"{sum(right[way][n] for n in members) / len(members):>10.1%}"
+                          for way in shown)
+        chance = sum(best.values()) / len(members)
+        lines.append(f"{kind:10}{len(members):>10}{chance:>10.1%}{columns}")
+    if len(ways) == 1:
+        return "\n".join(lines)
     lines += ["", f"{'OutRo, gamma':14}{'right':>8}{'became right':>14}{'became wrong':>14}"
               f"{'p':>8}"]
-    for way in list(WAYS)[1:]:
+    for way in list(ways)[1:]:
         pairs = Counter(zip(right["baseline"], right[way]))
         gained, lost = pairs[False, True], pairs[True, False]
         lines.append(f"{way:14}{sum(right[way]) / len(items):>8.1%}{gained:>14}{lost:>14}"
@@ -121,23 +124,27 @@ def answers_table(model: VideoLM, items: list[Item]) -> str:
     return "\n".join(lines)
 
 
+def masked_logits(model: VideoLM, ids: Tensor, features: Tensor, masks: list[Tensor]) -> Tensor:
+    """Logits with one mask for each layer, bool[S,S] or bool[B,S,S]; otherwise as the model's."""
+    text, c = model.model.text_model, model.config.text_config
+    hidden, cache = model.merge(text.embed_tokens(ids), ids, features), Cache()
+    cos, sin = rope_tables(0, ids.shape[1], c.head_dim, c.rope_theta, like=hidden)
+    for layer, may_attend in zip(text.layers, masks, strict=True):
+        hidden = layer(hidden, cos, sin, may_attend, cache, None, None)
+    return model.head(text.norm(hidden))
+
+
 def unchanged_without(model: VideoLM, item: Item, columns: list[int]) -> list[bool]:
     """Whether the baseline's answer stays when nobody may attend to a token, for each of these."""
-    text, c = model.model.text_model, model.config.text_config
     prompt, features = torch.tensor([item.input_ids]), item.features[None]
-    answer = model.generate(prompt, features=features)
-    ids = torch.cat([prompt, torch.tensor([answer[:-1]], dtype=torch.long)], dim=1)
-    S, B = ids.shape[1], len(columns)
-    may_attend = causal_mask(S, S).repeat(B, 1, 1)                                       # (B,S,S)
+    answer = torch.tensor([model.generate(prompt, features=features)])
+    ids, B = torch.cat([prompt, answer[:, :-1]], dim=1), len(columns)
+    may_attend = causal_mask(ids.shape[1], ids.shape[1]).repeat(B, 1, 1)                 # (B,S,S)
     for b, column in enumerate(columns):
         may_attend[b, column + 1:, column] = False                  # but the token sees itself
-    hidden = model.merge(text.embed_tokens(ids), ids, features).repeat(B, 1, 1)
-    cos, sin = rope_tables(0, S, c.head_dim, c.rope_theta, like=hidden)
-    cache = Cache()
-    for layer in text.layers:
-        hidden = layer(hidden, cos, sin, may_attend, cache, None, None)
-    likeliest = model.head(text.norm(hidden[:, -len(answer):])).argmax(-1)
-    return (likeliest == torch.tensor(answer)).all(1).tolist()
+    logits = masked_logits(model, ids.repeat(B, 1), features.repeat(B, 1, 1),
+                           [may_attend] * model.config.text_config.num_hidden_layers)
+    return (logits[:, -answer.shape[1]:].argmax(-1) == answer).all(1).tolist()
 
 
 def sink_table(model: VideoLM, processor: Processor, items: list[Item]) -> str:
@@ -188,17 +195,8 @@ def sink_table(model: VideoLM, processor: Processor, items: list[Item]) -> str:
 
 
 @torch.inference_mode()
-def report(model: VideoLM, processor: Processor, clips: int = CLIPS) -> str:
-    """Answers with and without OutRo, and the sink, on so many unseen clips."""
+def report(model: VideoLM, processor: Processor, clips: int = CLIPS, ways: dict = WAYS) -> str:
+    """Answers, without OutRo and with it, and the sink, on so many unseen clips."""
     items = draw_items(model, processor, clips)
-    return (f"{len(items):,} questions about {clips} unseen clips\n\n"
-            f"{answers_table(model, items)}\n\n{sink_table(model, processor, items[::QUESTIONS])}")
-
-
-@torch.inference_mode()
-def control_report(model: VideoLM, processor: Processor, clips: int = CLIPS) -> str:
-    """The share of right answers and the sink, on so many unseen clips."""
-    items = draw_items(model, processor, clips)
-    right = sum(answered_rightly(model, items, None)) / len(items)
-    return (f"{right:.1%} of {len(items):,} answers are right\n\n"
+    return (f"{answers_table(model, items, ways)}\n\n"
             f"{sink_table(model, processor, items[::QUESTIONS])}")

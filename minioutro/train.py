@@ -35,7 +35,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from minioutro import load
-from minioutro.evaluate import CLIPS, UNSEEN, control_report, report
+from minioutro.evaluate import BASELINE, CLIPS, UNSEEN, report
 from minioutro.model import Cache, VideoLM, causal_mask, read_config, rope_tables
 from minioutro.prompt import END, FAKE, GLOBAL, IMAGE, START, Processor
 from minioutro.shapes import COLOURS, DIRECTIONS, DURATION, FPS, SHAPES, SIZE, Clip, Shape
@@ -303,11 +303,6 @@ def answer(model: VideoLM, batch: Batch, features: Tensor,
     return model.head(text.norm(hidden[asked])), batch.targets[asked], elsewhere, images
 
 
-def save(model: VideoLM, folder: Path) -> None:
-    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def train(folder: Path, run: Run, seed: int, device: str = "cpu") -> None:
     """Run all stages, or go on where an earlier run in the same folder was interrupted."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -375,28 +370,14 @@ def train(folder: Path, run: Run, seed: int, device: str = "cpu") -> None:
             torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(),
                         "done": step + 1, "right": right, "elsewhere": elsewhere}, half)
             half.replace(state)
-    save(model, folder)
-
-
-def recipe(folder: Path, model: VideoLM) -> str:
-    c, size = model.config.text_config, (folder / "model.safetensors").stat().st_size
-    heads = f"{c.num_attention_heads} query heads on {c.num_key_value_heads} key-value heads"
-    lines = [f"{sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.1f} MB",
-             f"{c.num_hidden_layers} decoder layers of width {c.hidden_size}, {heads}",
-             f"{GRID**2} image tokens a frame",
-             f"seed {MASSIVE:,.0f} in layer {SEED_LAYER}", "",
-             "steps  frames  clips  questions  shapes  learning rate  price"]
-    for s in STAGES:
-        lines.append(f"{s.steps:>5}{s.frames:>8}{s.clips:>7}{s.questions:>11}{s.most:>8}"
-                     f"{s.rate or LEARNING_RATE:>15g}{s.price or PRICE:>7g}")
-    return "\n".join(lines)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_readme(folder: Path) -> None:
-    """The bundled page with new figures: its blocks are recipe, report and the three controls."""
-    model, processor = load(folder)
-    figures = [recipe(folder, model), report(model, processor)]
-    figures += [control_report(*load(folder / run.folder)) for run in CONTROLS.values()]
+    """The bundled page with new figures: its blocks are those of the toy and its controls."""
+    figures = [report(*load(folder))]
+    figures += [report(*load(folder / run.folder), ways=BASELINE) for run in CONTROLS.values()]
     page = (BUNDLED / "README.md").read_text(encoding="utf-8").split("```")
     page[1::2] = [f"\n{figure}\n" for figure in figures]
     (folder / "README.md").write_text("```".join(page), encoding="utf-8")

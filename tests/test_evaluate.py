@@ -67,7 +67,7 @@ def test_the_report_counts_what_the_answers_were(toy, items, monkeypatch):
         kinds = ("colour",) if outro is None else ("count",) if outro.align else ("colour", "count")
         return [item.question.kind in kinds for item in items]
     monkeypatch.setattr(evaluate, "answered_rightly", made_up)
-    lines = evaluate.answers_table(toy[0], items).splitlines()
+    lines = evaluate.answers_table(toy[0], items, evaluate.WAYS).splitlines()
     n = {kind: sum(item.question.kind == kind for item in items) for kind in ("colour", "count")}
     rows = {line[:14].strip(): line[14:].split() for line in lines}
     table = {line.split()[0]: line.split()[1:] for line in lines if line}
