@@ -42,10 +42,10 @@ def examples(model: VideoLM, processor: Processor, n: int, most: int = 3) -> Exa
     """n clips of 1 to `most` shapes."""
     clips = [Clip(UNSEEN + i, 1 + i % most) for i in range(n)]
     indices = sample_indices(FPS * DURATION, FPS, DURATION)
-    seconds = [i / FPS for i in indices]
     inputs, answers = [], []
     for clip in clips:
-        video = Video([clip.frame(i) for i in indices], seconds, DURATION, FPS * DURATION)
+        video = Video([clip.frame(i) for i in indices], [i / FPS for i in indices], DURATION,
+                      FPS * DURATION)
         inputs.append(processor(video, QUESTION))
         answers.append(torch.tensor(processor.tokenize([f" {clip.description()}", END])))
     answer_ids = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)

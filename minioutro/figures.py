@@ -174,8 +174,7 @@ def draw_attention(weights: Tensor, is_image: Tensor, is_sink: Tensor, layer: in
         draw.text((left - 14, top + (s + 0.5) * size / S), str(s), INK, SMALL, "rm")
     draw.text((left - 14, top - 8), "query", INK, SMALL, "rs")
     draw.text((left - 14, top + size + 4), "key", INK, SMALL, "ra")
-    labels = ["0.0001", "0.001", "0.01", "0.1", "1"]
-    scale_bar(image, left + 100, top + size + 34, "probability", labels)
+    scale_bar(image, left + 100, top + size + 34, "probability", "0.0001 0.001 0.01 0.1 1".split())
     return image
 
 

@@ -109,7 +109,6 @@ class OutRo:
     skip_last: int = 2                   # the last layers, which are never touched
 
     def __post_init__(self):
-        """Raises: ValueError for a constant that the formulas cannot take."""
         for name in ("abs_threshold", "median_multiple", "gamma", "skip_last"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
@@ -217,10 +216,9 @@ def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
 class Connector(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.scale = c.scale_factor
+        self.scale, C = c.scale_factor, c.text_config.hidden_size
         n_in = c.vision_config.hidden_size * c.scale_factor**2
-        self.modality_projection = nn.ModuleDict({
-            "proj": nn.Linear(n_in, c.text_config.hidden_size, bias=False)})
+        self.modality_projection = nn.ModuleDict({"proj": nn.Linear(n_in, C, bias=False)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.modality_projection.proj(pixel_shuffle(x, self.scale))     # (B,P,Cv) -> (B,M,C)
@@ -246,7 +244,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()                            # a square of 15,000 does not fit into float16
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        h = h * torch.rsqrt((h * h).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
 
@@ -254,8 +252,7 @@ def rope_tables(start: int, end: int, D: int, theta: float, like: Tensor) -> tup
     """Cosine and sine of the angles of positions start to end - 1: two float[end-start,D]."""
     frequencies = theta ** -(torch.arange(0, D, 2, device=like.device).float() / D)       # (D/2,)
     positions = torch.arange(start, end, device=like.device).float()
-    angles = positions[:, None] * frequencies                                    # (S,D/2), radians
-    angles = torch.cat([angles, angles], dim=-1)                                 # (S,D)
+    angles = (positions[:, None] * frequencies).repeat(1, 2)                     # (S,D), radians
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
@@ -267,7 +264,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     of the rows of q_proj and k_proj, and the wrong convention looks almost right for ten tokens.
     """
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([-right, left], dim=-1), sin)
 
 
 # ---- 5. Masks: one polarity everywhere, True = this query may attend to that key ----------------
@@ -288,8 +285,7 @@ def causal_mask(n_query: int, n_key: int, device=None) -> Tensor:
     Every row has a True: a row without one would be 0/0 in the softmax.
     """
     assert 0 < n_query <= n_key, f"{n_query} queries are not the last of {n_key} positions"
-    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
-    return ones.tril(diagonal=n_key - n_query)
+    return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
 
 
 def open_sink_rows(may_attend: Tensor, is_sink: Tensor) -> Tensor:
@@ -336,8 +332,15 @@ def find_sinks(hidden: Tensor, abs_threshold: float, median_multiple: float) -> 
     The release searches batch item 0 and uses its sinks for all; each item has its own here.
     """
     assert hidden.dim() == 3, f"hidden states are (B,S,C), not {tuple(hidden.shape)}"
-    largest, median = activation_ratio(hidden)                  # (B,S), (B,1)
-    return (largest >= abs_threshold) & (largest >= median_multiple * median)
+    magnitude = hidden.abs().float()
+    largest = magnitude.amax(-1)                                # (B,S)
+    is_sink = largest >= abs_threshold
+    for b in is_sink.any(1).nonzero().flatten().tolist():
+        # The median is slow. If half of all |h| pass for the weakest, all of these are sinks.
+        passes = median_multiple * magnitude[b] <= largest[b][is_sink[b]].min()       # (S,C)
+        if 2 * passes.sum() < passes.numel():
+            is_sink[b] &= largest[b] >= median_multiple * magnitude[b].median()
+    return is_sink
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
@@ -354,16 +357,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> tuple[Tens
     B, H, Q, D = q.shape
     k, v = repeat_heads(k, H), repeat_heads(v, H)                       # (B,G,K,D) -> (B,H,K,D)
     scores = q @ k.transpose(-1, -2) / D**0.5                           # (B,H,Q,K)
-    forbidden = ~may_attend.unsqueeze(-3)                               # one mask for all heads
-    scores = scores.masked_fill(forbidden, float("-inf"))
+    scores = scores.masked_fill(~may_attend.unsqueeze(-3), -math.inf)   # one mask for all heads
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v, weights
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor | None) -> Tensor:
     """`attention` without its weights: one call, which need not hold all (Q,K) scores at once."""
     B, H, Q, D = q.shape
-    if may_attend.dim() == 3:
+    if may_attend is not None and may_attend.dim() == 3:
         may_attend = may_attend[:, None]
     if Q == 1:             # decoding: the H/G heads become queries of one, which reads k and v once
         q = q.view(B, k.shape[1], -1, D)                                # (B,H,1,D) -> (B,G,H/G,D)
@@ -404,15 +406,15 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
     Source: paper (align non-sink tokens with the sink); release, model/outro.py.
     """
     assert ever_sink.shape == (out.shape[0], out.shape[2]), (out.shape, ever_sink.shape)
-    o, v = out.float(), repeat_heads(v_sink, out.shape[1])[:, :, None].float()    # v: (B,H,1,D)
-    o_norm, v_norm = o.norm(dim=-1, keepdim=True), v.norm(dim=-1, keepdim=True)
-    dot = (o * v).sum(-1, keepdim=True)                                           # (B,H,S,1)
-    c = dot / (o_norm * v_norm).clamp(min=1e-12)
-    g = torch.tanh(c.relu() / temperature)
-    turned = o + g * gamma * dot / (v_norm**2 + 1e-8) * v                         # (B,H,S,D)
-    turned = turned * (o_norm / (turned.norm(dim=-1, keepdim=True) + 1e-8))
-    turns = (v_norm > 0) & ~ever_sink[:, None, :, None]                           # (B,H,S,1)
-    return torch.where(turns, turned.to(out.dtype), out)
+    length = torch.linalg.vector_norm
+    o, v = out.float(), repeat_heads(v_sink, out.shape[1]).float().unsqueeze(2)   # v: (B,H,1,D)
+    o_norm, v_norm = length(o, dim=-1, keepdim=True), length(v, dim=-1, keepdim=True)
+    dot = (o @ v.mT).relu()                                                       # (B,H,S,1)
+    g = torch.tanh(dot / (o_norm * v_norm + 1e-12) / temperature)
+    push = (g * gamma * dot / (v_norm * v_norm + 1e-8)).masked_fill(ever_sink[:, None, :, None], 0)
+    turned = torch.addcmul(o, push, v)            # o + push * v: o itself, bit for bit, if push = 0
+    scale = o_norm / length(turned, dim=-1, keepdim=True).clamp(min=1e-8)
+    return (turned * scale).to(out.dtype)
 
 
 # ---- 7. What outlives a layer: keys and values, and what OutRo remembers of the prompt ----------
@@ -441,11 +443,12 @@ class Cache:
             self.v.append(v)
             return k, v
         end = self.length + k.shape[2]
-        for buffers, new in ((self.k, k), (self.v, v)):
-            if end > buffers[layer].shape[2]:
-                buffers[layer] = F.pad(buffers[layer], (0, 0, 0, new.shape[2] + 256))
-            buffers[layer][:, :, self.length:end] = new
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        if end > self.k[layer].shape[2]:
+            more = (0, 0, 0, k.shape[2] + 256)
+            self.k[layer], self.v[layer] = F.pad(self.k[layer], more), F.pad(self.v[layer], more)
+        all_k, all_v = self.k[layer], self.v[layer]
+        all_k[:, :, self.length:end], all_v[:, :, self.length:end] = k, v
+        return all_k[:, :, :end], all_v[:, :, :end]
 
 
 # ---- 8. The decoder layer: where the six steps happen -------------------------------------------
@@ -479,16 +482,14 @@ class DecoderLayer(nn.Module):
         k, v = cache.extend(l, k, v)                                            # -> (B,G,K,D)
 
         # Step 1. Only a prompt is searched, and not in the last layers.
-        none = torch.zeros(B, S, dtype=torch.bool, device=hidden.device)
-        is_sink, opened = none, none
+        none = is_sink = opened = hidden.new_zeros(B, S, dtype=torch.bool)
         touched = outro is not None and l < L - outro.skip_last
         if touched and is_prompt:
             is_sink = find_sinks(hidden, outro.abs_threshold, outro.median_multiple)
             cache.sinks.ever_sink = cache.sinks.ever_sink | is_sink
 
             # Step 3, on the mask of step 2. A sink's row is opened at one layer only.
-            every = outro.relax_every or max(1, L // 7)
-            if outro.relax and l % every == 0:
+            if outro.relax and l % (outro.relax_every or max(1, L // 7)) == 0:
                 opened = is_sink & ~cache.sinks.relaxed
                 cache.sinks.relaxed = cache.sinks.relaxed | opened
                 may_attend = open_sink_rows(may_attend, opened)
@@ -498,24 +499,24 @@ class DecoderLayer(nn.Module):
             out, weights = attention(q, k, v, may_attend)
             trace[f"layers.{l}.weights"], trace[f"layers.{l}.may_attend"] = weights, may_attend
         else:
-            out = fused_attention(q, k, v, may_attend)                          # (B,H,S,D)
+            # A single token is the last and may attend to all: faster without its row of True.
+            out = fused_attention(q, k, v, may_attend if S > 1 else None)       # (B,H,S,D)
 
         # Step 5, once per prompt: what follows is aligned with the same value.
-        v_sink = torch.zeros_like(v[:, :, 0])                                   # (B,G,D)
-        if touched:
-            if is_prompt:
-                cache.sinks.v_sink.append(sink_value(v, is_sink))
-            v_sink = cache.sinks.v_sink[l]
+        if touched and is_prompt:
+            cache.sinks.v_sink.append(sink_value(v, is_sink))
 
         # Step 6. Generated tokens are no sinks, so all of them are aligned. (The release looks them
         # up at index 0 of the prompt's sinks: where token 0 is a sink, it aligns none of them.)
         aligned = out
         if touched and outro.align:
             ever_sink = cache.sinks.ever_sink if is_prompt else none
-            aligned = align_with_sink(out, v_sink, ever_sink, outro.gamma, outro.temperature)
+            aligned = align_with_sink(out, cache.sinks.v_sink[l], ever_sink, outro.gamma,
+                                      outro.temperature)
 
         if trace is not None:
             largest, median = activation_ratio(hidden)
+            v_sink = cache.sinks.v_sink[l] if touched else torch.zeros_like(v[:, :, 0])
             record = {"hidden": hidden, "ratio": largest / median, "is_sink": is_sink,
                       "relaxed": opened, "v_sink": v_sink, "out": out, "aligned": aligned,
                       "cosine": cosine(out, v_sink), "cosine_aligned": cosine(aligned, v_sink)}
@@ -534,7 +535,7 @@ class VideoLM(nn.Module):
 
     def __init__(self, config: Config, eos_token_ids: tuple[int, ...] = ()):
         super().__init__()
-        text = config.text_config
+        text, L = config.text_config, config.text_config.num_hidden_layers
         self.config, self.eos_token_ids = config, eos_token_ids
         self.load_report = "not loaded: the weights have no values yet"
         self.model = nn.ModuleDict({
@@ -543,8 +544,7 @@ class VideoLM(nn.Module):
             "text_model": nn.ModuleDict({
                 "embed_tokens": nn.Embedding.from_pretrained(
                     torch.empty(text.vocab_size, text.hidden_size), freeze=False),
-                "layers": nn.ModuleList(
-                    DecoderLayer(text, l) for l in range(text.num_hidden_layers)),
+                "layers": nn.ModuleList(DecoderLayer(text, l) for l in range(L)),
                 "norm": RMSNorm(text.hidden_size, text.rms_norm_eps)})})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)

@@ -12,8 +12,8 @@ from conftest import assert_close
 
 from minioutro import Cache, OutRo
 from minioutro import model as module
-from minioutro.model import (align_with_sink, attention, causal_mask, find_sinks, open_sink_rows, rotate,
-                             rope_tables)
+from minioutro.model import (activation_ratio, align_with_sink, attention, causal_mask, find_sinks,
+                             open_sink_rows, rotate, rope_tables)
 
 CASES = ("dev_late", "dev_natural")
 
@@ -33,6 +33,39 @@ def test_a_sink_is_a_token_that_half_of_all_values_are_small_against(dtype):
                 n_small = sum(abs(h) <= largest / 20 for h in hidden[b].flatten().tolist())
                 assert found[b, i] == (largest >= 25 and 2 * n_small >= S * C)
         assert 0 < found.sum() < found.numel()
+
+
+def test_find_sinks_equals_its_definition():
+    """Largest against the floor, and against so many times the median; n odd and even, ties, three tokens
+    of different size, of which the rule takes all, some or none."""
+    generator, seen = torch.Generator().manual_seed(5), set()
+    for S, C in ((7, 5), (6, 11)):
+        hidden = torch.randn(3, S, C, generator=generator).mul(2).round()
+        hidden[:2, 1, 2], hidden[:2, 3, 0], hidden[0, 4, 1] = 400, -90, 30
+        largest, median = activation_ratio(hidden)
+        for floor in (0.0, 20.0, 100.0, 1000.0):
+            for multiple in (0.0, 3.0, 30.0, 70.0, 200.0, 1000.0):
+                expected = (largest >= floor) & (largest >= multiple * median)
+                assert find_sinks(hidden, floor, multiple).equal(expected), (S, floor, multiple)
+                seen |= set(expected[0].sum(-1, keepdim=True).tolist())
+    assert {0, 1, 2, 3} <= seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_not_turned_stays_bit_for_bit_however_it_lies_in_memory(dtype):
+    """Item 0 has no sink, token 2 of item 1 was one, token 4 of it is zero; a head may be a strided view."""
+    generator = torch.Generator().manual_seed(6)
+    v_sink = torch.randn(2, 3, 10, generator=generator).to(dtype)
+    v_sink[0], ever_sink = 0, torch.zeros(2, 7, dtype=torch.bool)
+    ever_sink[1, 2] = True
+    for scale in (1e-3, 1.0, 100.0):
+        out = torch.randn(2, 7, 6, 11, generator=generator).mul(scale).to(dtype)
+        out[1, 4] = 0
+        for laid_out in (out[..., :10].transpose(1, 2), out.transpose(1, 2)[..., :10].contiguous()):
+            turned = align_with_sink(laid_out, v_sink, ever_sink, 3.0, 0.1)
+            assert turned[0].equal(laid_out[0]) and turned.dtype == dtype
+            assert turned[1, :, 2].equal(laid_out[1, :, 2]) and (turned[1, :, 4] == 0).all()
+            assert not turned[1, :, :2].equal(laid_out[1, :, :2])
 
 
 # ---- constants ----
