@@ -29,21 +29,18 @@ FIXED = {
                       "num_channels": 3},
 }
 # Fields that SmolVLM's own code does not read, or that say nothing about what is computed here. Any
-# other field is refused unless it is off (null, false, zero): it may change the mathematics.
-IGNORED = (
-    "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "initializer_range", "neftune_noise_alpha", "is_llama_config", "pretraining_tp",
-    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "_pad_token_id",
-    "image_seq_len", "video_token_id", "transformers.js_config", "_flash_attn_2_enabled",
-    "_attn_implementation_autoset", "chunk_size_feed_forward", "is_encoder_decoder",
-    "output_hidden_states", "output_attentions", "return_dict", "problem_type", "id2label",
-    "label2id",
-    # of a section; what counts is text_config's vocab_size and the top's tie_word_embeddings
-    "vocab_size", "tie_word_embeddings",
-    # left over from Idefics, SmolVLM's ancestor; perceiver_config repeats names of real fields
-    "perceiver_config", "pixel_shuffle_factor", "max_image_size", "size", "use_base_siglip",
-    "use_reentrant_checkpointing",
-)
+# other field is refused unless it is off (null, false, zero): it may change the mathematics. Last
+# come two that count in another section, and what is left over from Idefics, SmolVLM's ancestor,
+# whose perceiver_config repeats names of real fields.
+IGNORED = """
+    _name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range
+    neftune_noise_alpha is_llama_config pretraining_tp attention_dropout bos_token_id eos_token_id
+    pad_token_id _pad_token_id image_seq_len video_token_id transformers.js_config
+    _flash_attn_2_enabled _attn_implementation_autoset chunk_size_feed_forward is_encoder_decoder
+    output_hidden_states output_attentions return_dict problem_type id2label label2id
+    vocab_size tie_word_embeddings
+    perceiver_config pixel_shuffle_factor max_image_size size use_base_siglip
+    use_reentrant_checkpointing""".split()
 
 
 def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -207,13 +204,16 @@ def load_tensors(model: torch.nn.Module, folder: Path, device, dtype: torch.dtyp
     if wrong:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}; "
                          f"fetch the folder again, or correct the config")
-    tensors = {}
+    tensors, files = {}, {}
     for name in sorted(expected, key=lambda name: math.prod(expected[name]), reverse=True):
         # A file is mapped into memory, and what was read of it stays there until it is closed. So
-        # it is opened anew for each tensor, and the largest, which is there twice for a moment,
-        # comes first. A tensor that needs no conversion is never copied: the mapping is kept.
-        with safe_open(where[name], "pt") as file:
-            tensors[name] = file.get_tensor(name).to(device, dtype)
+        # after a conversion it is opened anew; the largest tensor, which is there twice for a
+        # moment, comes first. One that needs no conversion is never copied: the mapping is kept.
+        file = files.pop(where[name], None) or safe_open(where[name], "pt")
+        stored = file.get_tensor(name)
+        tensors[name] = stored.to(device, dtype)
+        if tensors[name] is stored:
+            files[where[name]] = file
     model.load_state_dict(tensors, strict=True, assign=True)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     return (f"{len(tensors)} tensors, {numbers:,} parameters as {str(dtype).split('.')[-1]}; "
