@@ -2,7 +2,9 @@
 
 import math
 import os
+from bisect import bisect
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -61,8 +63,9 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
     """Sample a video, an animation or a picture.
 
     With longest_edge each frame is scaled as soon as it is decoded, so that a long video never lies
-    in memory whole. Which frames there are is first read from the packets, without decoding. If one
-    that was chosen then does not appear (a broken packet, a wrong time), all are decoded to see.
+    in memory whole. Which frames there are is first read from the packets, without decoding; most
+    of a long video is then passed over. If a frame appears that was not expected (a broken packet,
+    a wrong time), nothing is passed over, or all are decoded to see.
     Raises: OSError if there is no such file; ValueError that says why it gives no frames.
     """
     path = Path(os.path.expanduser(path))
@@ -74,11 +77,12 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
         raise ValueError(f"{path} is a pipe or a device; save it as a file first")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; copy or download it again")
-    for timeline in (packet_timeline, frame_timeline):
-        pts, seconds, duration = timeline(path)
+    for timeline, may_seek in ((packet_timeline, True), (packet_timeline, False),
+                               (frame_timeline, False)):
+        pts, seconds, duration, keys = timeline(path)
         if pts:
             indices = sample_indices(len(pts), len(pts) / duration, duration, fps, max_frames)
-            frames = take(path, {i: pts[i] for i in indices}, longest_edge)
+            frames = take(path, indices, pts, keys if may_seek else [], longest_edge)
             if len(frames) == len(indices):
                 return Video(frames, [seconds[i] for i in indices], duration, len(pts))
     raise ValueError(f"{path}: no frame of it can be decoded; try to play it, or convert it to mp4")
@@ -96,7 +100,6 @@ def open_video(path: Path) -> Iterator[av.VideoStream]:
                 kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"}))
                 raise ValueError(f"{path} has no video stream, only {kinds or 'a header'}; "
                                  f"give a video")
-            streams[0].thread_type = "AUTO"
             yield streams[0]
     except av.FFmpegError as error:
         raise ValueError(f"{path} is not a video that can be read ({error.strerror}); try to play "
@@ -120,19 +123,21 @@ def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
             continue
 
 
-def packet_timeline(path: Path) -> tuple[list[int], list[float], float]:
-    """Of every frame that should be shown: pts and seconds, both sorted; and the duration."""
+def packet_timeline(path: Path) -> tuple[list[int], list[float], float, list[int]]:
+    """Of all frames that should be shown: pts and seconds, both sorted; the duration; keyframes."""
     with open_video(path) as stream:
-        packets = [p for p in demux(stream) if p.size and not p.is_discard]
-        packets = sorted((p.pts, p.duration) for p in packets if p.pts is not None)
-        return timeline([pts for pts, _ in packets], packets[-1][1] if packets else 0, stream)
+        packets = sorted((p.pts, p.duration, p.is_keyframe) for p in demux(stream)
+                         if p.size and not p.is_discard and p.pts is not None)
+        keys = [i for i, (_, _, is_key) in enumerate(packets) if is_key]
+        return *timeline([p[0] for p in packets], packets[-1][1] if packets else 0, stream), keys
 
 
-def frame_timeline(path: Path) -> tuple[list[int | None], list[float], float]:
+def frame_timeline(path: Path) -> tuple[list[int | None], list[float], float, list[int]]:
     """The same for every frame that can be decoded; pts in the order in which they are shown."""
     with open_video(path) as stream:
+        stream.thread_type = "AUTO"
         frames = [(frame.pts, frame.duration) for frame in decode(stream)]
-        return timeline([pts for pts, _ in frames], frames[-1][1] if frames else 0, stream)
+        return *timeline([pts for pts, _ in frames], frames[-1][1] if frames else 0, stream), []
 
 
 def timeline(pts: list, last: int | None, stream: av.VideoStream):
@@ -147,16 +152,36 @@ def timeline(pts: list, last: int | None, stream: av.VideoStream):
     return pts, seconds, float((times[-1] - times[0] + last) * unit) if times else 0.0
 
 
-def take(path: Path, chosen: dict[int, int | None], longest_edge: int | None) -> list[Image.Image]:
-    """Decode the frames with these indices, upright, except where the pts is not the stated one."""
+def take(path: Path, indices: list[int], pts: list[int | None], keys: list[int],
+         longest_edge: int | None) -> list[Image.Image]:
+    """Decode the frames with these indices, upright, until one has not the pts that is stated."""
+    starts = [[0, *keys][bisect(keys, wanted)] for wanted in indices]   # the last keyframe up to it
+    needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
+    # Between seeks threads that take a frame each would only fill and empty, and what is broken is
+    # not seen there: worth it where most of a long video can be passed over.
+    seeks = 4 * needed + 1000 < indices[-1]
     images = []
-    with open_video(path) as stream:
-        for index, frame in enumerate(decode(stream)):
-            if index in chosen and frame.pts == chosen[index]:
-                image = frame.to_image()
-                if frame.rotation % 90 == 0:        # degrees; a damaged header may hold any number
-                    image = image.rotate(frame.rotation, expand=True)
-                images.append(resize_longest_edge(image, longest_edge) if longest_edge else image)
-            if index >= max(chosen):
+    with open_video(path) as stream, ThreadPoolExecutor(1) as worker:
+        stream.thread_type = "SLICE" if seeks else "AUTO"
+        frames, index = decode(stream), -1                              # index of the last frame
+        for wanted, start in zip(indices, starts):
+            if seeks and start > index + 1:
+                try:
+                    stream.container.seek(pts[start], stream=stream)
+                except av.FFmpegError:
+                    break
+                frames, index = decode(stream), start - 1
+            for index, frame in enumerate(frames, start=index + 1):
+                if index == wanted:
+                    break
+            if index != wanted or frame.pts != pts[index]:
                 break
-    return images
+            images.append(worker.submit(upright, frame, longest_edge))  # while decoding goes on
+    return [image.result() for image in images]
+
+
+def upright(frame: av.VideoFrame, longest_edge: int | None) -> Image.Image:
+    image = frame.to_image()
+    if frame.rotation % 90 == 0:                # degrees; a damaged header may hold any number
+        image = image.rotate(frame.rotation, expand=True)
+    return resize_longest_edge(image, longest_edge) if longest_edge else image

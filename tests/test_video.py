@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from minioutro import read_video
+from minioutro import video as video_module
 from minioutro.video import resize_longest_edge, sample_indices
 
 
@@ -23,14 +24,14 @@ def number(image):
     return image.getpixel((image.width // 2, image.height // 2))[1]
 
 
-def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, **options):
+def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=lambda k: 6 * k, **options):
     """n frames, the k-th with brightness 6 k; pts are in hundredths of a second if given."""
     with av.open(str(path), "w", options=muxer) as file:
         stream = file.add_stream(codec, rate=fps, options={"crf": "5", **options})
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, 100)
         for k in range(n):
-            frame = av.VideoFrame.from_image(picture(6 * k))
+            frame = av.VideoFrame.from_image(picture(brightness(k)))
             frame.pts, frame.time_base = pts[k] if pts else 100 * k // fps, Fraction(1, 100)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
@@ -109,6 +110,53 @@ def test_frames_that_are_stored_out_of_order_are_shown_in_order(tmp_path, name, 
     """An avi has no presentation times: with B-frames its packets say the wrong ones."""
     video = read_video(write(tmp_path / name, codec=codec, **options))
     assert [round(number(frame) / 6) for frame in video.frames] == [0, 13, 26, 39]
+
+
+# ---- long videos: what lies between is passed over ----
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many frames each pass over a video has decoded."""
+    decode, passes = video_module.decode, []
+
+    def counting(stream):
+        for frame in decode(stream):
+            passes[-1] += 1
+            yield frame
+
+    def opening(path, open_video=video_module.open_video):
+        passes.append(0)
+        return open_video(path)
+    monkeypatch.setattr(video_module, "decode", counting)
+    monkeypatch.setattr(video_module, "open_video", opening)
+    return passes
+
+
+def long_video(path, n=1600, g="25", **options):
+    """A keyframe every 25 frames; brightness counts to 40 and starts again."""
+    return write(path, n=n, fps=25, brightness=lambda k: 6 * (k % 40), g=g, **options)
+
+
+@pytest.mark.parametrize("name, options", [("a.mp4", {"bf": "3", "b_strategy": "0"}), ("a.mkv", {}),
+                                           ("a.mp4", {"bf": "3", "x264-params": "open-gop=1"})])
+def test_a_long_video_is_not_decoded_whole(tmp_path, decoded, name, options):
+    """First frame, middle and last; two keyframes lie at most 25 frames before the two."""
+    video = read_video(long_video(tmp_path / name, **options), max_frames=3)
+    assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
+    assert len(decoded) == 2 and decoded[0] == 0 and decoded[1] < 100       # packets, then these frames
+
+
+def test_where_nothing_can_be_passed_over_all_is_decoded(tmp_path, decoded):
+    """In a transport stream seeking ends behind the keyframe; with few keyframes, or in a short video, it is
+    not worth it."""
+    video = read_video(long_video(tmp_path / "a.ts"), max_frames=3)
+    assert_shows(video, [k % 40 for k in (25, 799, 1574)], [1.0, 31.96, 62.96])
+    assert decoded[-1] > 1500 and sum(decoded) < 1600
+    for video in (dict(g="400"), dict(n=900)):
+        decoded.clear()
+        read_video(long_video(tmp_path / "a.mp4", **video), max_frames=3)
+        assert len(decoded) == 2 and decoded[-1] > 800 and decoded[-1] != 801
 
 
 # ---- how they are shown ----
