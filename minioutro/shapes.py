@@ -44,8 +44,7 @@ class Shape:
     def place(self, seconds: float) -> str:
         """In which ninth of the frame the centre is: "top left", "top", ..., "middle", ..."""
         x, y = (min(2, int(3 * coordinate / SIZE)) for coordinate in self.centre(seconds))
-        words = f"{('top', '', 'bottom')[y]} {('left', '', 'right')[x]}".strip()
-        return words or "middle"
+        return f"{('top', '', 'bottom')[y]} {('left', '', 'right')[x]}".strip() or "middle"
 
     def draw(self, canvas: ImageDraw.ImageDraw, seconds: float) -> None:
         x, y = (SCALE * coordinate for coordinate in self.centre(seconds))
@@ -121,6 +120,7 @@ class Clip:
         """The whole clip as an H.264 mp4."""
         with av.open(str(path), "w", format="mp4") as file:
             stream = file.add_stream("libx264", rate=FPS, options={"crf": "23"})
+            stream.codec_context.thread_count = 1           # with more, bytes vary from run to run
             stream.width = stream.height = SIZE
             stream.pix_fmt = "yuv420p"
             for index in range(FPS * DURATION):
@@ -156,9 +156,8 @@ class Clip:
                 found.append(Question("turns", f"Does the {s.form} turn back?", answer))
             if s.appears:
                 found.append(Question("appears", "Which shape appears later?", s.form))
-        colours = {s.colour for s in shapes}
         for colour in COLOURS:
-            answer = "Yes" if colour in colours else "No"
+            answer = "Yes" if colour in {s.colour for s in shapes} else "No"
             found.append(Question("is there", f"Is anything {colour}?", answer))
         if whole:
             found.append(Question("describe", "What happens in this video?", self.description()))
