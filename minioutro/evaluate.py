@@ -113,8 +113,7 @@ def answers_table(model: VideoLM, items: list[Item], ways: dict) -> str:
         lines.append(f"{kind:10}{len(members):>10}{chance:>10.1%}{columns}")
     if len(ways) == 1:
         return "\n".join(lines)
-    lines += ["", f"{'OutRo, gamma':14}{'right':>8}{'became right':>14}{'became wrong':>14}"
-              f"{'p':>8}"]
+    lines += ["", "OutRo, gamma     right  became right  became wrong       p"]
     for way in list(ways)[1:]:
         pairs = Counter(zip(right["baseline"], right[way]))
         gained, lost = pairs[False, True], pairs[True, False]

@@ -315,7 +315,7 @@ def show_mask(may_attend: Tensor, labels: list[str] | None = None) -> str:
 
 
 def activation_ratio(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The two numbers that the rule for sinks compares.
+    """The two numbers that the rule for sinks compares; `find_sinks` spares the second if it can.
 
     hidden: float[B,S,C]. Returns: the largest |h| of each token, float[B,S], and the median |h| of
     all tokens and coordinates of the item, float[B,1] (the lower of the two middle values).
@@ -336,9 +336,9 @@ def find_sinks(hidden: Tensor, abs_threshold: float, median_multiple: float) -> 
     largest = magnitude.amax(-1)                                # (B,S)
     is_sink = largest >= abs_threshold
     for b in is_sink.any(1).nonzero().flatten().tolist():
-        # The median is slow. If half of all |h| pass for the weakest, all of these are sinks.
-        passes = median_multiple * magnitude[b] <= largest[b][is_sink[b]].min()       # (S,C)
-        if 2 * passes.sum() < passes.numel():
+        # The median is slow. If half of all |h| are small enough for the weakest, so is the median.
+        small_enough = median_multiple * magnitude[b] <= largest[b][is_sink[b]].min()       # (S,C)
+        if 2 * small_enough.sum() < small_enough.numel():
             is_sink[b] &= largest[b] >= median_multiple * magnitude[b].median()
     return is_sink
 
@@ -413,7 +413,7 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
     g = torch.tanh(dot / (o_norm * v_norm + 1e-12) / temperature)
     push = (g * gamma * dot / (v_norm * v_norm + 1e-8)).masked_fill(ever_sink[:, None, :, None], 0)
     turned = torch.addcmul(o, push, v)            # o + push * v: o itself, bit for bit, if push = 0
-    scale = o_norm / length(turned, dim=-1, keepdim=True).clamp(min=1e-8)
+    scale = o_norm / length(turned, dim=-1, keepdim=True).clamp(min=1e-30)
     return (turned * scale).to(out.dtype)
 
 
@@ -641,7 +641,7 @@ class VideoLM(nn.Module):
         Raises: ValueError if image tokens and features do not match, or the context is too short.
         """
         hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace,
-                             pixel_attention_mask)
+                                    pixel_attention_mask)
         logits = self.head(hidden)
         if trace is not None:
             trace["logits"] = logits

@@ -4,7 +4,7 @@ import math
 import os
 from bisect import bisect
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -77,12 +77,11 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
         raise ValueError(f"{path} is a pipe or a device; save it as a file first")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; copy or download it again")
-    for timeline, may_seek in ((packet_timeline, True), (packet_timeline, False),
-                               (frame_timeline, False)):
-        pts, seconds, duration, keys = timeline(path)
+    for read_timeline in (packet_timeline, frame_timeline):
+        pts, seconds, duration, keys = read_timeline(path)
         if pts:
             indices = sample_indices(len(pts), len(pts) / duration, duration, fps, max_frames)
-            frames = take(path, indices, pts, keys if may_seek else [], longest_edge)
+            frames = take(path, indices, pts, keys, longest_edge)
             if len(frames) == len(indices):
                 return Video(frames, [seconds[i] for i in indices], duration, len(pts))
     raise ValueError(f"{path}: no frame of it can be decoded; try to play it, or convert it to mp4")
@@ -157,8 +156,8 @@ def take(path: Path, indices: list[int], pts: list[int | None], keys: list[int],
     """Decode the frames with these indices, upright, until one has not the pts that is stated."""
     starts = [[0, *keys][bisect(keys, wanted)] for wanted in indices]   # the last keyframe up to it
     needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
-    # Between seeks threads that take a frame each would only fill and empty, and what is broken is
-    # not seen there: worth it where most of a long video can be passed over.
+    # Between seeks, threads that take a frame each only fill and empty, and broken packets stay
+    # unseen: worth it only where most of a long video is passed over (4 and 1000 are ours).
     seeks = 4 * needed + 1000 < indices[-1]
     images = []
     with open_video(path) as stream, ThreadPoolExecutor(1) as worker:
@@ -172,12 +171,17 @@ def take(path: Path, indices: list[int], pts: list[int | None], keys: list[int],
                     break
                 frames, index = decode(stream), start - 1
             for index, frame in enumerate(frames, start=index + 1):
-                if index == wanted:
+                wrong_key = seeks and index == start and not frame.key_frame
+                if index == wanted or wrong_key:
                     break
-            if index != wanted or frame.pts != pts[index]:
+            if index != wanted or wrong_key or frame.pts != pts[index]:
                 break
+            wait(images)                                                # one at most is waiting
             images.append(worker.submit(upright, frame, longest_edge))  # while decoding goes on
-    return [image.result() for image in images]
+        images = [image.result() for image in images]
+    if seeks and len(images) < len(indices):
+        return take(path, indices, pts, [], longest_edge)
+    return images
 
 
 def upright(frame: av.VideoFrame, longest_edge: int | None) -> Image.Image:

@@ -97,8 +97,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}; give the folder of a checkpoint") \
-            from None
+        raise ValueError(f"{path.parent} has no {path.name}; give a checkpoint's folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):

@@ -1,6 +1,7 @@
 """Which frames are shown, and when: on videos made here, whole, awkward and broken."""
 
 import os
+from concurrent.futures import Future
 from fractions import Fraction
 
 import av
@@ -24,8 +25,12 @@ def number(image):
     return image.getpixel((image.width // 2, image.height // 2))[1]
 
 
-def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=lambda k: 6 * k, **options):
-    """n frames, the k-th with brightness 6 k; pts are in hundredths of a second if given."""
+def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=lambda k: 6 * k, all_keys=False,
+          **options):
+    """n frames, the k-th with brightness 6 k; pts are in hundredths of a second if given.
+
+    all_keys: the file says that every frame is a keyframe.
+    """
     with av.open(str(path), "w", options=muxer) as file:
         stream = file.add_stream(codec, rate=fps, options={"crf": "5", **options})
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
@@ -33,7 +38,9 @@ def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=
         for k in range(n):
             frame = av.VideoFrame.from_image(picture(brightness(k)))
             frame.pts, frame.time_base = pts[k] if pts else 100 * k // fps, Fraction(1, 100)
-            file.mux(stream.encode(frame))
+            for packet in stream.encode(frame):
+                packet.is_keyframe |= all_keys
+                file.mux(packet)
         file.mux(stream.encode())
     return path
 
@@ -156,10 +163,38 @@ def test_where_nothing_can_be_passed_over_all_is_decoded(tmp_path, decoded):
     for video in (dict(g="400"), dict(n=900)):
         decoded.clear()
         read_video(long_video(tmp_path / "a.mp4", **video), max_frames=3)
-        assert len(decoded) == 2 and decoded[-1] > 800 and decoded[-1] != 801
+        assert len(decoded) == 2 and decoded[-1] > 800
+
+
+def test_a_frame_that_is_called_a_keyframe_and_is_none_is_not_believed(tmp_path, decoded):
+    """After seeking to one, frames would show what is between it and the last; so all are decoded."""
+    video = read_video(long_video(tmp_path / "a.mp4", codec="mpeg4", qscale="2", all_keys=True), max_frames=3)
+    assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
+    assert len(decoded) == 3 and decoded[-1] > 1500             # packets, a vain attempt, all
 
 
 # ---- how they are shown ----
+
+
+def test_decoded_frames_do_not_pile_up(tmp_path, monkeypatch):
+    """A worker that does nothing until it is waited for never has more than one frame in its queue."""
+    queue, lengths = [], []
+
+    class Idle(video_module.ThreadPoolExecutor):
+        def submit(self, *call):
+            lengths.append(len(queue))
+            queue.append((future := Future(), call))
+            return future
+
+    def work(images):
+        while queue:
+            future, (function, *arguments) = queue.pop()
+            future.set_result(function(*arguments))
+    monkeypatch.setattr(video_module, "ThreadPoolExecutor", Idle)
+    monkeypatch.setattr(video_module, "wait", work)
+    monkeypatch.setattr(Future, "result", lambda self, result=Future.result: (work([]), result(self))[1])
+    assert_shows(read_video(write(tmp_path / "a.mp4"), fps=10.0), list(range(40)), [k / 10 for k in range(40)])
+    assert lengths == [0] * 40
 
 
 def test_frames_are_scaled_as_they_are_decoded_as_the_processor_would(tmp_path):
@@ -257,6 +292,20 @@ def test_broken_packets_are_passed_over(tmp_path):
     assert_shows(video, [0, 14, 29], [0.0, 1.4, 2.9])
     spoil(write(path, codec="mpeg4", g="1", qscale="2"), 5, 6)
     assert_shows(read_video(path, max_frames=1), [10], [1.0])
+
+
+def test_what_cannot_be_passed_over_is_decoded_once_to_see(tmp_path, decoded):
+    """Packets; the sampled frames, in vain; all frames; the sampled frames of those."""
+    spoil(write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2"), 30, 40)
+    read_video(tmp_path / "a.mkv")
+    assert decoded == [0, 30, 30, 30]
+
+
+def test_a_frame_that_no_picture_can_be_made_of_names_its_file(tmp_path, monkeypatch):
+    def upright(*_):
+        raise av.error.InvalidDataError(22, "no such colours")
+    monkeypatch.setattr(video_module, "upright", upright)
+    assert "no such colours" in refused(write(tmp_path / "a.mp4"))
 
 
 def refused(path) -> str:
