@@ -2,8 +2,9 @@
 
 It is run by hand, on an otherwise quiet machine; CI does not call it. The model has the shape of
 SmolVLM2-256M and random weights, with a massive activation planted in the embedding of the first
-token, so that OutRo has a sink to work with. Two ways of doing the same are timed in turn, A B A B.
-Where transformers is installed it stands beside ours, in the same process, with its fused attention.
+token, so that OutRo has a sink to work with. Two ways of doing the same are timed in turn, A B A B;
+loading, memory and videos each in processes of their own. Where transformers is installed it stands
+beside ours, with its fused attention; the model's rows are timed in the same process.
 """
 
 import argparse
@@ -32,6 +33,7 @@ CONFIG = {
                       "patch_size": 16}}
 F, TEXT, NEW = 8, 202, 64               # frames, text tokens of the prompt, tokens to generate
 THEIRS = importlib.util.find_spec("transformers") is not None
+STATUS = Path("/proc/self/status")
 
 
 # ---- what is measured with ----
@@ -59,7 +61,7 @@ def spread(values, digits=3):
 
 
 def row(what, ours, other, ratio, target):
-    """Print a row as soon as it is known; target: the limit and whether the ratio keeps it."""
+    """Print a row as soon as it is known."""
     print(f"{what:<34} {ours:<24} {other:<24} {ratio:>7} {target:>8}", flush=True)
 
 
@@ -74,16 +76,14 @@ def compare(what, ours, theirs, at_most, unit="s", digits=3):
 
 def status(field):
     """A line of this process's memory in MB: VmRSS now, VmHWM at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1000
-    raise SystemExit("bench.py: memory is read from /proc, which this system does not have")
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(lines[field].split()[0]) / 1000
 
 
 def in_a_process(part, *arguments):
     """What one part, in a process of its own, prints as JSON."""
     command = [sys.executable, __file__, "--part", part, *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 # ---- the model and its prompt ----
@@ -169,13 +169,14 @@ def model_rows(folder, repeats):
 
     times = {name: ([], []) for name in ("ours", "theirs", "outro")}
     for n in range(2 * repeats + 1):
-        found = {"ours": answer_ours(ours, ids, features),
+        timed = {"ours": answer_ours(ours, ids, features),
                  "outro": answer_ours(ours, ids, features, OutRo())}
         if THEIRS:
-            found["theirs"] = answer_theirs(theirs, ids, features)
-        for name, pair in found.items():
+            timed["theirs"] = answer_theirs(theirs, ids, features)
+        for name, pair in timed.items():
             for values, value in zip(times[name], pair):
-                values += [value] * (n > 0)
+                if n:                                           # the first time only warms up
+                    values.append(value)
     (prefill, decode), (prefill_on, decode_on) = times["ours"], times["outro"]
     prefill_theirs, decode_theirs = times["theirs"]
     compare(f"prefill, {ids.shape[1]} tokens", prefill, prefill_theirs or None, 1.10)
@@ -298,6 +299,11 @@ def main():
         part, who, path = args.part
         print(json.dumps(globals()[f"part_{part}"](who, path)))
         return
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: give 1 or more")
+    if not STATUS.exists() and {"memory", "video"} & set(args.rows):
+        parser.error(f"memory is read from {STATUS}, which this system does not have; leave out "
+                     f"these rows: --rows model load run")
     os.environ["OMP_NUM_THREADS"] = "1"                 # of the processes that are started from here
     row("what", "ours", "transformers or other", "ratio", "target")
     with tempfile.TemporaryDirectory() as temporary:
