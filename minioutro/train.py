@@ -3,18 +3,17 @@
 The toy is a small SmolVLM that answers questions about shapes.py's clips. Its encoder first learns
 to name what each image token shows, as the encoders of large models learn to see before they are
 joined to a language model; then the whole learns to answer, about single frames first, then about
-clips; in the last stage the decoder also learns to name how what an image token shows has moved.
-A model this small, trained for two hours, has no need of an attention sink, so it is given two
-reasons to have one:
+clips, where the decoder also learns to name how what an image token shows has moved.
+A model this small has no need of an attention sink. The last stage gives it two reasons for one:
 
   the seed   a neuron of an early MLP reads the first token's own direction and writes one huge
              coordinate, as an early MLP does in large models. RMSNorm makes a constant vector of
              it, so that this token has the same key and the same value for every prompt. Training
              would wear it down (nothing needs its size), so these weights are held;
-  the price  the loss grows a little with all attention to other tokens than the first, so that
+  the price  the loss grows with all attention to other tokens than the first, so that
              heads look where it pays and rest on the first token otherwise. It ends at zero.
 
-What they do is shown by short runs of the same recipe: whole, without the price, without the seed.
+What each of them does is shown by controls: the last stage again without one of them.
 """
 
 import argparse
@@ -49,15 +48,15 @@ VISION = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size"
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
-LEARNING_RATE, PRICE, SAVE_EVERY, LOG_EVERY = 3e-3, 0.005, 250, 50
-PLAN = 29 / 44                              # the share of all steps that cosine and price span
+LEARNING_RATE, PRICE, SAVE_EVERY = 3e-3, 0.8, 50
 BUNDLED = Path(__file__).parent / "toy"
 NOT_ASKED = -100                            # a target that cross_entropy ignores
 GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
 CELL = SIZE / GRID                          # pixels on each side of an image token
 STRIPES = 16                                # a place is one of so many columns and rows
-NAMES = (len(SHAPES) + 1, len(COLOURS) + 1, STRIPES, STRIPES)       # what an image token may show
+NAMES = [len(SHAPES) + 1, len(COLOURS) + 1, STRIPES, STRIPES]       # what an image token may show
 MOTIONS = [*DIRECTIONS, "still"]            # and how that has moved in the last two frames
+ASKED_TWICE = ("moves", "turns", "direction", "describe")           # questions about motion
 MOTION_LAYER = 4                            # whose input is asked for it
 
 
@@ -67,32 +66,23 @@ class Stage:
     frames: int                             # 1, or the 8 that are sampled from a whole clip
     clips: int                              # in a batch
     questions: int                          # about each of them; 0 trains the encoder alone
-    most: int                               # shapes in a clip, at most
-    rate: float = 0.0                       # a learning rate of its own, falling to zero
-    price: float = 0.0                      # a price of its own, falling to zero
-    motion: bool = False                    # do the decoder's image tokens name motions?
-    again: tuple[str, ...] = ()             # kinds of questions that are asked twice as often
+    shapes: tuple[int, ...]                 # in a clip: one of these numbers, at random
 
 
-STAGES = (Stage(1400, 1, 64, 0, 3), Stage(400, 1, 32, 4, 1), Stage(800, 1, 32, 4, 3),
-          Stage(500, 8, 8, 9, 1), Stage(1650, 8, 8, 9, 3),
-          Stage(2650, 8, 8, 9, 3, rate=1.2e-3, motion=True),
-          Stage(1400, 8, 8, 9, 3, rate=8e-4, price=0.03, motion=True,
-                again=("moves", "turns", "direction", "describe")))
+STAGES = (Stage(1200, 1, 64, 0, (1, 2, 3)), Stage(400, 1, 32, 4, (1,)),
+          Stage(800, 1, 32, 4, (1, 2, 3)), Stage(400, 8, 8, 9, (1,)),
+          Stage(2000, 8, 8, 9, (1, 2, 3, 3)), Stage(1800, 8, 8, 9, (1, 2, 3, 3)))
 
 
 @dataclass(frozen=True)
 class Run:
     folder: str                             # below that of the toy
-    share: float                            # of the steps of each stage
-    price: bool = True
+    price: bool = True                      # in the last stage
     seed: bool = True
 
 
-TOY = Run(".", 1.0)
-CONTROLS = {"with both": Run("short", 0.1),
-            "without the price": Run("short_no_price", 0.1, price=False),
-            "without the seed": Run("short_no_seed", 0.1, seed=False)}
+TOY = Run(".")
+CONTROLS = (Run("no_price", price=False), Run("no_seed", seed=False))
 
 
 def frames_prompt(frames: int) -> Video:
@@ -107,8 +97,7 @@ def build_tokenizer() -> Tokenizer:
     """A byte-level tokenizer whose merges are the words of prompt, questions and answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     corpus = []
     for seed in range(300):
@@ -161,7 +150,7 @@ def init_weights(model: VideoLM) -> None:
 
 @torch.no_grad()
 def plant_seed(model: VideoLM) -> None:
-    """Set the seed's weights; done again after each step, it holds them."""
+    """Set the seed's weights; done before each step of the last stage, it holds them."""
     # Coordinate 0 of the residual stream is the first token's own: nothing else writes to it.
     text = model.model.text_model
     text.embed_tokens.weight[:, 0] = 0
@@ -244,19 +233,18 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
     pixels, names, rows = [], [], []
     for n in range(stage.clips):
         rng = random.Random(f"{seed} {n}")
-        clip = Clip(rng.randrange(UNSEEN), rng.randint(1, stage.most))
-        indices = [int(seconds * FPS) for seconds in video.seconds]
-        if stage.frames == 1:
-            indices = [rng.randrange(FPS * DURATION)]
+        clip = Clip(rng.randrange(UNSEEN), rng.choice(stage.shapes))
+        moment = rng.randrange(FPS * DURATION) if stage.frames == 1 else None
+        indices = [int(s * FPS) for s in video.seconds] if moment is None else [moment]
         frames = [degrade(clip.frame(index), rng) for index in indices]
         pixels.append(torch.stack([processor.pixels(frame) for frame in frames]))
         names.append([name for index, before in zip(indices, [None, None, *indices])
                       for name in names_of_cells(clip, index, before)])
 
         by_kind = {}
-        for question in clip.questions(indices[0] if stage.frames == 1 else None):
+        for question in clip.questions(moment):
             by_kind.setdefault(question.kind, []).append(question)
-        kinds = [*by_kind, *(kind for kind in stage.again if kind in by_kind)]
+        kinds = [*by_kind, *(kind for kind in ASKED_TWICE if kind in by_kind)]
         kinds = rng.sample(kinds, len(kinds)) * stage.questions
         row = [(token, NOT_ASKED, 0, position) for position, token in enumerate(prefix)]
         for turn, kind in enumerate(kinds[:stage.questions], start=1):
@@ -272,7 +260,7 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
     return Batch(torch.stack(pixels), torch.tensor(names), *torch.tensor(rows).unbind(-1))
 
 
-def name_loss(head: nn.Linear, states: Tensor, names: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def name_loss(head: nn.Linear, states: Tensor, names: Tensor, sizes: list[int]) -> Tensor:
     """Cross entropy of what the image tokens show: (B,F*M,C), (B,F*M,n) -> the sum of n means."""
     logits = head(states).split(sizes, dim=-1)
     return sum(F.cross_entropy(guess.flatten(0, 1), name.flatten(), ignore_index=NOT_ASKED)
@@ -280,11 +268,11 @@ def name_loss(head: nn.Linear, states: Tensor, names: Tensor, sizes: tuple[int, 
 
 
 def answer(model: VideoLM, batch: Batch, features: Tensor,
-           priced: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+           priced: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Logits (answer tokens, V) and targets of the answers: the model's own steps, another mask.
 
-    Third, the share of its attention that layer `priced` gives to other tokens than the first;
-    fourth, the image tokens' hidden states at the input of MOTION_LAYER, (B,F*M,C).
+    Third, the image tokens' hidden states at the input of MOTION_LAYER, (B,F*M,C); fourth, the
+    share of its attention that layer `priced` gives to other tokens than the first.
     """
     text, c, ids = model.model.text_model, model.config.text_config, batch.input_ids
     hidden = model.merge(text.embed_tokens(ids), ids, features)
@@ -292,92 +280,98 @@ def answer(model: VideoLM, batch: Batch, features: Tensor,
     cos, sin = cos[batch.position][:, None], sin[batch.position][:, None]                # (B,1,S,D)
     query, key = batch.turn[:, :, None], batch.turn[:, None, :]
     may_attend = causal_mask(ids.shape[1], ids.shape[1], ids.device) & ((key == 0) | (key == query))
-    cache, trace = Cache(), {"weights_of": [priced]}
+    cache, trace, elsewhere = Cache(), {"weights_of": [priced]}, None
     for layer in text.layers:
-        traced = trace if layer.index == priced else None
         if layer.index == MOTION_LAYER:
             images = hidden[ids == model.config.image_token_id].view(features.shape)
+        traced = trace if layer.index == priced else None
         hidden = layer(hidden, cos, sin, may_attend, cache, None, traced)
+    if priced is not None:
+        elsewhere = 1 - trace[f"layers.{priced}.weights"][:, :, 1:, 0].mean()
     asked = batch.targets != NOT_ASKED
-    elsewhere = 1 - trace[f"layers.{priced}.weights"][:, :, 1:, 0].mean()
-    return model.head(text.norm(hidden[asked])), batch.targets[asked], elsewhere, images
+    return model.head(text.norm(hidden[asked])), batch.targets[asked], images, elsewhere
 
 
-def train(folder: Path, run: Run, seed: int, device: str = "cpu") -> None:
-    """Run all stages, or go on where an earlier run in the same folder was interrupted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_settings(folder)
-    processor = Processor.from_pretrained(folder)
-    torch.manual_seed(seed)
-    model = VideoLM(read_config(folder))
-    names_head = nn.Linear(TEXT["hidden_size"], sum(NAMES))
+def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None:
+    """Run all stages, or go on where an earlier run in the same folder was interrupted.
+
+    A control goes on from where the toy's last stage began.
+    """
+    own, before_last = folder / run.folder, folder / "before_last_stage.pt"
+    own.mkdir(parents=True, exist_ok=True)
+    write_settings(own)
+    processor = Processor.from_pretrained(own)
+    torch.manual_seed(random_seed)
+    model = VideoLM(read_config(own))
     init_weights(model)
+    names_head = nn.Linear(TEXT["hidden_size"], sum(NAMES))
     motion_head = nn.Linear(TEXT["hidden_size"], len(MOTIONS))
-    if run.seed:
-        plant_seed(model)
     learner = nn.ModuleDict({"model": model, "names": names_head, "motion": motion_head}).to(device)
     optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    stages = []                             # of each step: its stage, and how much of that is done
-    for stage in STAGES:
-        steps = math.ceil(run.share * stage.steps)
-        stages += [(stage, n / steps) for n in range(steps)]
+    stages = [stage for stage in STAGES for _ in range(stage.steps)]        # of each step
+    last_begins = len(stages) - STAGES[-1].steps
     priced = range(SEED_LAYER + 1, TEXT["num_hidden_layers"])       # the layers that meet the seed
-    state, done, right, elsewhere = folder / "state.pt", 0, 0.0, 1.0
-    if state.exists():
-        saved = torch.load(state, map_location=device)
+    state, done, right, paid = own / "state.pt", 0, 0.0, 1.0    # the last two: means, to be shown
+    if state.exists() or run != TOY:
+        saved = torch.load(state if state.exists() else before_last, map_location=device)
+        if saved.get("random_seed") != random_seed:
+            raise ValueError(f"{own}: not begun with --seed {random_seed}; give another --folder")
         learner.load_state_dict(saved["learner"])
         optimizer.load_state_dict(saved["optimizer"])
-        done, right, elsewhere = saved["done"], saved["right"], saved["elsewhere"]
+        done, right, paid = saved["done"], saved["right"], saved["paid"]
 
-    bar = tqdm(range(done, len(stages)), initial=done, total=len(stages), desc=folder.name,
+    def save(path: Path, done: int) -> None:
+        half = path.with_suffix(".half")                            # never a file that is cut off
+        torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(),
+                    "random_seed": random_seed, "done": done, "right": right, "paid": paid}, half)
+        half.replace(path)
+
+    bar = tqdm(range(done, len(stages)), initial=done, total=len(stages), desc=own.name,
                disable=None)
     for step in bar:
-        stage, within = stages[step]
-        share = min(1.0, step / (len(stages) * PLAN))
-        rate = LEARNING_RATE * (0.03 + 0.97 * math.cos(share * math.pi / 2))
-        rate = stage.rate * (1 - within) if stage.rate else rate * min(1.0, (step + 1) / 200)
-        optimizer.param_groups[0]["lr"] = rate
-        batch = draw_batch(processor, stage, seed + step).to(device)
+        stage = stages[step]
+        if step == last_begins and run == TOY:
+            save(before_last, step)
+        if step >= last_begins and run.seed:
+            plant_seed(model)
+        rate = LEARNING_RATE * math.cos(math.pi / 2 * step / len(stages))
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 200)
+        batch = draw_batch(processor, stage, random_seed * len(stages) + step).to(device)
         features = model.encode(batch.pixel_values)                                     # (B,F*M,C)
         loss = name_loss(names_head, features, batch.names[:, :, :-1], NAMES)
         if stage.questions:
-            # One layer pays at each step, because attention weights are slow to get. The price
-            # falls to zero from 60 % to 90 % of the plan, that of a stage from 50 % to 80 % of it.
-            price = PRICE * min(1.0, max(0.0, (0.9 - share) / 0.3))
-            price += stage.price * min(1.0, max(0.0, (0.8 - within) / 0.3))
-            layer = priced[step % len(priced)]
-            logits, targets, paid, images = answer(model, batch, features, layer)
-            loss = loss + F.cross_entropy(logits, targets) + run.price * price * paid
-            if stage.motion:
-                motions = batch.names[:, :, -1:]
-                loss = loss + name_loss(motion_head, images, motions, (len(MOTIONS),))
-            right = 0.98 * right + 0.02 * (logits.argmax(-1) == targets).float().mean().item()
-            elsewhere = 0.98 * elsewhere + 0.02 * paid.item()
+            # One layer pays at each step, because attention weights are slow to get.
+            layer = priced[step % len(priced)] if step >= last_begins and run.price else None
+            logits, targets, images, elsewhere = answer(model, batch, features, layer)
+            loss = loss + F.cross_entropy(logits, targets)
+            right += 0.02 * ((logits.argmax(-1) == targets).float().mean().item() - right)
+            if stage.frames > 1:
+                loss = loss + name_loss(motion_head, images, batch.names[:, :, -1:], [len(MOTIONS)])
+            if elsewhere is not None:       # in full for half of the stage, nothing from 80 % on
+                share = min(1.0, max(0.0, (0.8 - (step - last_begins) / stage.steps) / 0.3))
+                loss = loss + PRICE * share * elsewhere
+                paid += 0.02 * (elsewhere.item() - paid)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if run.seed:
-            plant_seed(model)
-        figures = (f"loss {loss.item():.3f}, answer tokens right {right:.3f}, "
-                   f"attention elsewhere {elsewhere:.3f}")
+        figures = (f"loss {loss.item():.3f}, answer tokens right {right:.3f}"
+                   + f", attention elsewhere {paid:.3f}" * (step >= last_begins and run.price))
         bar.set_postfix_str(figures)
-        if (step + 1) % LOG_EVERY == 0:
-            with open(folder / "log.txt", "a") as log:
-                log.write(f"step {step + 1} of {len(stages)}: {figures}\n")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(stages):
-            half = state.with_suffix(".half")
-            torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(),
-                        "done": step + 1, "right": right, "elsewhere": elsewhere}, half)
-            half.replace(state)
+            with open(own / "log.txt", "a") as log:
+                log.write(f"step {step + 1} of {len(stages)}: {figures}\n")
+            save(state, step + 1)
+    if run.seed:
+        plant_seed(model)
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_readme(folder: Path) -> None:
     """The bundled page with new figures: its blocks are those of the toy and its controls."""
     figures = [report(*load(folder))]
-    figures += [report(*load(folder / run.folder), ways=BASELINE) for run in CONTROLS.values()]
+    figures += [report(*load(folder / run.folder), ways=BASELINE) for run in CONTROLS]
     page = (BUNDLED / "README.md").read_text(encoding="utf-8").split("```")
     page[1::2] = [f"\n{figure}\n" for figure in figures]
     (folder / "README.md").write_text("```".join(page), encoding="utf-8")
@@ -407,11 +401,11 @@ def main() -> None:
             print(report(*load(args.folder or BUNDLED)))
             return
         folder = args.folder or Path("toy_run")
-        for run in (TOY, *CONTROLS.values()):
-            train(folder / run.folder, run, args.seed, args.device)
+        for run in (TOY, *CONTROLS):
+            train(folder, run, args.seed, args.device)
         write_readme(folder)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on from the last saved step")
+        sys.exit("\ninterrupted; training goes on from its last saved step with the same command")
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -186,7 +186,7 @@ def test_the_losses_agree_where_nothing_is_changed(toy, asked):
     assert torch.allclose(loss_of(model, asked), one_pass, atol=1e-4)
     assert torch.allclose(loss_with_masks(model, asked, [causal_mask(S, S)] * L), one_pass, atol=1e-4)
     assert torch.allclose(loss_of(model, asked, OutRo(relax=False, align=False)), one_pass, atol=1e-4)
-    assert not torch.allclose(loss_of(model, asked, OutRo()), one_pass, atol=1e-4)
+    assert not torch.allclose(loss_of(model, asked, OutRo(gamma=30.0)), one_pass, atol=1e-2)
 
 
 def test_image_token_masks_keep_the_best_and_all_text(toy, asked):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from minioutro import OutRo, Processor, VideoLM, read_video, train
 from minioutro.evaluate import UNSEEN
 from minioutro.shapes import COLOURS, FPS, SHAPES, SIZE, Clip, Shape
-from minioutro.train import NOT_ASKED, Run, Stage, draw_batch
+from minioutro.train import NOT_ASKED, Stage, draw_batch
 
 
 def colour_at(clip, index, x, y):
@@ -75,8 +75,13 @@ def test_a_motion_that_cannot_be_seen_is_not_asked_for():
 
 
 def test_a_clip_survives_its_mp4(tmp_path):
+    """And the same clip gives the same file."""
     clip = Clip(UNSEEN, 2)
-    clip.write(tmp_path / "clip.mp4")
+    files = [tmp_path / f"{n}.mp4" for n in range(3)]
+    for file in files:
+        clip.write(file)
+    assert len({file.read_bytes() for file in files}) == 1
+    files[0].rename(tmp_path / "clip.mp4")
     video = read_video(tmp_path / "clip.mp4")
     assert (len(video.frames), video.total_frames, video.duration) == (8, 64, 8.0)
     for frame, index in zip(video.frames, (0, 9, 18, 27, 36, 45, 54, 63)):
@@ -88,9 +93,9 @@ def test_a_clip_survives_its_mp4(tmp_path):
 def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
     """The packed batch gives each answer the logits that the ordinary model gives that question alone."""
     model, processor = VideoLM.from_pretrained(TOY), Processor.from_pretrained(TOY)
-    batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, most=2), seed=5)
+    batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, shapes=(1, 2)), seed=5)
     features = model.encode(batch.pixel_values)
-    logits, targets, elsewhere, images = train.answer(model, batch, features, priced=3)
+    logits, targets, images, elsewhere = train.answer(model, batch, features, priced=3)
     alone, expected = [], []
     for b in range(2):
         for turn in range(1, 4):
@@ -101,17 +106,21 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
     assert torch.allclose(logits, torch.cat(alone), atol=1e-3)
     assert targets.equal(torch.cat(expected))
     assert 0 < elsewhere < 1 and images.shape == features.shape
+    assert train.answer(model, batch, features, priced=None)[3] is None
 
 
 def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
-    """Six steps in one go, or five, a crash, and the rest from the file of step four: the same model."""
-    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0, 1), Stage(2, 1, 2, 2, 1),
-                                          Stage(2, 8, 1, 2, 2, rate=1e-3, price=0.1, motion=True, again=("moves",))))
+    """Six steps in one go, or five, a crash, and the rest from the file of step four: the same model.
+
+    And its control goes on from the same place in both.
+    """
+    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0, (1,)), Stage(1, 1, 2, 2, (1,)), Stage(3, 8, 1, 2, (1, 2))))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    run = Run(".", share=1.0)
+    run, control = train.TOY, train.CONTROLS[-1]
     weights = {}
     with torch.enable_grad():
-        train.train(tmp_path / "whole", run, seed=3)
+        train.train(tmp_path / "whole", run, random_seed=3)
+        train.train(tmp_path / "whole", control, random_seed=3)
         draw, calls = train.draw_batch, []
 
         def interrupt(*args):
@@ -121,30 +130,40 @@ def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, mon
             return draw(*args)
         monkeypatch.setattr(train, "draw_batch", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train.train(tmp_path / "parts", run, seed=3)
-        train.train(tmp_path / "parts", run, seed=3)
+            train.train(tmp_path / "parts", run, random_seed=3)
+        train.train(tmp_path / "parts", run, random_seed=3)
+        train.train(tmp_path / "parts", control, random_seed=3)
+        with pytest.raises(ValueError, match="not begun with --seed 4"):
+            train.train(tmp_path / "parts", run, random_seed=4)
     for name in ("whole", "parts"):
-        weights[name] = VideoLM.from_pretrained(tmp_path / name).state_dict()
-    assert all(weights["whole"][name].equal(weights["parts"][name]) for name in weights["whole"])
+        weights[name] = [VideoLM.from_pretrained(tmp_path / name / run.folder).state_dict()
+                         for run in (train.TOY, control)]
+    for whole, parts in zip(weights["whole"], weights["parts"]):
+        assert all(whole[name].equal(parts[name]) for name in whole)
+    assert not all(weights["whole"][0][name].equal(weights["whole"][1][name]) for name in weights["whole"][0])
 
 
 def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
-    """After a few dear steps: with the price less attention elsewhere, without the seed no sink."""
-    monkeypatch.setattr(train, "STAGES", (Stage(15, 1, 1, 2, 1, rate=0.008),))
+    """After a few dear steps: with the price less attention elsewhere, without the seed no massive token."""
+    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 2, (1,)), Stage(15, 1, 1, 2, (1,))))
     monkeypatch.setattr(train, "PRICE", 20.0)
+    monkeypatch.setattr(train, "LEARNING_RATE", 0.2)                # that of step n is n/200 of it, and less
     ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
-    for name, run in train.CONTROLS.items():
+    runs = (train.TOY, *train.CONTROLS)
+    assert [(run.price, run.seed) for run in runs] == [(True, True), (False, True), (True, False)]
+    for run in runs:
         with torch.enable_grad():
-            train.train(tmp_path / name, Run(name, 1.0, run.price, run.seed), seed=3)
+            train.train(tmp_path, run, random_seed=3)
         trace = {"weights_of": range(8)}
-        VideoLM.from_pretrained(tmp_path / name)(ids, trace=trace)
-        to_first[name] = torch.stack([trace[f"layers.{l}.weights"][0, :, 1:, 0] for l in range(2, 8)]).mean()
-        ratio[name] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
-    assert to_first["with both"] > to_first["without the price"] + 0.05
+        VideoLM.from_pretrained(tmp_path / run.folder)(ids, trace=trace)
+        to_first[run] = torch.stack([trace[f"layers.{l}.weights"][0, :, 1:, 0] for l in range(2, 8)]).mean()
+        ratio[run] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
     behind = train.SEED_LAYER + 1
-    for name in ("with both", "without the price"):
-        assert ratio[name][behind][0] > 1000 > max(ratio[name][behind][1:].max(), ratio[name][behind - 1].max())
-    assert max(r.max() for r in ratio["without the seed"]) < 1000
+    toy, no_price, no_seed = runs
+    assert min(to_first[toy], to_first[no_seed]) > to_first[no_price] + 0.05
+    for run in (toy, no_price):
+        assert ratio[run][behind][0] > 1000 > max(ratio[run][behind][1:].max(), ratio[run][behind - 1].max())
+    assert max(r.max() for r in ratio[no_seed]) < 1000
 
 
 def test_the_toys_sink_is_its_first_token_in_every_layer_after_the_seed(toy):
@@ -175,10 +194,12 @@ def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
     train.write_readme(tmp_path)
     written, bundled = (path.read_text(encoding="utf-8").split("```")
                         for path in (tmp_path / "README.md", TOY / "README.md"))
-    assert written[0::2] == bundled[0::2] and "price" in bundled[0] and "tenth" in bundled[2]
-    assert written[1::2] == [f"\n{tmp_path.name}, 3\n", "\nshort, 1\n", "\nshort_no_price, 1\n",
-                             "\nshort_no_seed, 1\n"]
-    assert all(run.share == 0.1 for run in train.CONTROLS.values())
+    assert written[0::2] == bundled[0::2] and "price" in bundled[0]
+    for run, before, block in zip(train.CONTROLS, bundled[2:-1:2], written[3::2], strict=True):
+        heading = before.split("### ")[1].splitlines()[0]
+        assert ("price" not in heading or not run.price) and ("seed" not in heading or not run.seed)
+        assert block == f"\n{run.folder}, 1\n"
+    assert written[1] == f"\n{tmp_path.name}, 3\n"
 
 
 @pytest.mark.parametrize("arguments, said", [
