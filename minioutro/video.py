@@ -176,7 +176,7 @@ def take(path: Path, indices: list[int], pts: list[int | None], keys: list[int],
                     break
             if index != wanted or wrong_key or frame.pts != pts[index]:
                 break
-            wait(images)                                                # one at most is waiting
+            wait(images[:-3])                                           # three at most are left
             images.append(worker.submit(upright, frame, longest_edge))  # while decoding goes on
         images = [image.result() for image in images]
     if seeks and len(images) < len(indices):

@@ -177,24 +177,24 @@ def test_a_frame_that_is_called_a_keyframe_and_is_none_is_not_believed(tmp_path,
 
 
 def test_decoded_frames_do_not_pile_up(tmp_path, monkeypatch):
-    """A worker that does nothing until it is waited for never has more than one frame in its queue."""
-    queue, lengths = [], []
+    """A worker that does nothing until it is waited for never has more than four frames in its queue."""
+    queue, lengths = {}, []
 
     class Idle(video_module.ThreadPoolExecutor):
         def submit(self, *call):
+            queue[future := Future()] = call
             lengths.append(len(queue))
-            queue.append((future := Future(), call))
             return future
 
     def work(images):
-        while queue:
-            future, (function, *arguments) = queue.pop()
+        for future in queue.keys() & set(images):
+            function, *arguments = queue.pop(future)
             future.set_result(function(*arguments))
     monkeypatch.setattr(video_module, "ThreadPoolExecutor", Idle)
     monkeypatch.setattr(video_module, "wait", work)
-    monkeypatch.setattr(Future, "result", lambda self, result=Future.result: (work([]), result(self))[1])
+    monkeypatch.setattr(Future, "result", lambda self, result=Future.result: (work([self]), result(self))[1])
     assert_shows(read_video(write(tmp_path / "a.mp4"), fps=10.0), list(range(40)), [k / 10 for k in range(40)])
-    assert lengths == [0] * 40
+    assert lengths == [1, 2, 3] + [4] * 37
 
 
 def test_frames_are_scaled_as_they_are_decoded_as_the_processor_would(tmp_path):
