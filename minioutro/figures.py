@@ -198,7 +198,7 @@ def draw_attention_on_frames(video: Video, weights: Tensor, is_image: Tensor, op
         f"beside its title, with the sum over all images."))
     for n, (title, row) in enumerate(rows):
         row, y0 = row[is_image].float(), PAD + n * block
-        text = f"{title}: largest {row.max():.4f}, sum {row.sum():.3f}"
+        text = f"{title}: largest {row.max():.2g}, sum {row.sum():.2g}"
         draw.text((PAD, y0), text, INK, FONT)
         shares = (row / row.max().clamp(min=1e-12)).view(n_frames, -1)              # (F,M)
         side, size = math.isqrt(shares.shape[1]), (step - 6, step - 6)

@@ -98,7 +98,7 @@ def read_config(folder) -> Config:
 
 @dataclass(frozen=True)
 class OutRo:
-    """The constants of the method. Source: release, model/outro.py, unless it says *ours*."""
+    """The constants; ValueError for impossible ones. Source: release, model/outro.py, or *ours*."""
     abs_threshold: float = 100.0         # a sink has some |h| of at least this ...
     median_multiple: float = 1000.0      # ... and of at least this many times the median |h|
     relax: bool = True                   # step 3 on; the switches are *ours*, for ablation
