@@ -15,6 +15,7 @@ COLOURS = {"red": (215, 45, 45), "green": (50, 175, 70), "blue": (55, 95, 225),
            "yellow": (230, 210, 50), "purple": (155, 60, 190), "white": (240, 240, 240)}
 SHAPES = ("cross", "ring", "square")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+UNSEEN = 10**9                              # training draws its clips from seeds below
 SCALE = 4                                   # shapes are drawn this much larger, then averaged
 
 
@@ -119,8 +120,11 @@ class Clip:
     def write(self, path) -> None:
         """The whole clip as an H.264 mp4."""
         with av.open(str(path), "w", format="mp4") as file:
-            stream = file.add_stream("libx264", rate=FPS, options={"crf": "23"})
-            stream.codec_context.thread_count = 1           # with more, bytes vary from run to run
+            # Bytes vary from run to run with more than one thread, and with x264's vector code on
+            # some processors: so one thread, and its plain C, which is the same everywhere.
+            stream = file.add_stream("libx264", rate=FPS,
+                                     options={"crf": "23", "x264-params": "asm=0"})
+            stream.codec_context.thread_count = 1
             stream.width = stream.height = SIZE
             stream.pix_fmt = "yuv420p"
             for index in range(FPS * DURATION):
