@@ -79,14 +79,16 @@ def stack(images: list[Image.Image]) -> Image.Image:
 
 def draw_frames(video: Video, tokens_per_frame: int) -> Image.Image:
     """The frames that the model was shown, each with its time."""
-    columns = min(8, len(video.frames))
+    F = len(video.frames)
+    columns = min(8, F)
     side = min(160, (WIDTH - PAD) // columns - PAD)
-    row = side + 30
-    image, draw = canvas(math.ceil(len(video.frames) / columns) * row + PAD, (
-        f"The {len(video.frames)} frames that the model is shown, of {video.total_frames}, as it "
-        f"sees them: square, {tokens_per_frame} tokens each."))
+    wide, high = side + PAD, side + 30                              # of a frame with its time
+    image, draw = canvas(math.ceil(F / columns) * high + PAD, (
+        f"The {F} frames that the model is shown, of {video.total_frames}, as it sees them: square, "
+        f"{tokens_per_frame} tokens each."))
     for n, (frame, seconds) in enumerate(zip(video.frames, video.seconds)):
-        x, y = PAD + n % columns * (side + PAD), PAD + n // columns * row
+        row, column = divmod(n, columns)
+        x, y = PAD + column * wide, PAD + row * high
         image.paste(frame.resize((side, side), Image.Resampling.LANCZOS), (x, y))
         draw.text((x, y + side + 4), f"{seconds:.1f} s", INK, SMALL)
     return image
@@ -101,26 +103,34 @@ def draw_masks(opened: Tensor, layer: int, tokens: list[str]) -> Image.Image:
     left, top, gap, n, S = 170, 60, 40, len(positions), len(tokens)
     cell = (WIDTH - left - gap - PAD) // 2 // n
     before = causal_mask(S, S)
+    after = open_sink_rows(before, opened[None])[0]
     change = ("what OutRo makes of it, with the opened row of each sink in red" if opened.any() else
               "the same, since no row was opened")
     image, draw = canvas(top + cell * n + PAD, (
         f"Who may attend to whom in layer {layer}: a row is a query, a column a key, dark is "
         f"allowed. {n} of {S} positions are drawn. Left: the causal mask. Right: {change}."))
-    for side, mask in enumerate((before, open_sink_rows(before, opened[None])[0])):
-        x0 = left + side * (cell * n + gap)
-        draw.text((x0, PAD), ("before", "after")[side], INK, FONT)
-        for x, key in enumerate(positions):
-            if S <= 1000 or x % 2 == 0:                         # four digits need two columns
-                draw.text((x0 + (x + 0.5) * cell, top - 4), str(key), INK, SMALL, "ms")
-            for y, query in enumerate(positions):
-                fill = PALE if not mask[query, key] else MARK if side and opened[query] else INK
-                corner = x0 + x * cell, top + y * cell
-                draw.rectangle((*corner, corner[0] + cell - 3, corner[1] + cell - 3), fill)
+    draw_mask(draw, (left, top), cell, "before", before, positions, torch.zeros_like(opened))
+    draw_mask(draw, (left + cell * n + gap, top), cell, "after", after, positions, opened)
     for y, query in enumerate(positions):
         text = f"{query}  {shorten(tokens[query], left - 62)}"
         colour = MARK if opened[query] else INK
         draw.text((left - 10, top + (y + 0.5) * cell - 1), text, colour, SMALL, "rm")
     return image
+
+
+def draw_mask(draw: ImageDraw.ImageDraw, corner: tuple[int, int], cell: int, title: str,
+              may_attend: Tensor, positions: list[int], marked: Tensor) -> None:
+    """One mask, bool[S,S], at these positions, each a cell of so many pixels; marked: bool[S]."""
+    (x0, y0), S = corner, len(may_attend)
+    draw.text((x0, PAD), title, INK, FONT)
+    for x, key in enumerate(positions):
+        if S <= 1000 or x % 2 == 0:                             # four digits need two columns
+            draw.text((x0 + (x + 0.5) * cell, y0 - 4), str(key), INK, SMALL, "ms")
+        for y, query in enumerate(positions):
+            allowed = MARK if marked[query] else INK
+            left, top = x0 + x * cell, y0 + y * cell
+            draw.rectangle((left, top, left + cell - 3, top + cell - 3),
+                           allowed if may_attend[query, key] else PALE)
 
 
 def draw_ratios(ratios: Tensor, is_sink: Tensor, median_multiple: float) -> Image.Image:
@@ -160,15 +170,14 @@ def draw_attention(weights: Tensor, is_image: Tensor, is_sink: Tensor, layer: in
         f"Attention in layer {layer}: probabilities, each row sums to 1 (logarithmic). Left: head "
         f"{head}. Right: the mean over all {H} heads. A pixel shows the largest of the weights "
         f"under it. Blue: the image tokens; red: the sinks."))
-    for n, shown in enumerate((weights[head], weights.mean(0))):
+    shown = {f"head {head}": weights[head], f"mean over {H} heads": weights.mean(0)}
+    for n, (title, weights_shown) in enumerate(shown.items()):
         x0 = left + n * (size + 46)
-        draw.text((x0, PAD), (f"head {head}", f"mean over {H} heads")[n], INK, FONT)
-        image.paste(heat(1 + shown.clamp(min=1e-4).log10() / 4, size, size), (x0, top))
-        for tokens, colour, least in ((is_image, BLUE, 1), (is_sink, MARK, 4)):
-            for s in tokens.nonzero().flatten().tolist():
-                a, b = s * size // S, max(s * size // S + least, (s + 1) * size // S) - 1
-                draw.rectangle((x0 + a, top - 8, x0 + b, top - 4), colour)
-                draw.rectangle((x0 - 8, top + a, x0 - 4, top + b), colour)
+        draw.text((x0, PAD), title, INK, FONT)
+        shade = 1 + weights_shown.clamp(min=1e-4).log10() / 4           # 0.0001 is 0, 1 is 1
+        image.paste(heat(shade, size, size), (x0, top))
+        mark_tokens(draw, (x0, top), size, is_image, BLUE, least=1)
+        mark_tokens(draw, (x0, top), size, is_sink, MARK, least=4)
         position_axis(draw, x0, top + size + 4, size, S)
     for s in range(0, S, math.ceil(S / 6)):
         draw.text((left - 14, top + (s + 0.5) * size / S), str(s), INK, SMALL, "rm")
@@ -178,36 +187,54 @@ def draw_attention(weights: Tensor, is_image: Tensor, is_sink: Tensor, layer: in
     return image
 
 
+def mark_tokens(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: int, tokens: Tensor,
+                colour: tuple, least: int) -> None:
+    """Mark tokens, bool[S], above and beside a map of size x size, `least` pixels wide or more."""
+    (x0, y0), S = corner, len(tokens)
+    for s in tokens.nonzero().flatten().tolist():
+        start = s * size // S
+        end = max(start + least, (s + 1) * size // S) - 1
+        draw.rectangle((x0 + start, y0 - 8, x0 + end, y0 - 4), colour)
+        draw.rectangle((x0 - 8, y0 + start, x0 - 4, y0 + end), colour)
+
+
 def draw_attention_on_frames(video: Video, weights: Tensor, is_image: Tensor, opened: Tensor,
                              layer: int, head: int) -> Image.Image:
     """Which part of which frame is attended to: by the last token, and by a sink that was opened.
 
     weights: float[H,S,S], probabilities; is_image, opened: bool[S].
     """
-    n_frames, mean = len(video.frames), weights.mean(0)
-    rows = [(f"last token, head {head}", weights[head, -1]),
-            (f"last token, mean over {len(weights)} heads", mean[-1])]
-    rows += [(f"opened sink at position {i}, mean over {len(weights)} heads", mean[i])
-             for i in opened.nonzero().flatten()[:1].tolist()]
-    columns = min(n_frames, 8 if n_frames <= 8 else 16)
-    step = min(106, (WIDTH - PAD) // columns)
-    block = math.ceil(n_frames / columns) * step + 32
+    F, mean = len(video.frames), weights.mean(0)
+    rows = {f"last token, head {head}": weights[head, -1],
+            f"last token, mean over {len(weights)} heads": mean[-1]}
+    for i in opened.nonzero().flatten()[:1].tolist():
+        rows[f"opened sink at position {i}, mean over {len(weights)} heads"] = mean[i]
+    columns = min(F, 8 if F <= 8 else 16)
+    step = min(106, (WIDTH - PAD) // columns)                       # pixels from frame to frame
+    block = math.ceil(F / columns) * step + 32
     image, draw = canvas(len(rows) * block + PAD, (
         f"Attention in layer {layer} to the image tokens of every frame, in time order: "
         f"probabilities, linear from 0 (grey) to the largest of the block (red), which is given "
         f"beside its title, with the sum over all images."))
-    for n, (title, row) in enumerate(rows):
+    for n, (title, row) in enumerate(rows.items()):
         row, y0 = row[is_image].float(), PAD + n * block
         text = f"{title}: largest {row.max():.2g}, sum {row.sum():.2g}"
         draw.text((PAD, y0), text, INK, FONT)
-        shares = (row / row.max().clamp(min=1e-12)).view(n_frames, -1)              # (F,M)
-        side, size = math.isqrt(shares.shape[1]), (step - 6, step - 6)
+        shares = (row / row.max().clamp(min=1e-12)).view(F, -1)                         # (F,M)
         for f, frame in enumerate(video.frames):
-            alpha = Image.frombytes("L", (side, side), bytes((shares[f] * 230).int().tolist()))
-            grey = frame.resize(size).convert("L").point(lambda g: 110 + g // 2).convert("RGB")
-            grey.paste(MARK, (0, 0, *size), alpha.resize(size, Image.Resampling.NEAREST))
-            image.paste(grey, (PAD + f % columns * step, y0 + 24 + f // columns * step))
+            y, x = divmod(f, columns)
+            picture = frame_in_red(frame, shares[f], step - 6)
+            image.paste(picture, (PAD + x * step, y0 + 24 + y * step))
     return image
+
+
+def frame_in_red(frame: Image.Image, shares: Tensor, size: int) -> Image.Image:
+    """A frame in grey, size x size pixels, with each of its M tokens as red as its share, 0 to 1."""
+    side = math.isqrt(len(shares))
+    alpha = Image.frombytes("L", (side, side), bytes((shares * 230).int().tolist()))
+    grey = frame.resize((size, size)).convert("L").point(lambda g: 110 + g // 2).convert("RGB")
+    grey.paste(MARK, (0, 0, size, size), alpha.resize((size, size), Image.Resampling.NEAREST))
+    return grey
 
 
 def chart(image: Image.Image, box: tuple, x_ticks: dict, y_ticks: dict, titles: tuple[str, str],
