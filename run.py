@@ -5,29 +5,41 @@
     python run.py VIDEO "QUESTION" --model FOLDER    any SmolVLM2 checkpoint
 """
 
-import argparse
-import json
-import math
 import os
+import signal
 import sys
-import time
-from bisect import bisect_right
-from dataclasses import dataclass, replace
-from itertools import chain, groupby
-from pathlib import Path
+
+if __name__ == "__main__":
+    # Ctrl-C ends it at once, also while torch is imported, which would swallow an exception.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # python -I leaves it out
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import time  # noqa: E402
+from bisect import bisect_right  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from itertools import chain, groupby  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 TOY = Path(__file__).resolve().parent / "minioutro" / "toy"
 HUB_MODEL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
 
 
+def shown(text: str) -> str:
+    """A text in one line, in which characters that would steer a terminal are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (try --help)\n")
+        self.exit(2, f"{self.prog}: {shown(message)} (try --help)\n")
 
 
 def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    if not text.isdecimal() or not 1 <= int(text[:9]) or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 1 to 9 digits")
     return int(text)
 
 
@@ -77,15 +89,22 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    for name in ("stdout", "stderr"):                   # None where the caller has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     args = arguments()
-    sys.stdout.reconfigure(errors="replace")            # not every terminal can show a square
+    if args.json:
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    else:
+        sys.stdout.reconfigure(errors="replace")        # not every terminal can show a square
     try:
         run(args)
+        sys.stdout.flush()
     except BrokenPipeError:                             # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
-        print(f"run.py: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"run.py: {shown(' '.join(str(error).splitlines()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -99,69 +118,56 @@ def run(args: argparse.Namespace) -> None:
     outro = OutRo(abs_threshold=args.abs_threshold, median_multiple=args.median_multiple,
                   relax=not args.no_relax, align=not args.no_align, gamma=args.gamma,
                   temperature=args.temperature)
-    for what in ("video", "model", "figures"):
-        if getattr(args, what) == "":
-            raise ValueError(f"the name given for {what} is empty; give one, or leave it out")
+    figures = check_arguments(args)
     path, question = Path(args.video or TOY / "clip.mp4"), args.question
     name = args.model or (HUB_MODEL if args.video else TOY)
-    available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
-    if not available[args.device]:
-        raise ValueError(f"--device {args.device}: there is none here; leave it out to use the cpu")
-    if not question.strip():
-        raise ValueError("the question is empty; ask something about the video")
-    figures = args.figures and Path(os.path.expanduser(args.figures))
-    if figures:
-        nearest = next(path for path in (figures, *figures.absolute().parents) if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise ValueError(f"--figures {figures}: {nearest} is no folder that can be written to; "
-                             f"give another")
     read_video(path, max_frames=1)      # a wrong file is told before a model is downloaded
 
     model, processor = load(name, args.revision, args.device, getattr(torch, args.dtype))
     video = read_video(path, args.fps, args.frames, processor.longest_edge)
     inputs = processor(video, question)
     S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
-    check(model, processor, video, question, inputs)
+    check_fit(model, processor, video, question, inputs)
 
     say = (lambda *_, **__: None) if args.json else print
     times = [f"{seconds:.1f}" for seconds in video.seconds]
     times = times if F <= 12 else [*times[:4], "...", times[-1]]
-    say(f"video     {path.name}: {F} of {video.total_frames} frames, at {' '.join(times)} s of "
-        f"{video.duration:.1f} s")
-    say(f"weights   {TOY.name if name == TOY else name}: {model.load_report}")
+    say(f"video     {shown(path.name)}: {F} of {video.total_frames} frames, at {' '.join(times)} s "
+        f"of {video.duration:.1f} s")
+    say(f"weights   {TOY.name if name == TOY else shown(name)}: {model.load_report}")
     say(f"prompt    {F} frames x {M} tokens + {S - F * M} text = {S} tokens")
-    say(f"question  {' '.join(question.splitlines())}")
+    say(f"question  {shown(question)}")
 
     input_ids = inputs.input_ids.to(args.device)
     with torch.inference_mode():
-        features = model.encode(inputs.pixel_values.to(args.device))
+        frames = inputs.pixel_values.to(args.device).split(1, dim=1)
+        features = torch.cat([model.encode(frame) for frame in progress(frames, "frames", args)], 1)
         model(input_ids[:, :1])         # pages the weights in; neither answer should pay for that
     ask = dict(features=features, max_new_tokens=args.max_new_tokens)
-    # OutRo's prompt is read first, since it fills the trace that is shown before the answers.
-    trace, started = {}, time.perf_counter()
-    outro_stream = model.stream(input_ids, outro=outro, trace=trace, **ask)
+    # OutRo's prompt is read first, since it fills the trace that is shown before the answers. The
+    # baseline fills a trace as well, so that the times differ by OutRo alone.
+    trace = {}
+    outro_stream = Timed(model.stream(input_ids, outro=outro, trace=trace, **ask))
     first = next(outro_stream)
-    spent = time.perf_counter() - started
-    if not trace["logits"].isfinite().all():
-        raise ValueError(f"the model computes no finite numbers as {args.dtype}; try another "
-                         f"--dtype, or a smaller --gamma if you raised it")
     texts = [processor.token_text(token_id) for token_id in inputs.input_ids[0].tolist()]
     seen = Seen.of(trace, model.config.text_config.num_hidden_layers)
     trace.clear()                       # a long prompt's takes gigabytes
-    for line in report(seen, texts, outro):
+    for line in sink_lines(seen, texts, outro):
         say(line)
-    # The baseline fills a trace as well, so that the times differ by OutRo alone.
-    baseline = answer("baseline", model.stream(input_ids, trace={}, **ask), processor, say)
-    changed = answer("outro", chain([first], outro_stream), processor, say, spent)
+    baseline_stream = Timed(model.stream(input_ids, trace={}, **ask))
+    baseline = print_answer("baseline", baseline_stream, processor, say)
+    changed = print_answer("outro", chain([first], outro_stream), processor, say)
+    baseline.update(baseline_stream.summary())
+    changed.update(outro_stream.summary())
     ratio = changed["seconds"] / baseline["seconds"]
-    say(f"time      baseline {baseline['seconds']:.2f} s, outro {changed['seconds']:.2f} s: "
-        f"{ratio:.2f} times as long")
+    ratio = ratio if min(baseline["seconds"], changed["seconds"]) >= 2 else None        # luck
+    say(f"time      {time_line(baseline, changed, ratio)}")
 
     if figures:
-        write_figures(figures, model, video, input_ids, features, texts, outro, seen)
-        say(f"figures   in {figures}: frames, masks and sinks (together in run.png), attention, "
-            f"cosine and rotation")
+        signal.signal(signal.SIGINT, signal.default_int_handler)        # to leave no half picture
+        write_figures(figures, model, video, input_ids, features, texts, outro, seen, args)
+        say(f"figures   in {shown(str(figures))}: frames, masks and sinks (together in run.png), "
+            f"attention, cosine and rotation")
     if args.json:
         print(json.dumps({
             "video": str(path), "frames": F, "total_frames": video.total_frames,
@@ -171,7 +177,32 @@ def run(args: argparse.Namespace) -> None:
             "baseline": baseline, "outro": changed, "time_ratio": ratio}, ensure_ascii=False))
 
 
-def check(model, processor, video, question: str, inputs) -> None:
+def check_arguments(args: argparse.Namespace) -> Path | None:
+    """Raise ValueError for what can be told before anything is read; return the figures' folder."""
+    for what in ("video", "model", "figures"):
+        if getattr(args, what) == "":
+            raise ValueError(f"the name given for {what} is empty; give one, or leave it out")
+    if not args.question.strip():
+        raise ValueError("the question is empty; ask something about the video")
+    if not args.figures:
+        return None
+    folder = Path(os.path.expanduser(args.figures))
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--figures {folder}: {nearest} is no folder that can be written to; give "
+                         f"another")
+    return folder
+
+
+def progress(items, what: str, args: argparse.Namespace):
+    """The items, with a bar on stderr while they are worked on, if a person watches."""
+    if args.json or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return items
+    from huggingface_hub.utils import tqdm
+    return tqdm(items, desc=what, leave=False)
+
+
+def check_fit(model, processor, video, question: str, inputs) -> None:
     """Raise ValueError if processor and model do not fit together, or the prompt is too long."""
     config, vision = model.config, model.config.vision_config
     per_frame = (vision.image_size // vision.patch_size // config.scale_factor)**2
@@ -202,19 +233,49 @@ def check(model, processor, video, question: str, inputs) -> None:
                      f"{context}; {advice}")
 
 
-def answer(label: str, stream, processor, say, spent: float = 0.0) -> dict:
-    """Print an answer as it is generated; spent: seconds that its first token took before."""
+class Timed:
+    """A stream of token ids that keeps how many seconds each of them took."""
+
+    def __init__(self, stream):
+        self.stream, self.seconds = stream, []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> int:
+        started = time.perf_counter()
+        token_id = next(self.stream)
+        self.seconds.append(time.perf_counter() - started)
+        return token_id
+
+    def summary(self) -> dict:
+        """Seconds in all, those of the prompt (and first token), and tokens a second behind it."""
+        prompt, *later = self.seconds
+        return {"seconds": prompt + sum(later), "prompt_seconds": prompt,
+                "tokens_per_second": len(later) / sum(later) if later else None}
+
+
+def time_line(baseline: dict, changed: dict, ratio: float | None) -> str:
+    prompts = [f"{answer['prompt_seconds']:.2f}" for answer in (baseline, changed)]
+    rates = [answer["tokens_per_second"] for answer in (baseline, changed)]
+    line = f"baseline and outro: {' and '.join(prompts)} s for the prompt"
+    if all(rates):
+        line += f", then {' and '.join(f'{rate:.0f}' for rate in rates)} tokens a second"
+    return line + (f"; {ratio:.2f} times as long" if ratio else "; too short to compare")
+
+
+def print_answer(label: str, stream, processor, say) -> dict:
+    """Print an answer as it is generated, in one line."""
     say(f"{label:<10}", end="", flush=True)
-    token_ids, text, started = [], "", time.perf_counter()
+    token_ids, text = [], ""
     for token_id in stream:
         token_ids.append(token_id)
-        longer = " ".join(processor.decode(token_ids).split("\n"))
+        longer = shown(" ".join(processor.decode(token_ids).split("\n")))
         if not longer.endswith("\ufffd"):       # half of a character; the next token completes it
             say(longer[len(text):], end="", flush=True)
             text = longer
-    spent += time.perf_counter() - started
     say()
-    return {"text": processor.decode(token_ids), "token_ids": token_ids, "seconds": spent}
+    return {"text": processor.decode(token_ids), "token_ids": token_ids}
 
 
 @dataclass
@@ -234,6 +295,7 @@ class Seen:
             return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)]).cpu()
         largest = [trace[f"layers.{l}.hidden"][0].abs().amax(-1) for l in range(L)]
         is_sink = stacked("is_sink")
+        ratio = stacked("ratio").nan_to_num(posinf=torch.finfo(torch.float32).max)      # median 0
         pairs = []
         for l in is_sink.any(1).nonzero().flatten().tolist():
             others = ~is_sink[:l + 1].any(0)    # the tokens that were no sink up to this layer
@@ -243,7 +305,7 @@ class Seen:
                           for name in ("cosine", "cosine_aligned")])
         cosine = tuple(sum(column) / len(pairs) for column in zip(*pairs)) if pairs else None
         largest = torch.stack(largest).cpu()
-        return cls(is_sink, stacked("ratio"), stacked("relaxed"), largest, cosine)
+        return cls(is_sink, ratio, stacked("relaxed"), largest, cosine)
 
 
 def list_sinks(seen: Seen, texts: list[str]) -> list[dict]:
@@ -252,7 +314,7 @@ def list_sinks(seen: Seen, texts: list[str]) -> list[dict]:
              "opened": bool(seen.opened[l, i])} for l, i in seen.is_sink.nonzero().tolist()]
 
 
-def report(seen: Seen, texts: list[str], outro):
+def sink_lines(seen: Seen, texts: list[str], outro):
     """Yield the lines about sinks, mask and alignment."""
     from minioutro.figures import sketch_positions
     from minioutro.model import causal_mask, open_sink_rows, show_mask
@@ -314,7 +376,7 @@ def below(value: float) -> float:
 
 
 def write_figures(folder: Path, model, video, input_ids, features, texts: list[str], outro,
-                  seen: Seen) -> None:
+                  seen: Seen, args: argparse.Namespace) -> None:
     """Draw everything, after one more pass: no run whose time is told has to give weights.
 
     The layer of a picture is the first that opened a row, or else the one with the most massive
@@ -322,17 +384,21 @@ def write_figures(folder: Path, model, video, input_ids, features, texts: list[s
     """
     import torch
 
-    from minioutro import figures
+    from minioutro import Trace, figures
+    from minioutro.weights import written_whole
 
     rows_opened = seen.opened.any(1)
     layer = (rows_opened.int() if rows_opened.any() else seen.ratio.amax(1)).argmax().item()
-    trace = {"weights_of": [layer]}
+    trace = Trace(weights_of=[layer])
     with torch.inference_mode():
         model.hidden_states(input_ids, features=features, outro=outro, trace=trace)
     before, after = (torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(len(seen.opened))])
                      for name in ("cosine", "cosine_aligned"))                          # (L,H,S)
     before, after = before.cpu(), after.cpu()
     weights = trace[f"layers.{layer}.weights"][0].float().cpu()                         # (H,S,S)
+    if not weights.isfinite().all():
+        raise ValueError(f"the attention weights of layer {layer} are not finite as {args.dtype}, "
+                         f"so they cannot be drawn; leave --figures out, or try another --dtype")
     is_image = input_ids[0].cpu() == model.config.image_token_id
     sinks, opened = seen.is_sink.any(0), seen.opened[layer]
     head = weights[:, -1, sinks if sinks.any() else 0].view(len(weights), -1).sum(1).argmax().item()
@@ -340,18 +406,21 @@ def write_figures(folder: Path, model, video, input_ids, features, texts: list[s
     aligned = before[layer][:, counts[layer]], after[layer][:, counts[layer]]
 
     M = is_image.sum().item() // len(video.frames)
-    pictures = {"frames.png": figures.draw_frames(video, M),
-                "masks.png": figures.draw_masks(opened, layer, texts),
-                "sinks.png": figures.draw_ratios(seen.ratio, seen.is_sink, outro.median_multiple)}
-    pictures["run.png"] = figures.stack(list(pictures.values()))
-    pictures["attention.png"] = figures.draw_attention(weights, is_image, sinks, layer, head)
-    pictures["attention_frames.png"] = figures.draw_attention_on_frames(
-        video, weights, is_image, opened, layer, head)
-    pictures["cosine.png"] = figures.draw_cosines(before, after, counts)
-    pictures["rotation.png"] = figures.draw_rotation(*aligned, layer, outro)
+    draw = {
+        "frames": lambda: figures.draw_frames(video, M),
+        "masks": lambda: figures.draw_masks(opened, layer, texts),
+        "sinks": lambda: figures.draw_ratios(seen.ratio, seen.is_sink, outro.median_multiple),
+        "attention": lambda: figures.draw_attention(weights, is_image, sinks, layer, head),
+        "attention_frames": lambda: figures.draw_attention_on_frames(
+            video, weights, is_image, opened, layer, head),
+        "cosine": lambda: figures.draw_cosines(before, after, counts),
+        "rotation": lambda: figures.draw_rotation(*aligned, layer, outro)}
+    pictures = {name: draw[name]() for name in progress(draw, "pictures", args)}
+    pictures["run"] = figures.stack([pictures[name] for name in ("frames", "masks", "sinks")])
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(folder / name)
+        with written_whole(folder / f"{name}.png") as path:
+            picture.save(path)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import torch
 
-from minioutro.model import Cache, OutRo, VideoLM
+from minioutro.model import Cache, OutRo, Trace, VideoLM
 from minioutro.prompt import Processor
 from minioutro.video import Video, read_video
 
-__all__ = ["Cache", "OutRo", "Processor", "Video", "VideoLM", "load", "read_video"]
+__all__ = ["Cache", "OutRo", "Processor", "Trace", "Video", "VideoLM", "load", "read_video"]
 
 
 def load(path_or_repo, revision: str | None = None, device: str = "cpu",

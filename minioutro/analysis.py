@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minioutro import Cache, OutRo, Processor, Video, VideoLM
-from minioutro.evaluate import masked_logits
 from minioutro.model import causal_mask, find_sinks, repeat_heads, split_heads
 from minioutro.prompt import END
-from minioutro.shapes import DURATION, FPS, Clip
+from minioutro.shapes import DURATION, FPS, UNSEEN, Clip
 from minioutro.video import sample_indices
 
 QUESTION = "What happens in this video?"            # it asks for all that a clip shows
-UNSEEN = 10**9 + 10_000                             # training draws its clips from seeds below 10^9
+FIRST_SEED = UNSEEN + 10_000                        # so that evaluate.py's clips are others
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Examples:
 
 def examples(model: VideoLM, processor: Processor, n: int, most: int = 3) -> Examples:
     """n clips of 1 to `most` shapes."""
-    clips = [Clip(UNSEEN + i, 1 + i % most) for i in range(n)]
+    clips = [Clip(FIRST_SEED + i, 1 + i % most) for i in range(n)]
     indices = sample_indices(FPS * DURATION, FPS, DURATION)
     inputs, answers = [], []
     for clip in clips:
@@ -65,7 +64,7 @@ def loss_of(model: VideoLM, asked: Examples, outro: OutRo | None = None) -> Tens
     """The answers' loss. The prompt is read by itself, since OutRo works on a prompt."""
     cache = Cache()
     prompt = model(asked.input_ids, features=asked.features, outro=outro, cache=cache)
-    rest = model(asked.answer_ids, outro=outro, cache=cache)
+    rest = model(asked.answer_ids, cache=cache)
     return answer_loss(torch.cat([prompt, rest], dim=1), asked)
 
 
@@ -159,7 +158,7 @@ def loss_with_zero_keys(model: VideoLM, asked: Examples, layers, position: int, 
     images = (ids[0, :position + 1] == model.config.image_token_id).sum()
     model(ids[:, :position + 1], features=asked.features[:, :images], cache=cache)
     for l in layers:
-        key = cache.k[l][:, :, position]                                        # (B,G,D), a view
+        key = cache.keys(l)[:, :, position]                                     # (B,G,D), a view
         key.scatter_(-1, key.abs().topk(n).indices, 0)
     rest = model(ids[:, position + 1:], features=asked.features[:, images:], cache=cache)
     return answer_loss(rest, asked)
@@ -216,7 +215,8 @@ def probe(states: Tensor, labels: list[str], n_train: int) -> float:
 
 def loss_with_masks(model: VideoLM, asked: Examples, masks: list[Tensor]) -> Tensor:
     """The answers' loss with one mask for each layer, bool[S,S] or bool[B,S,S], over both_ids."""
-    return answer_loss(masked_logits(model, asked.both_ids, asked.features, masks), asked)
+    hidden = model.hidden_states(asked.both_ids, features=asked.features, masks=masks)
+    return answer_loss(model.head(hidden), asked)
 
 
 def image_token_masks(model: VideoLM, asked: Examples, scores: Tensor, l: int,

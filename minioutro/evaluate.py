@@ -14,12 +14,11 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from minioutro.model import Cache, OutRo, VideoLM, causal_mask, rope_tables
+from minioutro.model import Cache, OutRo, Trace, VideoLM, causal_mask
 from minioutro.prompt import END, IMAGE, Processor
-from minioutro.shapes import Clip, Question
+from minioutro.shapes import UNSEEN, Clip, Question
 from minioutro.video import read_video
 
-UNSEEN = 10**9                              # training draws its clips from seeds below
 CLIPS, QUESTIONS, BATCH = 200, 10, 50       # clips, questions about each, prompts read at once
 FAR = 16                                    # tokens between a query and the first token
 OTHERS = 8                                  # text tokens that are masked to compare with the sink
@@ -80,7 +79,7 @@ def answered_rightly(model: VideoLM, items: list[Item], outro: OutRo | None) -> 
             features = torch.stack([items[n].features for n in chosen])
             cache = Cache()
             prompt = model.hidden_states(prompts, features=features, outro=outro, cache=cache)
-            answer = model.hidden_states(answers[:, :-1], outro=outro, cache=cache)
+            answer = model.hidden_states(answers[:, :-1], cache=cache)
             likeliest = model.head(torch.cat([prompt[:, -1:], answer], dim=1)).argmax(-1)
             for n, is_right in zip(chosen, (likeliest == answers).all(1).tolist()):
                 right[n] = is_right
@@ -122,16 +121,6 @@ def answers_table(model: VideoLM, items: list[Item], ways: dict) -> str:
     return "\n".join(lines)
 
 
-def masked_logits(model: VideoLM, ids: Tensor, features: Tensor, masks: list[Tensor]) -> Tensor:
-    """Logits with one mask for each layer, bool[S,S] or bool[B,S,S]; otherwise as the model's."""
-    text, c = model.model.text_model, model.config.text_config
-    hidden, cache = model.merge(text.embed_tokens(ids), ids, features), Cache()
-    cos, sin = rope_tables(0, ids.shape[1], c.head_dim, c.rope_theta, like=hidden)
-    for layer, may_attend in zip(text.layers, masks, strict=True):
-        hidden = layer(hidden, cos, sin, may_attend, cache, None, None)
-    return model.head(text.norm(hidden))
-
-
 def unchanged_without(model: VideoLM, item: Item, columns: list[int]) -> list[bool]:
     """Whether the baseline's answer stays when nobody may attend to a token, for each of these."""
     prompt, features = torch.tensor([item.input_ids]), item.features[None]
@@ -140,9 +129,10 @@ def unchanged_without(model: VideoLM, item: Item, columns: list[int]) -> list[bo
     may_attend = causal_mask(ids.shape[1], ids.shape[1]).repeat(B, 1, 1)                 # (B,S,S)
     for b, column in enumerate(columns):
         may_attend[b, column + 1:, column] = False                  # but the token sees itself
-    logits = masked_logits(model, ids.repeat(B, 1), features.repeat(B, 1, 1),
-                           [may_attend] * model.config.text_config.num_hidden_layers)
-    return (logits[:, -answer.shape[1]:].argmax(-1) == answer).all(1).tolist()
+    hidden = model.hidden_states(ids.repeat(B, 1), features=features.repeat(B, 1, 1),
+                                 masks=[may_attend] * model.config.text_config.num_hidden_layers)
+    likeliest = model.head(hidden[:, -answer.shape[1]:]).argmax(-1)
+    return (likeliest == answer).all(1).tolist()
 
 
 def sink_table(model: VideoLM, processor: Processor, items: list[Item]) -> str:
@@ -163,7 +153,7 @@ def sink_table(model: VideoLM, processor: Processor, items: list[Item]) -> str:
         others += is_sink[:, 1:].sum(1) / n
         ratio += torch.stack([of_prompt[f"layers.{l}.ratio"][0, 0] for l in range(L)]) / n
 
-        of_answer = {"weights_of": range(L)}
+        of_answer = Trace(weights_of=range(L))
         ids = torch.tensor([item.input_ids + item.answer_ids[:-1]])
         model(ids, features=item.features[None], trace=of_answer)
         to_first = torch.stack([of_answer[f"layers.{l}.weights"][0, :, :, 0] for l in range(L)])

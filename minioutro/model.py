@@ -1,9 +1,10 @@
 """A small video language model (SmolVLM2), its attention sink, and what OutRo does with it.
 
 A sink is a token that draws far more attention than its meaning explains. OutRo ("On the Nature of
-Attention Sink that Shapes Decoding Strategy in MLLMs", arXiv 2603.14337) makes use of it while the
-prompt is read, without training, without a second pass and without attention weights. Its steps, in
-the order in which a decoder layer takes them (2 and 4 are those of any decoder):
+Attention Sink that Shapes Decoding Strategy in MLLMs", in its second version "... in Omni-LLMs",
+arXiv 2603.14337) makes use of it while the prompt is read, without training, without a second pass
+and without attention weights. Its steps, in the order in which a decoder layer takes them (2 and 4
+are those of any decoder):
 
   1. find the sinks      tokens with one huge coordinate                          find_sinks
   2. build the mask      each token may attend to itself and to what came before  causal_mask
@@ -20,9 +21,10 @@ differs from a plain Llama in this:
   - image tokens are causal like all others, and positions count 0, 1, 2, ... over everything;
   - the attention mask is always an explicit boolean tensor: it is what OutRo edits.
 
-Sources are tagged: *paper* (its abstract), *release* (the published code, github.com/kaistmm/OutRo
-at commit 2bee38c: file and function), *ours* (a choice, with its reason). The architecture itself
-is that of SmolVLM2 in the transformers library; attributes are named as the checkpoint's keys.
+Sources are tagged: *paper* (the abstracts of its two versions), *release* (the published code,
+github.com/kaistmm/OutRo at commit 2bee38c: file and function), *ours* (a choice, with its reason).
+The architecture itself is that of SmolVLM2 in the transformers library; attributes are named as the
+checkpoint's keys.
 
 Shapes, here, in the tests and in every comment:
   B batch            F frames           P patches a frame    M image tokens a frame
@@ -30,13 +32,13 @@ Shapes, here, in the tests and in every comment:
   H query heads      G key-value heads  D head size          C hidden size (Cv in the encoder)
   N sinks            V vocabulary       L layers, l one of them, 0-based
 
-An empty dict given as `trace` receives, by name:
+An empty dict given as `trace`, or a `Trace`, receives by name:
   vision.features (B*F,P,Cv)     projected (B,F*M,C)     logits (B,S,V)
   layers.l.hidden (B,S,C) the input of layer l         layers.l.ratio (B,S) max |h| over median |h|
   layers.l.is_sink (B,S)                               layers.l.relaxed (B,S) opened at this layer
   layers.l.v_sink (B,G,D)                              layers.l.out, .aligned (B,H,S,D)
   layers.l.cosine, .cosine_aligned (B,H,S) of out and aligned with v_sink
-and, only for the layers listed in trace["weights_of"]:
+and, only for the layers in `weights_of` of a Trace:
   layers.l.weights (B,H,Q,K) probabilities             layers.l.may_attend (Q,K) or (B,Q,K)
 """
 
@@ -98,7 +100,8 @@ def read_config(folder) -> Config:
 
 @dataclass(frozen=True)
 class OutRo:
-    """The constants; ValueError for impossible ones. Source: release, model/outro.py, or *ours*."""
+    """The constants; ValueError for impossible ones. Source: release, model/outro.py and, for
+    skip_last, model/modeling_qwen2_5_omni.py; or *ours*."""
     abs_threshold: float = 100.0         # a sink has some |h| of at least this ...
     median_multiple: float = 1000.0      # ... and of at least this many times the median |h|
     relax: bool = True                   # step 3 on; the switches are *ours*, for ablation
@@ -109,34 +112,19 @@ class OutRo:
     skip_last: int = 2                   # the last layers, which are never touched
 
     def __post_init__(self):
-        for name in ("abs_threshold", "median_multiple", "gamma", "skip_last"):
+        for name in ("abs_threshold", "median_multiple", "gamma"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
-        for name in ("temperature", "relax_every"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number, not {self.temperature}")
+        for name, least in (("relax_every", 1), ("skip_last", 0)):
+            value = getattr(self, name)
+            is_count = type(value) is int and value >= least
+            if not is_count and (name, value) != ("relax_every", None):
+                raise ValueError(f"{name} must be a whole number from {least} on, not {value}")
 
 
 # ---- 2. SigLIP: a frame -> P patch vectors ------------------------------------------------------
-
-
-def position_ids(is_valid: Tensor) -> Tensor:
-    """Which learned position each patch takes.
-
-    is_valid: bool[B,n,n], True for the patches in the top left corner that are not padding.
-    Returns: int64[B,n*n]. A picture of fewer patches is spread over all n rows and columns of
-    positions; padding takes position 0.
-    """
-    B, n, _ = is_valid.shape
-    boundaries = torch.arange(1 / n, 1.0, 1 / n, device=is_valid.device)
-
-    def bucket(n_valid):                                                         # (B,) -> (B,n)
-        fraction = torch.arange(n, device=n_valid.device) * (1.0 / n_valid[:, None])
-        return torch.bucketize(fraction.clamp(max=1 - 1e-6), boundaries, right=True)
-
-    row, column = bucket(is_valid[:, :, 0].sum(1)), bucket(is_valid[:, 0, :].sum(1))
-    ids = row[:, :, None] * n + column[:, None, :]
-    return ids.masked_fill(~is_valid, 0).flatten(1)
 
 
 class VisionEmbeddings(nn.Module):
@@ -148,10 +136,10 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding.from_pretrained(
             torch.empty(n * n, c.hidden_size), freeze=False)
 
-    def forward(self, pixels: Tensor, is_valid: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         x = self.patch_embedding(pixels)                             # (B,3,size,size) -> (B,Cv,n,n)
         x = x.flatten(2).transpose(1, 2)                           # (B,Cv,n,n) -> (B,P,Cv), by rows
-        return x + self.position_embedding(position_ids(is_valid))
+        return x + self.position_embedding.weight                  # position p is the p-th patch
 
 
 class VisionLayer(nn.Module):
@@ -165,13 +153,13 @@ class VisionLayer(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
                                   "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
 
-    def forward(self, x: Tensor, may_attend: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         attn = self.self_attn
         y = self.layer_norm1(x)
         q = split_heads(attn.q_proj(y), self.n_heads)                        # (B,P,Cv) -> (B,H,P,D)
         k = split_heads(attn.k_proj(y), self.n_heads)
         v = split_heads(attn.v_proj(y), self.n_heads)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
+        out = F.scaled_dot_product_attention(q, k, v)                # all patches see each other
         x = x + attn.out_proj(merge_heads(out))
         y = F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh")
         return x + self.mlp.fc2(y)
@@ -180,21 +168,16 @@ class VisionLayer(nn.Module):
 class VisionEncoder(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.patch_size = c.patch_size
         self.embeddings = VisionEmbeddings(c)
         self.encoder = nn.ModuleDict({
             "layers": nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
-    def forward(self, pixels: Tensor, pixel_mask: Tensor | None) -> Tensor:
-        """float[B,3,size,size] and bool[B,size,size], False for padding -> float[B,P,Cv]."""
-        if pixel_mask is None:
-            pixel_mask = torch.ones_like(pixels[:, 0], dtype=torch.bool)
-        is_valid = F.max_pool2d(pixel_mask.float(), self.patch_size) > 0       # any pixel: (B,n,n)
-        x = self.embeddings(pixels, is_valid)
-        may_attend = is_valid.flatten(1)[:, None, None, :]                  # (B,1,1,P): by key only
+    def forward(self, pixels: Tensor) -> Tensor:
+        """float[B,3,size,size] -> float[B,P,Cv]."""
+        x = self.embeddings(pixels)
         for layer in self.encoder.layers:
-            x = layer(x, may_attend)
+            x = layer(x)
         return self.post_layernorm(x)
 
 
@@ -248,11 +231,11 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(x.dtype)
 
 
-def rope_tables(start: int, end: int, D: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of positions start to end - 1: two float[end-start,D]."""
+def rope_tables(positions: Tensor, D: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of positions, int64[...]: two float[...,D], of like's dtype."""
     frequencies = theta ** -(torch.arange(0, D, 2, device=like.device).float() / D)       # (D/2,)
-    positions = torch.arange(start, end, device=like.device).float()
-    angles = (positions[:, None] * frequencies).repeat(1, 2)                     # (S,D), radians
+    angles = positions[..., None].float() * frequencies                # radians, (...,D/2)
+    angles = torch.cat([angles, angles], dim=-1)                       # once for each half
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
@@ -315,7 +298,7 @@ def show_mask(may_attend: Tensor, labels: list[str] | None = None) -> str:
 
 
 def activation_ratio(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The two numbers that the rule for sinks compares; `find_sinks` spares the second if it can.
+    """The two numbers that the rule for sinks compares.
 
     hidden: float[B,S,C]. Returns: the largest |h| of each token, float[B,S], and the median |h| of
     all tokens and coordinates of the item, float[B,1] (the lower of the two middle values).
@@ -332,14 +315,10 @@ def find_sinks(hidden: Tensor, abs_threshold: float, median_multiple: float) -> 
     The release searches batch item 0 and uses its sinks for all; each item has its own here.
     """
     assert hidden.dim() == 3, f"hidden states are (B,S,C), not {tuple(hidden.shape)}"
-    magnitude = hidden.abs().float()
-    largest = magnitude.amax(-1)                                # (B,S)
-    is_sink = largest >= abs_threshold
-    for b in is_sink.any(1).nonzero().flatten().tolist():
-        # The median is slow. If half of all |h| are small enough for the weakest, so is the median.
-        small_enough = median_multiple * magnitude[b] <= largest[b][is_sink[b]].min()       # (S,C)
-        if 2 * small_enough.sum() < small_enough.numel():
-            is_sink[b] &= largest[b] >= median_multiple * magnitude[b].median()
+    is_sink = hidden.abs().amax(-1) >= abs_threshold
+    if is_sink.any():                                           # else no median: it is slow
+        largest, median = activation_ratio(hidden)
+        is_sink = is_sink & (largest >= median_multiple * median)
     return is_sink
 
 
@@ -362,16 +341,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> tuple[Tens
     return weights @ v, weights
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor | None) -> Tensor:
-    """`attention` without its weights: one call, which need not hold all (Q,K) scores at once."""
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor,
+                    is_causal: bool = False) -> Tensor:
+    """`attention` without its weights: one call, which need not hold all (Q,K) scores at once.
+
+    Shapes as there. is_causal says that may_attend is `causal_mask(Q, K)`, which is faster.
+    Returns: float[B,H,Q,D].
+    """
     B, H, Q, D = q.shape
-    if may_attend is not None and may_attend.dim() == 3:
-        may_attend = may_attend[:, None]
+    mask = may_attend if may_attend.dim() == 2 else may_attend[:, None]
     if Q == 1:             # decoding: the H/G heads become queries of one, which reads k and v once
-        q = q.view(B, k.shape[1], -1, D)                                # (B,H,1,D) -> (B,G,H/G,D)
+        q = q.reshape(B, k.shape[1], -1, D)                             # (B,H,1,D) -> (B,G,H/G,D)
     else:
         k, v = repeat_heads(k, H), repeat_heads(v, H)                   # (B,G,K,D) -> (B,H,K,D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend).view(B, H, Q, D)
+    # By name, a kernel skips the masked half. Not on MPS, where that has leaked in half precision.
+    by_name = is_causal and 1 < Q == k.shape[2] and q.device.type != "mps"
+    mask = None if by_name or (is_causal and Q == 1) else mask          # the last token sees all
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=by_name)
+    return out.reshape(B, H, Q, D)              # not view: kernels differ in the layout they return
 
 
 def sink_value(v: Tensor, is_sink: Tensor) -> Tensor:
@@ -396,25 +383,27 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
                     temperature: float) -> Tensor:
     """Turn each head's output o towards the sink's value v, in the plane of the two, keeping |o|.
 
-        c = cos(o, v)        g = tanh(relu(c) / temperature)        p = (<o, v> / |v|^2) v
-        o' = o + g * gamma * p, then scaled to the length of o
+        c = cos(o, v)     g = tanh(relu(c) / temperature)     p = <o, v> / (|v|^2 + 1e-8) v
+        o' = o + g * gamma * p, then scaled to the length of o: o' * |o| / (|o'| + 1e-8)
 
     With gamma 3, an angle of 80 degrees to v becomes 56, one of 45 becomes 14; from 90 on it stays.
     out: float[B,H,S,D], before o_proj; v_sink: float[B,G,D]; ever_sink: bool[B,S], tokens that were
     a sink at this or an earlier layer and are left alone, as are items whose v_sink is zero.
-    Returns: float[B,H,S,D]. Computed in float32: the 1e-8 below is zero in float16.
+    Returns: float[B,H,S,D]. Computed in float32: 1e-8 is zero in float16.
     Source: paper (align non-sink tokens with the sink); release, model/outro.py.
     """
     assert ever_sink.shape == (out.shape[0], out.shape[2]), (out.shape, ever_sink.shape)
-    length = torch.linalg.vector_norm
     o, v = out.float(), repeat_heads(v_sink, out.shape[1]).float().unsqueeze(2)   # v: (B,H,1,D)
-    o_norm, v_norm = length(o, dim=-1, keepdim=True), length(v, dim=-1, keepdim=True)
-    dot = (o @ v.mT).relu()                                                       # (B,H,S,1)
-    g = torch.tanh(dot / (o_norm * v_norm + 1e-12) / temperature)
-    push = (g * gamma * dot / (v_norm * v_norm + 1e-8)).masked_fill(ever_sink[:, None, :, None], 0)
-    turned = torch.addcmul(o, push, v)            # o + push * v: o itself, bit for bit, if push = 0
-    scale = o_norm / length(turned, dim=-1, keepdim=True).clamp(min=1e-30)
-    return (turned * scale).to(out.dtype)
+    o_norm, v_norm = o.norm(dim=-1, keepdim=True), v.norm(dim=-1, keepdim=True)
+    dot = o @ v.mT                                                                # (B,H,S,1)
+    c = dot / (o_norm.clamp(min=1e-12) * v_norm.clamp(min=1e-12))
+    g = torch.tanh(c.relu() / temperature)
+    push = g * gamma * dot / (v_norm**2 + 1e-8)                     # g * gamma * p, in units of v
+    stays = ever_sink | (v_sink == 0).flatten(1).all(1, keepdim=True)             # (B,S)
+    stays = stays[:, None, :, None]
+    turned = torch.addcmul(o, push.masked_fill(stays, 0), v)                      # o + push * v
+    scale = o_norm / (turned.norm(dim=-1, keepdim=True) + 1e-8)
+    return (turned * scale.masked_fill(stays, 1)).to(out.dtype)     # what stays does so bit for bit
 
 
 # ---- 7. What outlives a layer: keys and values, and what OutRo remembers of the prompt ----------
@@ -423,8 +412,9 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
 @dataclass
 class Sinks:
     """Made when the prompt is read, then fixed: generated tokens are never searched for sinks."""
+    outro: OutRo                                                # for the tokens that follow, too
     ever_sink: Tensor                                           # bool[B,S], at any layer so far
-    relaxed: Tensor                                             # bool[B,S], row opened at any layer
+    opened: Tensor                                              # bool[B,S], row opened at any layer
     v_sink: list[Tensor] = field(default_factory=list)          # of each layer that is searched
 
 
@@ -434,10 +424,13 @@ class Cache:
     k: list[Tensor] = field(default_factory=list)   # of each layer, float[B,G,.,D], K or longer
     v: list[Tensor] = field(default_factory=list)
     length: int = 0                                 # K, tokens that went through all layers
-    sinks: Sinks | None = None                      # None: the prompt was read without OutRo
+    sinks: Sinks | None = None                      # None: without OutRo, from here on if set later
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new positions of a layer, in a buffer with room to spare; return all of them."""
+        """Keep the new positions of a layer, in a buffer with room to spare.
+
+        k, v: float[B,G,S,D]. Returns: those of all tokens so far, float[B,G,K,D].
+        """
         if layer == len(self.k):
             self.k.append(k)
             self.v.append(v)
@@ -449,6 +442,25 @@ class Cache:
         all_k, all_v = self.k[layer], self.v[layer]
         all_k[:, :, self.length:end], all_v[:, :, self.length:end] = k, v
         return all_k[:, :, :end], all_v[:, :, :end]
+
+    def keys(self, layer: int) -> Tensor:
+        """The rotated keys of all tokens so far, float[B,G,K,D]: a view, to read or to edit."""
+        return self.k[layer][:, :, :self.length]
+
+    def values(self, layer: int) -> Tensor:
+        """The values likewise."""
+        return self.v[layer][:, :, :self.length]
+
+
+class Trace(dict):
+    """A trace that also keeps the attention weights of some layers; a plain {} keeps none.
+
+    Without weights a prompt costs up to 4 L B S (C + 2 H D + 2 H) bytes in float32, and 4 B S V for
+    the logits, if all are asked for; the weights of each layer named cost 4 B H S^2 more.
+    """
+    def __init__(self, weights_of=()):
+        super().__init__()
+        self.weights_of = weights_of                # layers, 0-based
 
 
 # ---- 8. The decoder layer: where the six steps happen -------------------------------------------
@@ -469,11 +481,20 @@ class DecoderLayer(nn.Module):
                                   "up_proj": nn.Linear(C, c.intermediate_size, bias=False),
                                   "down_proj": nn.Linear(c.intermediate_size, C, bias=False)})
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, may_attend: Tensor, cache: Cache,
-                outro: OutRo | None, trace: dict | None) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, may_attend: Tensor,
+                is_causal: bool, cache: Cache, trace: dict | None) -> Tensor:
+        """One layer, and the method: steps 1 to 6 of the module's docstring.
+
+        hidden: float[B,S,C], a prompt if the cache is empty, else the tokens that follow it.
+        cos, sin: float[B or 1,1,S,D] of their positions. may_attend: bool[S,K] or bool[B,S,K];
+        is_causal says that it is the plain causal mask.
+        Returns: float[B,S,C], the input of the next layer.
+        Changes: the cache, which gets the keys and values, and cache.sinks (None: no OutRo), which
+        at a prompt gets what was found and opened; the trace, which gets this layer's entries.
+        """
         B, S, _ = hidden.shape
         attn, l, L = self.self_attn, self.index, self.n_layers
-        is_prompt = cache.length == 0
+        outro = cache.sinks.outro if cache.sinks else None
 
         x = self.input_layernorm(hidden)
         q = rotate(split_heads(attn.q_proj(x), self.n_heads), cos, sin)       # (B,S,C) -> (B,H,S,D)
@@ -482,7 +503,8 @@ class DecoderLayer(nn.Module):
         k, v = cache.extend(l, k, v)                                            # -> (B,G,K,D)
 
         # Step 1. Only a prompt is searched, and not in the last layers.
-        none = is_sink = opened = hidden.new_zeros(B, S, dtype=torch.bool)
+        is_prompt, none = cache.length == 0, hidden.new_zeros(B, S, dtype=torch.bool)
+        is_sink, opened = none, none
         touched = outro is not None and l < L - outro.skip_last
         if touched and is_prompt:
             is_sink = find_sinks(hidden, outro.abs_threshold, outro.median_multiple)
@@ -490,24 +512,24 @@ class DecoderLayer(nn.Module):
 
             # Step 3, on the mask of step 2. A sink's row is opened at one layer only.
             if outro.relax and l % (outro.relax_every or max(1, L // 7)) == 0:
-                opened = is_sink & ~cache.sinks.relaxed
-                cache.sinks.relaxed = cache.sinks.relaxed | opened
-                may_attend = open_sink_rows(may_attend, opened)
+                opened = is_sink & ~cache.sinks.opened
+                cache.sinks.opened = cache.sinks.opened | opened
+            if opened.any():
+                may_attend, is_causal = open_sink_rows(may_attend, opened), False
 
         # Step 4, written out only where its weights were asked for.
-        if trace is not None and l in trace.get("weights_of", ()):
+        if trace is not None and l in getattr(trace, "weights_of", ()):
             out, weights = attention(q, k, v, may_attend)
             trace[f"layers.{l}.weights"], trace[f"layers.{l}.may_attend"] = weights, may_attend
         else:
-            # A single token is the last and may attend to all: faster without its row of True.
-            out = fused_attention(q, k, v, may_attend if S > 1 else None)       # (B,H,S,D)
+            out = fused_attention(q, k, v, may_attend, is_causal)               # (B,H,S,D)
 
         # Step 5, once per prompt: what follows is aligned with the same value.
         if touched and is_prompt:
             cache.sinks.v_sink.append(sink_value(v, is_sink))
 
         # Step 6. Generated tokens are no sinks, so all of them are aligned. (The release looks them
-        # up at index 0 of the prompt's sinks: where token 0 is a sink, it aligns none of them.)
+        # up at index 0 of the prompt's sinks: in a layer where token 0 is one, it aligns none.)
         aligned = out
         if touched and outro.align:
             ever_sink = cache.sinks.ever_sink if is_prompt else none
@@ -549,12 +571,10 @@ class VideoLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
-    def encode(self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None,
-               trace: dict | None = None) -> Tensor:
+    def encode(self, pixel_values: Tensor, trace: dict | None = None) -> Tensor:
         """Encoder, pixel shuffle and projector, one frame after another to save memory.
 
-        pixel_values: float[B,F,3,size,size] in -1..1; pixel_attention_mask: [B,F,size,size], 0 for
-        padding (right and below), or None where nothing is padded.
+        pixel_values: float[B,F,3,size,size] in -1..1.
         Returns: float[B,F*M,C], the image tokens of all frames in order.
         Raises: ValueError if the frames are not of the size that the encoder's positions are for.
         """
@@ -562,13 +582,14 @@ class VideoLM(nn.Module):
         if pixel_values.dim() != 5 or pixel_values.shape[2:] != (3, size, size):
             raise ValueError(f"pixel_values must be (B,F,3,{size},{size}) for this model, "
                              f"not {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values must be numbers from -1 to 1, not {pixel_values.dtype}")
         vision, connector = self.model.vision_model, self.model.connector
         pixel_values = pixel_values.to(connector.modality_projection.proj.weight.dtype)
         patches, image_tokens = [], []
-        for f in range(pixel_values.shape[1]):
-            mask = None if pixel_attention_mask is None else pixel_attention_mask[:, f] != 0
-            x = vision(pixel_values[:, f], mask)                                        # (B,P,Cv)
-            image_tokens.append(connector(x))                                           # (B,M,C)
+        for frame in pixel_values.unbind(1):                               # (B,3,size,size)
+            x = vision(frame)                                              # (B,P,Cv)
+            image_tokens.append(connector(x))                              # (B,M,C)
             if trace is not None:
                 patches.append(x)
         if trace is not None:
@@ -584,39 +605,67 @@ class VideoLM(nn.Module):
                              f"{tuple(features.shape)} features; the two must match")
         return hidden.masked_scatter(is_image[:, :, None], features.to(hidden.dtype))
 
+    def check(self, input_ids: Tensor, outro: OutRo | None, cache: Cache, trace: dict | None):
+        """Raise ValueError for arguments that would give wrong numbers, or fail deep inside."""
+        text = self.config.text_config
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids must be (B,S), S from 1 on, not {tuple(input_ids.shape)}")
+        B, S = input_ids.shape
+        for token_id in (input_ids.min().item(), input_ids.max().item()):
+            if not 0 <= token_id < text.vocab_size:
+                raise ValueError(f"input_ids has {token_id}, and this model's tokens are 0 to "
+                                 f"{text.vocab_size - 1}")
+        if cache.length + S > text.max_position_embeddings:
+            raise ValueError(f"{cache.length + S} tokens do not fit into the model's context of "
+                             f"{text.max_position_embeddings}; use fewer frames or a shorter "
+                             f"question")
+        if trace:
+            raise ValueError("trace must be empty; give each call its own")
+        if cache.length and cache.k[0].shape[0] != B:
+            raise ValueError(f"input_ids has B = {B}, and the cache {cache.k[0].shape[0]}")
+        read_with = cache.sinks.outro if cache.sinks else None
+        if cache.length and outro not in (None, read_with):
+            raise ValueError(f"outro is {outro}, and the prompt in the cache was read with "
+                             f"{read_with}; leave it out after the prompt")
+
     def hidden_states(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                       features: Tensor | None = None, outro: OutRo | None = None,
                       cache: Cache | None = None, trace: dict | None = None,
-                      pixel_attention_mask: Tensor | None = None) -> Tensor:
-        """`forward` without the output head: float[B,S,C], normed, ready for `head`."""
-        S, c, text = input_ids.shape[1], self.config.text_config, self.model.text_model
+                      masks: list[Tensor] | None = None,
+                      positions: Tensor | None = None) -> Tensor:
+        """`forward` without the output head: float[B,S,C], normed, ready for `head`.
+
+        For experiments, masks: of each layer a bool[S,K] or bool[B,S,K] instead of the causal one;
+        positions: int64[B,S], where they do not count 0, 1, 2, ... over all tokens.
+        """
+        c, text = self.config.text_config, self.model.text_model
         cache = Cache() if cache is None else cache
-        start, end = cache.length, cache.length + S
-        if pixel_values is not None and features is not None:
-            raise ValueError("give pixel_values or features, not both")
-        if end > c.max_position_embeddings:
-            raise ValueError(f"{end} tokens do not fit into the model's context of "
-                             f"{c.max_position_embeddings}; use fewer frames or a shorter question")
-        if outro is not None and start == 0:
+        self.check(input_ids, outro, cache, trace)
+        start, S = cache.length, input_ids.shape[1]
+        if start == 0:
             none = torch.zeros_like(input_ids, dtype=torch.bool)
-            cache.sinks = Sinks(ever_sink=none, relaxed=none)
-        if outro is not None and cache.sinks is None:
-            raise ValueError("this cache was filled without OutRo; give outro with the prompt too")
+            cache.sinks = Sinks(outro, ever_sink=none, opened=none) if outro else None
 
         hidden = text.embed_tokens(input_ids)                                           # (B,S,C)
+        if pixel_values is not None and features is not None:
+            raise ValueError("give pixel_values or features, not both")
         if pixel_values is not None:
-            features = self.encode(pixel_values, pixel_attention_mask, trace)
+            features = self.encode(pixel_values, trace)
         if features is not None:
             hidden = self.merge(hidden, input_ids, features)
             if trace is not None:
                 trace["projected"] = features
 
-        cos, sin = rope_tables(start, end, c.head_dim, c.rope_theta, like=hidden)
-        # Step 2, for all layers. Explicit, though is_causal saves some work, since step 3 edits it.
-        may_attend = causal_mask(S, end, hidden.device)
-        for layer in text.layers:
-            hidden = layer(hidden, cos, sin, may_attend, cache, outro, trace)
-        cache.length = end
+        if positions is None:
+            positions = torch.arange(start, start + S, device=hidden.device)[None]      # (1,S)
+        cos, sin = rope_tables(positions[:, None], c.head_dim, c.rope_theta, like=hidden)
+        # Step 2, for all layers, explicit since step 3 edits it.
+        is_causal = masks is None
+        if is_causal:
+            masks = [causal_mask(S, start + S, hidden.device)] * c.num_hidden_layers
+        for layer, may_attend in zip(text.layers, masks, strict=True):
+            hidden = layer(hidden, cos, sin, may_attend, is_causal, cache, trace)
+        cache.length = start + S
         return text.norm(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -627,21 +676,19 @@ class VideoLM(nn.Module):
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                 features: Tensor | None = None, outro: OutRo | None = None,
-                cache: Cache | None = None, trace: dict | None = None,
-                pixel_attention_mask: Tensor | None = None) -> Tensor:
+                cache: Cache | None = None, trace: dict | None = None) -> Tensor:
         """Logits of the next token at every position.
 
         input_ids: int64[B,S], prompts of equal length; with a filled cache only the new tokens.
-        pixel_values: float[B,F,3,size,size] in -1..1, with pixel_attention_mask as in `encode`; or
-        features: float[B,F*M,C] from `encode`, where several runs share a video. With neither, an
-        image token is a token like any other. outro: the method's constants, None for the baseline.
-        cache: extended by these tokens; the call that finds it empty must bring the whole prompt.
-        trace: an empty dict, to be filled.
+        pixel_values: float[B,F,3,size,size] in -1..1; or features: float[B,F*M,C] from `encode`,
+        where several runs share a video. With neither, an image token is a token like any other.
+        outro: the method's constants, None for the baseline. cache: extended by these tokens; the
+        call that finds it empty must bring the whole prompt, with outro, which the cache keeps for
+        those that follow. trace: an empty dict, to be filled.
         Returns: float[B,S,V].
-        Raises: ValueError if image tokens and features do not match, or the context is too short.
+        Raises: ValueError, with its name, for an argument that does not fit model, cache or others.
         """
-        hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace,
-                                    pixel_attention_mask)
+        hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace)
         logits = self.head(hidden)
         if trace is not None:
             trace["logits"] = logits
@@ -657,16 +704,23 @@ class VideoLM(nn.Module):
 
         One prompt, int64[1,S]. The trace is filled while the prompt is read, with the logits of its
         last position only, float[1,1,V]. The answer also ends where the model's context does.
-        Raises, at the first token: ValueError for more than one prompt, and as `forward`.
+        Raises, at the first token: ValueError for more than one prompt, for max_new_tokens below 1,
+        and as `forward`; at any token: ValueError if the logits are not finite.
         """
         if input_ids.shape[0] != 1:
             raise ValueError(f"stream answers one prompt at a time, not {input_ids.shape[0]}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be 1 at least, not {max_new_tokens}")
         cache = Cache()
         hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace)
         room = self.config.text_config.max_position_embeddings - input_ids.shape[1] + 1
         limit = min(max_new_tokens, room)
         for n in range(1, limit + 1):
             logits = self.head(hidden[:, -1:])                                          # (1,1,V)
+            if not logits.isfinite().all():
+                dtype = str(logits.dtype).split(".")[-1]
+                raise ValueError(f"the model computes no finite numbers as {dtype}; try another "
+                                 f"dtype, or a smaller gamma if you raised it")
             if trace is not None and n == 1:
                 trace["logits"] = logits
             token = logits.argmax(-1)                                                   # (1,1)
@@ -674,7 +728,7 @@ class VideoLM(nn.Module):
             yield token_id
             if token_id in self.eos_token_ids or n == limit:
                 return
-            hidden = self.hidden_states(token, outro=outro, cache=cache)                # (1,1,C)
+            hidden = self.hidden_states(token, cache=cache)                             # (1,1,C)
 
     def generate(self, *args, **kwargs) -> list[int]:
         """The token ids that `stream` yields for the same arguments, in a list."""
@@ -691,6 +745,7 @@ class VideoLM(nn.Module):
         one line what was loaded. The parameters ask for no gradient.
         Raises: ValueError or OSError that names the file and what is wrong with it.
         """
+        checkpoint.check_device(device)
         folder = checkpoint.find(path_or_repo, revision, checkpoint.MODEL_FILES)
         config = read_config(folder)
         with torch.device("meta"):                     # only shapes: the tensors come from the file

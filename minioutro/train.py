@@ -34,11 +34,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from minioutro import load
-from minioutro.evaluate import BASELINE, CLIPS, UNSEEN, report
-from minioutro.model import Cache, VideoLM, causal_mask, read_config, rope_tables
+from minioutro.evaluate import BASELINE, CLIPS, report
+from minioutro.model import Config, Trace, VideoLM, causal_mask, read_config
 from minioutro.prompt import END, FAKE, GLOBAL, IMAGE, START, Processor
-from minioutro.shapes import COLOURS, DIRECTIONS, DURATION, FPS, SHAPES, SIZE, Clip, Shape
+from minioutro.shapes import (COLOURS, DIRECTIONS, DURATION, FPS, SHAPES, SIZE, UNSEEN, Clip,
+                              Question, Shape)
 from minioutro.video import Video, sample_indices
+from minioutro.weights import check_device, written_whole
 
 TEXT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -228,8 +230,9 @@ def names_of_cells(clip: Clip, index: int, before: int | None) -> list[tuple[int
 
 
 def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
+    """A batch of clips, each drawn from its own random numbers, whatever the others are."""
     video = frames_prompt(stage.frames)
-    prefix = processor.tokenize(processor.pieces(video, "?")[:-3])
+    prefix = processor.tokenize(processor.pieces(video, "?")[:-3])       # up to the last frame
     pixels, names, rows = [], [], []
     for n in range(stage.clips):
         rng = random.Random(f"{seed} {n}")
@@ -240,24 +243,36 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
         pixels.append(torch.stack([processor.pixels(frame) for frame in frames]))
         names.append([name for index, before in zip(indices, [None, None, *indices])
                       for name in names_of_cells(clip, index, before)])
-
-        by_kind = {}
-        for question in clip.questions(moment):
-            by_kind.setdefault(question.kind, []).append(question)
-        kinds = [*by_kind, *(kind for kind in ASKED_TWICE if kind in by_kind)]
-        kinds = rng.sample(kinds, len(kinds)) * stage.questions
-        row = [(token, NOT_ASKED, 0, position) for position, token in enumerate(prefix)]
-        for turn, kind in enumerate(kinds[:stage.questions], start=1):
-            question = rng.choice(by_kind[kind])
-            ask = processor.tokenize([f"\n\n{question.text}", END, "\nAssistant:"])
-            answer = processor.tokenize([f" {question.answer}", END])
-            targets = [NOT_ASKED] * (len(ask) - 1) + answer + [NOT_ASKED]
-            row += [(token, target, turn, len(prefix) + i)
-                    for i, (token, target) in enumerate(zip(ask + answer, targets))]
-        rows.append(row)
+        questions = draw_questions(clip, moment, stage.questions, rng)
+        rows.append(batch_row(processor, prefix, questions))
     longest = max(len(row) for row in rows)
-    rows = [row + [(PAD, NOT_ASKED, stage.questions + 1, 0)] * (longest - len(row)) for row in rows]
+    filler = (PAD, NOT_ASKED, stage.questions + 1, 0)                    # a turn that nobody sees
+    rows = [row + [filler] * (longest - len(row)) for row in rows]
     return Batch(torch.stack(pixels), torch.tensor(names), *torch.tensor(rows).unbind(-1))
+
+
+def draw_questions(clip: Clip, moment: int | None, n: int, rng: random.Random) -> list[Question]:
+    """n questions: each kind once, those about motion twice, in random order, then again."""
+    by_kind = {}
+    for question in clip.questions(moment):
+        by_kind.setdefault(question.kind, []).append(question)
+    kinds = [*by_kind, *(kind for kind in ASKED_TWICE if kind in by_kind)]
+    kinds = rng.sample(kinds, len(kinds)) * n
+    return [rng.choice(by_kind[kind]) for kind in kinds[:n]]
+
+
+def batch_row(processor: Processor, prefix: list[int],
+              questions: list[Question]) -> list[tuple[int, int, int, int]]:
+    """Token, target, turn and position, as in Batch, of a prompt and all questions about it."""
+    row = [(token, NOT_ASKED, 0, position) for position, token in enumerate(prefix)]
+    for turn, question in enumerate(questions, start=1):
+        ask = processor.tokenize([f"\n\n{question.text}", END, "\nAssistant:"])
+        answer = processor.tokenize([f" {question.answer}", END])
+        # the last token of the question is to give the first of the answer, and so on
+        targets = [NOT_ASKED] * (len(ask) - 1) + answer + [NOT_ASKED]
+        row += [(token, target, turn, len(prefix) + i)
+                for i, (token, target) in enumerate(zip(ask + answer, targets, strict=True))]
+    return row
 
 
 def name_loss(head: nn.Linear, states: Tensor, names: Tensor, sizes: list[int]) -> Tensor:
@@ -267,29 +282,103 @@ def name_loss(head: nn.Linear, states: Tensor, names: Tensor, sizes: list[int]) 
                for guess, name in zip(logits, names.unbind(-1), strict=True))
 
 
-def answer(model: VideoLM, batch: Batch, features: Tensor,
-           priced: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Logits (answer tokens, V) and targets of the answers: the model's own steps, another mask.
+def answer_logits(model: VideoLM, batch: Batch, features: Tensor,
+                  priced: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Logits (answer tokens, V) and targets of the answers.
 
     Third, the image tokens' hidden states at the input of MOTION_LAYER, (B,F*M,C); fourth, the
     share of its attention that layer `priced` gives to other tokens than the first.
     """
-    text, c, ids = model.model.text_model, model.config.text_config, batch.input_ids
-    hidden = model.merge(text.embed_tokens(ids), ids, features)
-    cos, sin = rope_tables(0, ids.shape[1], c.head_dim, c.rope_theta, like=hidden)
-    cos, sin = cos[batch.position][:, None], sin[batch.position][:, None]                # (B,1,S,D)
-    query, key = batch.turn[:, :, None], batch.turn[:, None, :]
-    may_attend = causal_mask(ids.shape[1], ids.shape[1], ids.device) & ((key == 0) | (key == query))
-    cache, trace, elsewhere = Cache(), {"weights_of": [priced]}, None
-    for layer in text.layers:
-        if layer.index == MOTION_LAYER:
-            images = hidden[ids == model.config.image_token_id].view(features.shape)
-        traced = trace if layer.index == priced else None
-        hidden = layer(hidden, cos, sin, may_attend, cache, None, traced)
+    S, query, key = batch.turn.shape[1], batch.turn[:, :, None], batch.turn[:, None, :]
+    same_or_prompt = (key == query) | (key == 0)                                         # (B,S,S)
+    may_attend = causal_mask(S, S, batch.turn.device) & same_or_prompt
+    trace, elsewhere = Trace(weights_of=[priced]), None
+    hidden = model.hidden_states(batch.input_ids, features=features, trace=trace,
+                                 masks=[may_attend] * TEXT["num_hidden_layers"],
+                                 positions=batch.position)
+    is_image = batch.input_ids == model.config.image_token_id
+    images = trace[f"layers.{MOTION_LAYER}.hidden"][is_image].view(features.shape)
     if priced is not None:
         elsewhere = 1 - trace[f"layers.{priced}.weights"][:, :, 1:, 0].mean()
     asked = batch.targets != NOT_ASKED
-    return model.head(text.norm(hidden[asked])), batch.targets[asked], images, elsewhere
+    return model.head(hidden[asked]), batch.targets[asked], images, elsewhere
+
+
+class Learner(nn.Module):
+    """The toy, and two linear heads that name what it sees; these are thrown away in the end."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.model = VideoLM(config)
+        init_weights(self.model)
+        self.names = nn.Linear(TEXT["hidden_size"], sum(NAMES))
+        self.motion = nn.Linear(TEXT["hidden_size"], len(MOTIONS))
+
+    def forward(self, batch: Batch, stage: Stage, priced: int | None,
+                price: float) -> tuple[Tensor, float | None, float | None]:
+        """The loss, the share of the answers' tokens that are right, the attention that is priced."""
+        features = self.model.encode(batch.pixel_values)                                # (B,F*M,C)
+        loss = name_loss(self.names, features, batch.names[:, :, :-1], NAMES)
+        if not stage.questions:
+            return loss, None, None
+        logits, targets, images, elsewhere = answer_logits(self.model, batch, features, priced)
+        loss = loss + F.cross_entropy(logits, targets)
+        if stage.frames > 1:
+            loss = loss + name_loss(self.motion, images, batch.names[:, :, -1:], [len(MOTIONS)])
+        if elsewhere is not None:
+            loss = loss + price * elsewhere
+        right = (logits.argmax(-1) == targets).float().mean().item()
+        return loss, right, None if elsewhere is None else elsewhere.item()
+
+
+@dataclass
+class Progress:
+    """How far a run is; what it shows are means over some fifty steps."""
+    random_seed: int
+    done: int = 0                           # steps
+    right: float = 0.0                      # of the answers' tokens
+    paid: float = 1.0                       # attention to other tokens than the first
+
+    def follow(self, right: float | None, paid: float | None) -> None:
+        self.done += 1
+        if right is not None:
+            self.right += 0.02 * (right - self.right)
+        if paid is not None:
+            self.paid += 0.02 * (paid - self.paid)
+
+
+def save(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, at: Progress) -> None:
+    with written_whole(path) as half:
+        torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(),
+                    **vars(at)}, half)
+
+
+def restore(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, at: Progress,
+            device: str) -> Progress:
+    """Raises: ValueError if the file is damaged, or of a run with another seed."""
+    try:
+        saved = torch.load(path, map_location=device)
+        learner.load_state_dict(saved.pop("learner"))
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        found = Progress(**saved)
+    except Exception as error:                          # unpickling raises anything
+        first, *_ = str(error).splitlines() or [""]
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {first[:80]}); remove "
+                         f"it to begin anew") from None
+    if found.random_seed != at.random_seed:
+        raise ValueError(f"{path} was not begun with --seed {at.random_seed}; give another "
+                         f"--folder")
+    return found
+
+
+def price_at(step: int, stage: Stage) -> float:
+    """The price at a step of the last stage: in full for half of it, nothing from 80 % on."""
+    return PRICE * min(1.0, max(0.0, (0.8 - step / stage.steps) / 0.3))
+
+
+def rate_at(step: int, steps: int) -> float:
+    """The learning rate: a short warm-up, then a quarter of a cosine to zero."""
+    return LEARNING_RATE * math.cos(math.pi / 2 * step / steps) * min(1.0, (step + 1) / 200)
 
 
 def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None:
@@ -302,70 +391,46 @@ def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None
     write_settings(own)
     processor = Processor.from_pretrained(own)
     torch.manual_seed(random_seed)
-    model = VideoLM(read_config(own))
-    init_weights(model)
-    names_head = nn.Linear(TEXT["hidden_size"], sum(NAMES))
-    motion_head = nn.Linear(TEXT["hidden_size"], len(MOTIONS))
-    learner = nn.ModuleDict({"model": model, "names": names_head, "motion": motion_head}).to(device)
+    learner, at = Learner(read_config(own)).to(device), Progress(random_seed)
     optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    state = own / "state.pt"
+    if state.exists() or run != TOY:
+        begun = state if state.exists() else before_last
+        at = restore(begun, learner, optimizer, at, device)
+
     stages = [stage for stage in STAGES for _ in range(stage.steps)]        # of each step
     last_begins = len(stages) - STAGES[-1].steps
     priced = range(SEED_LAYER + 1, TEXT["num_hidden_layers"])       # the layers that meet the seed
-    state, done, right, paid = own / "state.pt", 0, 0.0, 1.0    # the last two: means, to be shown
-    if state.exists() or run != TOY:
-        saved = torch.load(state if state.exists() else before_last, map_location=device)
-        if saved.get("random_seed") != random_seed:
-            raise ValueError(f"{own}: not begun with --seed {random_seed}; give another --folder")
-        learner.load_state_dict(saved["learner"])
-        optimizer.load_state_dict(saved["optimizer"])
-        done, right, paid = saved["done"], saved["right"], saved["paid"]
-
-    def save(path: Path, done: int) -> None:
-        half = path.with_suffix(".half")                            # never a file that is cut off
-        torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(),
-                    "random_seed": random_seed, "done": done, "right": right, "paid": paid}, half)
-        half.replace(path)
-
-    bar = tqdm(range(done, len(stages)), initial=done, total=len(stages), desc=own.name,
+    bar = tqdm(range(at.done, len(stages)), initial=at.done, total=len(stages), desc=own.name,
                disable=None)
     for step in bar:
-        stage = stages[step]
+        is_last, pays = step >= last_begins, step >= last_begins and run.price
         if step == last_begins and run == TOY:
-            save(before_last, step)
-        if step >= last_begins and run.seed:
-            plant_seed(model)
-        rate = LEARNING_RATE * math.cos(math.pi / 2 * step / len(stages))
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 200)
-        batch = draw_batch(processor, stage, random_seed * len(stages) + step).to(device)
-        features = model.encode(batch.pixel_values)                                     # (B,F*M,C)
-        loss = name_loss(names_head, features, batch.names[:, :, :-1], NAMES)
-        if stage.questions:
-            # One layer pays at each step, because attention weights are slow to get.
-            layer = priced[step % len(priced)] if step >= last_begins and run.price else None
-            logits, targets, images, elsewhere = answer(model, batch, features, layer)
-            loss = loss + F.cross_entropy(logits, targets)
-            right += 0.02 * ((logits.argmax(-1) == targets).float().mean().item() - right)
-            if stage.frames > 1:
-                loss = loss + name_loss(motion_head, images, batch.names[:, :, -1:], [len(MOTIONS)])
-            if elsewhere is not None:       # in full for half of the stage, nothing from 80 % on
-                share = min(1.0, max(0.0, (0.8 - (step - last_begins) / stage.steps) / 0.3))
-                loss = loss + PRICE * share * elsewhere
-                paid += 0.02 * (elsewhere.item() - paid)
+            save(before_last, learner, optimizer, at)
+        if is_last and run.seed:
+            plant_seed(learner.model)
+        optimizer.param_groups[0]["lr"] = rate_at(step, len(stages))
+        batch = draw_batch(processor, stages[step], random_seed * len(stages) + step).to(device)
+        # One layer pays at each step, because attention weights are slow to get.
+        layer = priced[step % len(priced)] if pays else None
+        loss, *shown = learner(batch, stages[step], layer, price_at(step - last_begins, STAGES[-1]))
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        figures = (f"loss {loss.item():.3f}, answer tokens right {right:.3f}"
-                   + f", attention elsewhere {paid:.3f}" * (step >= last_begins and run.price))
+        at.follow(*shown)
+        figures = (f"loss {loss.item():.3f}, answer tokens right {at.right:.3f}"
+                   + f", attention elsewhere {at.paid:.3f}" * pays)
         bar.set_postfix_str(figures)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(stages):
+        if at.done % SAVE_EVERY == 0 or at.done == len(stages):
             with open(own / "log.txt", "a") as log:
-                log.write(f"step {step + 1} of {len(stages)}: {figures}\n")
-            save(state, step + 1)
+                log.write(f"step {at.done} of {len(stages)}: {figures}\n")
+            save(state, learner, optimizer, at)
     if run.seed:
-        plant_seed(model)
-    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+        plant_seed(learner.model)
+    tensors = {n: tensor.to(torch.bfloat16) for n, tensor in learner.model.state_dict().items()}
+    with written_whole(own / "model.safetensors") as half:
+        save_file(tensors, half, metadata={"format": "pt"})
 
 
 def write_readme(folder: Path) -> None:
@@ -392,11 +457,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads or not args.evaluate:
         torch.set_num_threads(args.threads or 1)
-    available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
     try:
-        if not available[args.device]:
-            raise ValueError(f"--device {args.device}: there is none here; leave it out")
+        check_device(args.device)
         if args.evaluate:
             print(report(*load(args.folder or BUNDLED)))
             return

@@ -8,6 +8,7 @@ on the Hugging Face hub, from where only the files that are needed are fetched, 
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -245,3 +246,23 @@ def locate(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or cut off ({error}); fetch it again") from None
     return where, shapes
+
+
+def check_device(device) -> None:
+    """Raise ValueError if there is no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):      # the latter where torch was built without CUDA
+        raise ValueError(f"device {device}: there is none here; leave it out to use the cpu"
+                         ) from None
+
+
+@contextmanager
+def written_whole(path: Path):
+    """A path to write to instead; what is there in the end is moved to `path`, or is removed."""
+    half = path.with_name(f"half_{path.name}")
+    try:
+        yield half
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minioutro import Cache, OutRo
+from minioutro import Cache, OutRo, Trace
 from minioutro.analysis import (answer_loss, attention_mass, detectors, examples, heads_by_sink_attention,
                                 image_token_masks, loss_of, loss_with_masks, loss_with_zero_keys,
                                 nop_or_broadcast, overlap, phi, probe, sink_dimensions, sink_share,
@@ -123,7 +123,7 @@ def test_zero_k_by_a_second_way(toy, asked):
 
 
 def test_the_values_are_those_that_the_layer_used(toy, asked):
-    model, trace = toy[0], {"weights_of": [3]}
+    model, trace = toy[0], Trace(weights_of=[3])
     model(asked.input_ids, features=asked.features, outro=OutRo(), trace=trace)
     v, is_sink = values(model, trace, 3), trace["layers.3.is_sink"]
     assert is_sink.sum(1).tolist() == [1, 1, 1]

@@ -116,7 +116,7 @@ def test_the_norm_of_a_massive_activation_does_not_overflow(impl):
 @pytest.mark.exercise_3
 def test_rotation_by_hand(impl):
     """D = 4, theta 100: frequencies 1 and 1/10; at position 2, (x0, x2) turns by 2, (x1, x3) by .2."""
-    cos, sin = rope_tables(2, 3, 4, 100.0, like=torch.zeros(()))
+    cos, sin = rope_tables(torch.tensor([2]), 4, 100.0, like=torch.zeros(()))
     x = impl.rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]), cos[0], sin[0])
     expected = [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]
     assert_values(x, expected, "(x0, x2) turns by 2 radians, (x1, x3) by 0.2, counterclockwise")
@@ -126,7 +126,7 @@ def test_rotation_by_hand(impl):
 def test_rotation_depends_on_the_distance_only(impl):
     """<R(i) q, R(j) k> is the same for (i, j) = (3, 1) and (9, 7), and another for (3, 2)."""
     q, k = torch.randn(2, 10, generator=torch.Generator().manual_seed(1))
-    cos, sin = rope_tables(0, 12, 10, 10000.0, like=q)
+    cos, sin = rope_tables(torch.arange(12), 10, 10000.0, like=q)
     score = lambda i, j: impl.rotate(q, cos[i], sin[i]) @ impl.rotate(k, cos[j], sin[j])
     assert torch.allclose(score(3, 1), score(9, 7), atol=1e-5), \
         "the same distance gives another score"
@@ -137,7 +137,7 @@ def test_rotation_depends_on_the_distance_only(impl):
 @pytest.mark.exercise_3
 def test_every_head_is_rotated_by_position_alone(impl):
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(2))
-    cos, sin = rope_tables(0, 5, 4, 100.0, like=x)
+    cos, sin = rope_tables(torch.arange(5), 4, 100.0, like=x)
     rotated = impl.rotate(x, cos, sin)
     assert rotated[:, :, 0].equal(x[:, :, 0]), "position 0 is turned by nothing"
     assert_values(rotated[1, 2, 3], impl.rotate(x[1, 2, 3], cos[3], sin[3]),

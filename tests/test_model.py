@@ -5,10 +5,11 @@ Its functions are tested one by one in test_exercises.py.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_close
 
-from minioutro import Cache, VideoLM
-from minioutro.model import causal_mask, open_sink_rows, position_ids, show_mask
+from minioutro import Cache, OutRo, Trace, VideoLM
+from minioutro.model import causal_mask, open_sink_rows, show_mask
 
 CASES = ("dev_a", "dev_c")
 
@@ -33,15 +34,6 @@ def test_logits_equal_transformers_without_images_and_with_features_given(golden
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers_where_frames_are_padded(golden, case):
-    g = golden(case)
-    mask = g.tensors["padded.pixel_attention_mask"]
-    assert not mask.bool().all()
-    logits = g.model(g.input_ids, g.tensors["padded.pixel_values"], pixel_attention_mask=mask)
-    assert_close(logits, g.tensors["padded.logits"])
-
-
-@pytest.mark.parametrize("case", CASES)
 def test_greedy_answers_equal_transformers_and_stop_at_eos(golden, case):
     g = golden(case)
     token_ids = g.model.generate(g.input_ids, g.pixels, max_new_tokens=12)
@@ -61,6 +53,37 @@ def test_the_context_is_never_overrun(golden):
             g.model(g.input_ids, g.pixels)
     finally:
         object.__setattr__(text, "max_position_embeddings", 8192)
+
+
+def test_arguments_that_would_go_wrong_later_are_refused_by_name(golden):
+    g, cache = golden("dev_a"), Cache()
+    g.model(g.input_ids, g.pixels, cache=cache)
+    one = g.input_ids[:, :1]
+    for name, call in {
+            "pixel_values": lambda: g.model.encode((127 * g.pixels + 128).to(torch.uint8)),
+            "input_ids has 128": lambda: g.model(one * 0 + 128), "input_ids has -1": lambda: g.model(one * 0 - 1),
+            r"input_ids .* \(1, 0\)": lambda: g.model(one[:, :0]), r"input_ids .* \(1,\)": lambda: g.model(one[0]),
+            "input_ids has B = 2, and the cache 1": lambda: g.model(one.repeat(2, 1), cache=cache),
+            "max_new_tokens must be 1 at least, not 0": lambda: g.model.generate(one, max_new_tokens=0),
+            "trace must be empty": lambda: g.model(one, trace={"logits": None})}.items():
+        with pytest.raises(ValueError, match=name) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert cache.length == g.input_ids.shape[1]                             # a refused call changes nothing
+
+
+@pytest.mark.parametrize("n_good", [0, 2])
+def test_an_answer_of_numbers_that_are_not_finite_is_no_answer(golden, monkeypatch, n_good):
+    g, head, calls = golden("dev_a"), VideoLM.head, []
+
+    def failing(model, hidden):
+        calls.append(hidden)
+        return head(model, hidden) * (1 if len(calls) <= n_good else float("nan"))
+    monkeypatch.setattr(VideoLM, "head", failing)
+    answer = g.model.stream(g.input_ids, g.pixels)
+    assert [next(answer) for _ in range(n_good)] == g.meta["generated_ids"][:n_good]
+    with pytest.raises(ValueError, match="no finite numbers as torch.float32"):
+        next(answer)
 
 
 def test_inputs_that_do_not_fit_each_other_are_refused(golden):
@@ -94,17 +117,50 @@ def test_show_mask_draws_rows_with_labels():
 def test_the_two_paths_give_the_same_logits(golden, case):
     g = golden(case)
     L = len(g.model.model.text_model.layers)
-    trace = {"weights_of": range(L)}
+    trace = Trace(weights_of=range(L))
     assert_close(g.model(g.input_ids, g.pixels, trace=trace), g.model(g.input_ids, g.pixels), 5e-5)
     S = g.input_ids.shape[1]
     for l in range(L):
         weights = trace[f"layers.{l}.weights"]
         assert weights.shape == (1, g.model.config.text_config.num_attention_heads, S, S)
         assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
-    only_one = {"weights_of": [1]}
+    only_one = Trace(weights_of=[1])
     g.model(g.input_ids, g.pixels, trace=only_one)
     assert [name for name in only_one if name.endswith(("weights", "may_attend"))] == \
         ["layers.1.weights", "layers.1.may_attend"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_causal_mask_is_told_by_name_and_gives_what_the_mask_gives(golden, case, monkeypatch):
+    """Prompts by name, one new token without a mask, two new tokens with it; masks= are always shown."""
+    g, calls, fused = golden(case), [], F.scaled_dot_product_attention
+    S, L, cache = g.input_ids.shape[1], len(g.model.model.text_model.layers), Cache()
+    masks = [causal_mask(S, S)] * L
+    shown = g.model.hidden_states(g.input_ids, g.pixels, masks=masks)
+
+    def spy(q, k, v, attn_mask=None, is_causal=False):
+        if q.shape[0] == 1 and k.shape[2] >= S:                                 # none of the encoder's
+            calls.append("by name" if is_causal else attn_mask if attn_mask is None else attn_mask.shape)
+        return fused(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    features = g.model.encode(g.pixels)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    by_name = g.model.hidden_states(g.input_ids, features=features, cache=cache)
+    g.model(g.input_ids[:, :1], cache=cache)
+    g.model(g.input_ids[:, :2], cache=cache)
+    g.model.hidden_states(g.input_ids, features=features, masks=masks)
+    assert calls == ["by name"] * L + [None] * L + [(2, S + 3)] * L + [(S, S)] * L
+    assert_close(by_name, shown, 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fused_kernel_may_lay_out_its_output_as_it_likes(golden, case, monkeypatch):
+    """Such as (B,Q,H,D) transposed, which CUDA's memory-efficient kernel returns."""
+    g, fused = golden(case), F.scaled_dot_product_attention
+
+    def other_layout(*args, **kwargs):
+        return fused(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", other_layout)
+    assert g.model.generate(g.input_ids, g.pixels, max_new_tokens=12) == g.meta["generated_ids"]
 
 
 # ---- one way and another ----
@@ -130,6 +186,58 @@ def test_with_a_cache_equals_without(golden, case):
     assert_close(torch.cat([prompt, two, one], dim=1), whole, 1e-5)
 
 
+def test_the_cache_shows_the_rows_that_count_and_lets_them_be_edited(golden):
+    g, cache, whole = golden("dev_c"), Cache(), Cache()
+    g.model(g.input_ids[:, :-2], g.pixels, cache=cache)
+    g.model(g.input_ids[:, -2:], cache=cache)
+    g.model(g.input_ids, g.pixels, cache=whole)
+    G, D = g.model.config.text_config.num_key_value_heads, g.model.config.text_config.head_dim
+    for l in range(len(cache.k)):
+        assert cache.k[l].shape[2] > cache.length                           # room to spare behind them
+        for ours, theirs in ((cache.keys(l), whole.keys(l)), (cache.values(l), whole.values(l))):
+            assert ours.shape == (1, G, g.input_ids.shape[1], D)
+            assert_close(ours, theirs, 1e-5)
+        assert not cache.keys(l).equal(cache.values(l))
+    cache.keys(1)[:, 2, 5] = 7.0
+    assert (cache.k[1][:, 2, 5] == 7).all()
+
+
+def test_masks_and_positions_of_ones_own(golden):
+    """Rotary positions count by their distance: all shifted is the same, some apart is not. A token that no
+    later one may attend to might as well be another."""
+    g, S = golden("dev_a"), golden("dev_a").input_ids.shape[1]
+    features, L = g.model.encode(g.pixels), len(g.model.model.text_model.layers)
+    states = lambda ids=g.input_ids, **options: g.model.hidden_states(ids, features=features, **options)
+    count = torch.arange(S)[None]
+    assert states(positions=count).equal(states())
+    assert_close(states(positions=count + 5), states(), 1e-4)
+    assert (states(positions=count + (count > 9))[0, 10:] != states()[0, 10:]).any()
+    hidden_from_all = causal_mask(S, S)
+    hidden_from_all[3:, 2] = False
+    other = g.input_ids.clone()
+    other[0, 2] += 1
+    one, two = (states(ids, masks=[hidden_from_all[None]] * L)[0] for ids in (g.input_ids, other))
+    assert one[3:].equal(two[3:]) and not one[2].equal(two[2])
+    with pytest.raises(ValueError, match="shorter"):
+        states(masks=[hidden_from_all] * (L - 1))
+
+
+@pytest.mark.parametrize("case, kept", [("dev_a", []), ("dev_a", [1]), ("dev_late", range(16))])
+def test_a_trace_costs_what_its_docstring_says(golden, case, kept):
+    """Counted in storages: what a layer leaves as it is appears twice, and costs once."""
+    g, trace = golden(case), Trace(weights_of=kept)
+    outro = OutRo(abs_threshold=0.0, median_multiple=0.0, skip_last=0)      # every layer is touched
+    features = g.model.encode(g.pixels)
+    g.model(g.input_ids, features=features, outro=outro, trace=trace)
+    del trace["projected"]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                for name, tensor in trace.items() if not name.endswith("may_attend")}
+    c, (B, S) = g.model.config.text_config, g.input_ids.shape
+    L, H, D, C, V = (c.num_hidden_layers, c.num_attention_heads, c.head_dim, c.hidden_size, c.vocab_size)
+    said = 4 * L * B * S * (C + 2 * H * D + 2 * H) + 4 * B * S * V + 4 * len(kept) * B * H * S**2
+    assert 0.9 * said < sum(storages.values()) < 1.1 * said
+
+
 def test_a_step_of_decoding_copies_no_keys_until_the_buffer_is_full():
     """5 positions of a prompt, then one at a time: 1 + 256 fit behind them before the next copy."""
     generator, cache = torch.Generator().manual_seed(2), Cache()
@@ -143,15 +251,6 @@ def test_a_step_of_decoding_copies_no_keys_until_the_buffer_is_full():
         assert all_k.equal(k[:, :, :cache.length]) and all_v.equal(v[:, :, :cache.length])
         places.append(all_k.data_ptr())
     assert len(set(places[:257])) == 1 and places[257] != places[256]
-
-
-def test_position_ids_spread_a_smaller_picture_over_the_same_square():
-    """A full frame counts 0, 1, 2, ...; one row of 2 of 4 patches takes columns 0 and 2."""
-    full = torch.ones(1, 4, 4, dtype=torch.bool)
-    assert position_ids(full).tolist() == [list(range(16))]
-    part = torch.zeros(1, 4, 4, dtype=torch.bool)
-    part[0, :2, :2] = True
-    assert position_ids(part).view(4, 4).tolist() == [[0, 2, 0, 0], [8, 10, 0, 0], [0] * 4, [0] * 4]
 
 
 def test_vision_frames_do_not_see_each_other(golden):

@@ -83,7 +83,7 @@ def test_where_nothing_is_found_it_says_what_to_change(call):
 def test_an_answer_is_printed_whole_when_characters_span_tokens(capsys):
     class Bytes:
         decode = staticmethod(lambda ids: bytes(ids).decode("utf-8", "replace").strip())
-    said = run.answer("outro", iter(" é\nü ".encode()), Bytes, print)
+    said = run.print_answer("outro", iter(" é\nü ".encode()), Bytes, print)
     assert capsys.readouterr().out == "outro     é ü\n" and said["text"] == "é\nü"
 
 
@@ -152,9 +152,10 @@ def test_errors_of_the_question_and_the_flags(call, tmp_path):
     assert_refused(call("--figures", "taken/sub"), "--figures taken/sub", "is no folder")
 
 
-def test_a_device_that_is_not_there(call, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert_refused(call("--device", "cuda"), "--device cuda", "leave it out")
+def test_a_device_that_is_not_there(call):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    missing = next(device for device, is_there in there.items() if not is_there)    # no machine has both
+    assert_refused(call("--device", missing), f"device {missing}: there is none here", "leave it out")
 
 
 def test_errors_of_the_model(call, tmp_path, monkeypatch):

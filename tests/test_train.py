@@ -5,9 +5,8 @@ import torch
 from conftest import FIXTURES, TOY, assert_close
 from safetensors.torch import load_file
 
-from minioutro import OutRo, Processor, VideoLM, read_video, train
-from minioutro.evaluate import UNSEEN
-from minioutro.shapes import COLOURS, FPS, SHAPES, SIZE, Clip, Shape
+from minioutro import OutRo, Processor, Trace, VideoLM, read_video, train
+from minioutro.shapes import COLOURS, FPS, SHAPES, SIZE, UNSEEN, Clip, Shape
 from minioutro.train import NOT_ASKED, Stage, draw_batch
 
 
@@ -95,7 +94,7 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
     model, processor = VideoLM.from_pretrained(TOY), Processor.from_pretrained(TOY)
     batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, shapes=(1, 2)), seed=5)
     features = model.encode(batch.pixel_values)
-    logits, targets, images, elsewhere = train.answer(model, batch, features, priced=3)
+    logits, targets, images, elsewhere = train.answer_logits(model, batch, features, priced=3)
     alone, expected = [], []
     for b in range(2):
         for turn in range(1, 4):
@@ -106,7 +105,7 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
     assert torch.allclose(logits, torch.cat(alone), atol=1e-3)
     assert targets.equal(torch.cat(expected))
     assert 0 < elsewhere < 1 and images.shape == features.shape
-    assert train.answer(model, batch, features, priced=None)[3] is None
+    assert train.answer_logits(model, batch, features, priced=None)[3] is None
 
 
 def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
@@ -154,7 +153,7 @@ def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
     for run in runs:
         with torch.enable_grad():
             train.train(tmp_path, run, random_seed=3)
-        trace = {"weights_of": range(8)}
+        trace = Trace(weights_of=range(8))
         VideoLM.from_pretrained(tmp_path / run.folder)(ids, trace=trace)
         to_first[run] = torch.stack([trace[f"layers.{l}.weights"][0, :, 1:, 0] for l in range(2, 8)]).mean()
         ratio[run] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
@@ -202,13 +201,18 @@ def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
     assert written[1] == f"\n{tmp_path.name}, 3\n"
 
 
+def check_no_device(device):
+    if device != "cpu":
+        raise ValueError(f"device {device}: there is none here")
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["--evaluate", "--folder", "/no/toy"], "/no/toy is neither a folder here nor the name of a repository"),
-    (["--device", "mps"], "--device mps: there is none here"),
+    (["--device", "mps"], "device mps: there is none here"),
 ])
 def test_errors_of_the_command_line_are_one_line(arguments, said, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(train, "check_device", check_no_device)
     with pytest.raises(SystemExit) as stopped:
         train.main()
     error = capsys.readouterr().err
