@@ -221,15 +221,18 @@ def loss_with_masks(model: VideoLM, asked: Examples, masks: list[Tensor]) -> Ten
 
 def image_token_masks(model: VideoLM, asked: Examples, scores: Tensor, l: int,
                       share: float = 0.2) -> list[Tensor]:
-    """Masks for `loss_with_masks` that hide all but the best image tokens after layer l.
+    """Masks for `loss_with_masks` that hide all but the best image tokens of each frame after l.
 
-    scores: float[B,S]; what they say about other tokens does not count.
+    scores: float[B,S]; what they say about other tokens does not count. As many are kept of each
+    frame, or a judge could lose by keeping few frames, whatever it thinks of tokens.
     """
-    ids = asked.both_ids
+    ids, vision = asked.both_ids, model.config.vision_config
+    M = (vision.image_size // vision.patch_size // model.config.scale_factor)**2
     S, is_image = ids.shape[1], ids == model.config.image_token_id              # (B,S)
-    scores = F.pad(scores, (0, S - scores.shape[1])).masked_fill(~is_image, -math.inf)
-    best = scores.topk(round(share * is_image[0].sum().item()), dim=-1).indices
-    keep = (~is_image).scatter(1, best, True)
+    scores = F.pad(scores, (0, S - scores.shape[1]))[is_image].view(len(ids), -1, M)    # (B,F,M)
+    best = scores.topk(round(share * M), dim=-1).indices
+    keep = ~is_image
+    keep[is_image] = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True).flatten()
     causal = causal_mask(S, S)
     pruned = causal & keep[:, None, :] | torch.eye(S, dtype=torch.bool)         # each sees itself
     L = model.config.text_config.num_hidden_layers

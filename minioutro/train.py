@@ -52,6 +52,7 @@ PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
 LEARNING_RATE, PRICE, SAVE_EVERY = 3e-3, 0.8, 50
 BUNDLED = Path(__file__).parent / "toy"
+EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: an unseen one that is described rightly
 NOT_ASKED = -100                            # a target that cross_entropy ignores
 GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
 CELL = SIZE / GRID                          # pixels on each side of an image token
@@ -466,6 +467,8 @@ def main() -> None:
         for run in (TOY, *CONTROLS):
             train(folder, run, args.seed, args.device)
         write_readme(folder)
+        with written_whole(folder / "clip.mp4") as half:
+            EXAMPLE.write(half)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; training goes on from its last saved step with the same command")
     except (ValueError, OSError) as error:

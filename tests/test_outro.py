@@ -266,15 +266,20 @@ def test_without_outro_the_trace_says_that_nothing_was_searched(golden):
 
 def test_the_future_reaches_the_past_only_through_sinks(golden):
     """Change the last token. Baseline: no earlier logits move. OutRo: those before it do, since later
-    layers read the opened sink (relax), or are turned towards a later sink's value (align)."""
+    layers read the opened sink (relax), or, with all rows closed, are turned towards the value of a later
+    sink, the last token itself here (align)."""
     g = golden("dev_natural")
     features, ids = g.model.encode(g.pixels), g.input_ids.clone()
     ids[0, -1] = 5
     assert g.input_ids[0, -1] != 5
+
     moved = lambda outro: (g.model(g.input_ids, features=features, outro=outro)[:, :-1]
                            - g.model(ids, features=features, outro=outro)[:, :-1]).abs().max().item()
     assert moved(None) == 0
     assert moved(g.outro(align=False)) > 0.01
+    align, trace = replace(g.outro(relax=False), median_multiple=2.0), {}
+    g.model(ids, features=features, outro=align, trace=trace)
+    assert trace["layers.0.is_sink"][0, -1] and moved(align) > 1e-3
 
 
 def test_a_first_token_sink_knows_nothing_of_the_prompt_until_its_row_is_opened(golden):

@@ -1,11 +1,13 @@
 """What the README shows is what happens."""
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from test_tutorial import lesson, run_blocks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NUMBER = r"\d[\d,]*\.?\d*"
@@ -16,9 +18,12 @@ def blocks(language):
     return [text for of_block, text in found if of_block == language]
 
 
-def test_the_output_is_that_of_the_command_up_to_times():
+def test_the_output_is_that_of_the_command_up_to_times(tmp_path):
+    """In a process of its own, from another folder, without a terminal and without network."""
     shown, = blocks("")
-    done = subprocess.run([sys.executable, ROOT / "run.py"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-I", ROOT / "run.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
     lines, expected = done.stdout.splitlines(), shown.splitlines()
     assert lines.pop().startswith("time ") and expected.pop().startswith("time ")
     assert [re.sub(NUMBER, "#", line) for line in lines] == [re.sub(NUMBER, "#", line) for line in expected]
@@ -42,7 +47,15 @@ def test_every_file_that_is_named_exists():
         assert (ROOT / name).exists(), name
 
 
-def test_the_module_stays_short_enough_for_an_evening():
-    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines())
-             for path in (ROOT / "minioutro").glob("*.py")}
-    assert lines["model.py"] < 700 and sum(lines.values()) < 2600
+def sections(numbers):
+    """The tutorial's sections with these numbers, one after another."""
+    parts = re.split(r"^## (?=\d+\.)", lesson(), flags=re.M)
+    return "".join(part for n in numbers for part in parts if part.startswith(f"{n}. "))
+
+
+def test_the_lectures_of_the_plan_run_in_one_session():
+    """Those of the second lecture that the first has not run come behind it."""
+    spans = re.findall(r"sections (\d+) to (\d+) and (\d+)", README)
+    first, second = ([*range(int(a), int(b) + 1), int(c)] for a, b, c in spans)
+    shown = [block for block, *_ in run_blocks(sections([*first, *sorted({*second} - {*first})]))]
+    assert len(shown) > 40

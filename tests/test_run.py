@@ -36,21 +36,6 @@ def call(monkeypatch, capfd, tmp_path):
 # ---- what it prints ----
 
 
-def test_the_command_of_the_readme_prints_everything_in_order(tmp_path):
-    """In a process of its own, from another folder, without a terminal and without network."""
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, ROOT / "run.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    labels = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
-    assert labels == ["video", "weights", "prompt", "question", "sinks", "mask", "cosine", "baseline",
-                      "outro", "time"]
-    assert "8 of 64 frames, at 0.0 1.1 2.2" in done.stdout
-    assert "8 frames x 16 tokens + " in done.stdout
-    assert "position 0 '<|im_start|>'" in done.stdout and "■" in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
 def test_json_holds_what_the_text_says(call):
     code, out, err = call("--json", "--frames", 3, "--max-new-tokens", 2)
     found = json.loads(out)
