@@ -32,6 +32,7 @@ CONFIG = {
                       "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 512,
                       "patch_size": 16}}
 F, TEXT, NEW = 8, 202, 64               # frames, text tokens of the prompt, tokens to generate
+LONG = 64, 878                          # frames and text tokens of a video of a minute or more
 THEIRS = importlib.util.find_spec("transformers") is not None
 STATUS = Path("/proc/self/status")
 
@@ -104,16 +105,16 @@ def write_checkpoint(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def prompt():
+def prompt(frames=F, text=TEXT):
     """Token ids (1,S) and pixels (1,F,3,size,size), drawn at random; the first token is the sink."""
     import torch
     vision, generator = CONFIG["vision_config"], torch.Generator().manual_seed(1)
     M = (vision["image_size"] // vision["patch_size"] // CONFIG["scale_factor"])**2
-    ids = torch.randint(100, 49000, (1, F * M + TEXT), generator=generator)
+    ids = torch.randint(100, 49000, (1, frames * M + text), generator=generator)
     ids[0, 0] = 1
-    for f in range(F):
+    for f in range(frames):
         ids[0, 40 + f * (M + 13):][:M] = CONFIG["image_token_id"]
-    pixels = torch.rand(1, F, 3, *[vision["image_size"]] * 2, generator=generator) * 2 - 1
+    pixels = torch.rand(1, frames, 3, *[vision["image_size"]] * 2, generator=generator) * 2 - 1
     return ids, pixels
 
 
@@ -144,6 +145,25 @@ def answer_theirs(model, ids, features):
         token = out.logits[:, -1:].argmax(-1)
         token.item()
     return prefill, time.perf_counter() - started - prefill
+
+
+def long_rows(ours, theirs, repeats):
+    """The prompt of a long video; its features are drawn at random, since only their number counts."""
+    import torch
+
+    from minioutro import OutRo
+    ids, _ = prompt(*LONG)
+    count = (ids == CONFIG["image_token_id"]).sum().item()
+    features = torch.randn(1, count, ours.config.text_config.hidden_size)
+    ways = {"ours": lambda: next(ours.stream(ids, features=features)),
+            "outro": lambda: next(ours.stream(ids, features=features, outro=OutRo()))}
+    if theirs:
+        ways["theirs"] = lambda: theirs(input_ids=ids, image_hidden_states=features, use_cache=True,
+                                        logits_to_keep=1)
+    seconds = in_turn(repeats, **ways)
+    what = f"prefill, {LONG[0]} frames"
+    compare(f"{what}, {ids.shape[1]} tokens", seconds["ours"], seconds.get("theirs"), 1.03)
+    compare(f"OutRo, {what}", seconds["outro"], seconds["ours"], 1.08)
 
 
 def model_rows(folder, repeats):
@@ -207,6 +227,7 @@ def model_rows(folder, repeats):
     encode = middle(seconds["ours"])
     compare("OutRo, whole answer", [encode + p + d for p, d in zip(prefill_on, decode_on)],
             [encode + p + d for p, d in zip(prefill, decode)], 1.03)
+    long_rows(ours, theirs, repeats)
 
 
 # ---- parts that need a process of their own ----

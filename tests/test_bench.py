@@ -10,12 +10,14 @@ def test_every_row_about_the_model_can_be_printed(tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(bench.CONFIG, "vision_config", {**bench.CONFIG["vision_config"], "hidden_size": 24,
                                                         "intermediate_size": 32, "image_size": 128})
     monkeypatch.setattr(bench, "NEW", 3)
+    monkeypatch.setattr(bench, "LONG", (9, 160))
     monkeypatch.setattr(bench, "THEIRS", False)
     bench.write_checkpoint(tmp_path)
     bench.model_rows(tmp_path, repeats=1)
     rows = [line[:34].strip() for line in capsys.readouterr().out.splitlines()]
     assert rows == ["vision encoder, 8 frames", "prefill, 234 tokens", "decoding, 3 tokens",
-                    "decoding against memory", "OutRo, prefill", "OutRo, decoding", "OutRo, whole answer"]
+                    "decoding against memory", "OutRo, prefill", "OutRo, decoding", "OutRo, whole answer",
+                    "prefill, 9 frames, 196 tokens", "OutRo, prefill, 9 frames"]
 
 
 def test_two_ways_are_timed_in_turn():
