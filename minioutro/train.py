@@ -118,7 +118,8 @@ def build_tokenizer() -> Tokenizer:
 def write_settings(folder: Path) -> None:
     """Everything of the checkpoint but its weights, in the layout of the hub."""
     tokenizer = build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    with written_whole(folder / "tokenizer.json") as half:
+        tokenizer.save(str(half), pretty=False)
     edge = {"longest_edge": SIZE}
     files = {
         "config.json": {"architectures": ["SmolVLMForConditionalGeneration"],
@@ -134,7 +135,8 @@ def write_settings(folder: Path) -> None:
         "processor_config.json": {"image_seq_len": (SIZE // VISION["patch_size"] // 2)**2},
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        with written_whole(folder / name) as half:
+            half.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -440,19 +442,43 @@ def write_readme(folder: Path) -> None:
     figures += [report(*load(folder / run.folder), ways=BASELINE) for run in CONTROLS]
     page = (BUNDLED / "README.md").read_text(encoding="utf-8").split("```")
     page[1::2] = [f"\n{figure}\n" for figure in figures]
-    (folder / "README.md").write_text("```".join(page), encoding="utf-8")
+    with written_whole(folder / "README.md") as half:
+        half.write_text("```".join(page), encoding="utf-8")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"train.py: {message} (try --help)\n")
+
+
+def folder_name(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; give one, or leave it out")
+    return Path(text)
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 1 to 9 digits")
+    return int(text)
+
+
+def count(text: str) -> int:
+    if whole_number(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few, 1 the least")
+    return int(text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train the bundled toy from scratch, then its controls, and write down what "
         "they can do. A run that was interrupted goes on from its last saved step.")
-    parser.add_argument("--folder", type=Path, help="where to train (default: toy_run), or what to "
+    parser.add_argument("--folder", type=folder_name, help="where to train (default: toy_run), or what to "
                         "evaluate (default: the bundled toy)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="default: 1 to train, all to evaluate")
+    parser.add_argument("--seed", type=whole_number, default=0, help="default: %(default)s")
+    parser.add_argument("--threads", type=count, help="default: 1 to train, all to evaluate")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu",
-                        help="default: %(default)s")
+                        help="to train on (default: %(default)s)")
     parser.add_argument("--evaluate", action="store_true",
                         help=f"do not train; ask about {CLIPS} unseen clips and print the figures")
     args = parser.parse_args()
@@ -470,7 +496,8 @@ def main() -> None:
         with written_whole(folder / "clip.mp4") as half:
             EXAMPLE.write(half)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; training goes on from its last saved step with the same command")
+        print("\ninterrupted; the same command goes on from the last saved step", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

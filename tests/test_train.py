@@ -235,3 +235,29 @@ def test_errors_of_the_command_line_are_one_line(arguments, said, monkeypatch, c
         train.main()
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith(f"train.py: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--folder", ""], ["--threads", "-1"], ["--threads", "0"], ["--seed", "9" * 400]])
+def test_a_mistyped_flag_is_one_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and arguments[0] in error and error.count("\n") == 1
+
+
+def test_a_damaged_state_is_named_and_nothing_half_written_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 0, (1,)),))
+    (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 half of a file")
+    with pytest.raises(ValueError, match=r"state.pt cannot be read \(.*remove it to begin anew") as error:
+        train.train(tmp_path, train.TOY, random_seed=3)
+    assert "\n" not in str(error.value)
+    (tmp_path / "state.pt").unlink()
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train, "save_file", full)
+    with torch.enable_grad(), pytest.raises(OSError, match="No space"):
+        train.train(tmp_path, train.TOY, random_seed=3)
+    assert {*whole, "state.pt", "before_last_stage.pt", "log.txt"} == {path.name for path in tmp_path.iterdir()}
