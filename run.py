@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+import tempfile  # noqa: E402
 import time  # noqa: E402
 from bisect import bisect_right  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
@@ -187,11 +188,13 @@ def check_arguments(args: argparse.Namespace) -> Path | None:
     if not args.figures:
         return None
     folder = Path(os.path.expanduser(args.figures))
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):              # the only sure way to know
+            return folder
+    except OSError:
         raise ValueError(f"--figures {folder}: {nearest} is no folder that can be written to; give "
-                         f"another")
-    return folder
+                         f"another") from None
 
 
 def progress(items, what: str, args: argparse.Namespace):

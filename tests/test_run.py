@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +104,81 @@ def test_help_names_every_flag_and_needs_no_torch():
         assert flag in done.stdout
 
 
+# ---- other terminals, other readers, and Ctrl-C ----
+
+
+ASCII = {**os.environ, "PYTHONIOENCODING": "ascii"}
+QUICK = [sys.executable, str(ROOT / "run.py"), "--max-new-tokens", "1", "--frames", "1"]
+
+
+def test_json_is_utf8_with_the_very_text_whatever_the_terminal_is():
+    done = subprocess.run([*QUICK, "--json", TOY / "clip.mp4", "été 🙂", "--model", TOY], capture_output=True,
+                          env=ASCII)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout.decode("utf-8"))["question"] == "été 🙂" and "été 🙂".encode() in done.stdout
+
+
+def test_a_terminal_without_squares_a_reader_who_leaves_and_none_at_all():
+    narrow = subprocess.run(QUICK, capture_output=True, env=ASCII)
+    assert (narrow.returncode, narrow.stderr) == (0, b"") and b"? ?" in narrow.stdout
+    leaving = subprocess.Popen(QUICK, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    leaving.stdout.close()
+    assert leaving.wait() == 141 and leaving.stderr.read() == b""
+    closed = subprocess.run(QUICK, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (closed.returncode, closed.stderr) == (0, b"")
+
+
+def test_what_would_steer_a_terminal_is_shown_escaped(call, tmp_path):
+    shutil.copy(TOY / "clip.mp4", tmp_path / "a\x1b[31m\n.mp4")
+    code, out, _ = call("a\x1b[31m\n.mp4", "what\x1b]0;x\x07\nis it?", "--model", TOY, "--max-new-tokens", 1)
+    assert code == 0 and "\x1b" not in out and "\x07" not in out
+    assert r"a\x1b[31m\n.mp4: 8 of" in out and r"question  what\x1b]0;x\x07\nis it?" in out
+    assert run.shown("naïve 日本\u202e\ud800") == r"naïve 日本\u202e\ud800"
+    assert_refused(call("b\x1b[31m\n.mp4"), r"b\x1b[31m .mp4: no such file")
+    assert_refused(call("--nonsense\x1b"), r"--nonsense\x1b")
+
+
+@pytest.mark.parametrize("moment", ["argparse", "numpy", "torch.nn", "minioutro.prompt", "minioutro.figures"])
+def test_ctrl_c_ends_it_at_once_with_130(moment, tmp_path):
+    """Also where an exception would be swallowed, as in the depths of torch's import."""
+    code = f"""
+import builtins, os, runpy, signal, sys
+ours = builtins.__import__
+def interrupting(name, *args, **kwargs):
+    if name == {moment!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return ours(name, *args, **kwargs)
+builtins.__import__ = interrupting
+sys.argv = ["run.py", "--figures", "pictures", "--max-new-tokens", "1"]
+runpy.run_path({str(ROOT / "run.py")!r}, run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trouble, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)])
+def test_a_picture_is_replaced_whole_or_not_at_all(call, tmp_path, monkeypatch, trouble, code):
+    assert call("--figures", "pictures", "--max-new-tokens", 1)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+
+    def save(image, path):
+        Path(path).write_bytes(b"half of a picture")
+        raise trouble
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert call("--figures", "pictures", "--max-new-tokens", 1)[0] == code
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()} == before
+
+
+def test_a_bar_is_shown_to_a_person_alone(monkeypatch, capfd):
+    args = SimpleNamespace(json=False)
+    assert run.progress([1, 2], "frames", args) == [1, 2]                   # into a pipe or a file
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run.progress([1, 2], "frames", SimpleNamespace(json=True)) == [1, 2]
+    assert list(run.progress([1, 2], "frames", args)) == [1, 2]
+    out, err = capfd.readouterr()
+    assert out == "" and "frames:" in err
+
+
 # ---- errors of the user ----
 
 
@@ -126,15 +203,16 @@ def test_errors_of_the_question_and_the_flags(call, tmp_path):
     clip = TOY / "clip.mp4"
     assert_refused(call(clip, "", "--model", TOY), "question is empty")
     assert_refused(call(clip, " \n", "--model", TOY), "question is empty")
-    for flag, value in (("--frames", "0"), ("--frames", "many"), ("--fps", "-1"), ("--fps", "inf"),
+    for flag, value in (("--frames", "0"), ("--frames", "many"), ("--frames", "9" * 400), ("--fps", "-1"), ("--fps", "inf"),
                         ("--temperature", "0"), ("--gamma", "nan"), ("--max-new-tokens", "0"),
                         ("--median-multiple", "-1"), ("--dtype", "int8")):
-        assert_refused(call(flag, value), flag, value, "--help")
+        assert_refused(call(flag, value), flag, value[:20], "--help")
     assert_refused(call("--nonsense"), "--nonsense")
     assert_refused(call("", "what?"), "video is empty")
     (tmp_path / "taken").touch()
     assert_refused(call("--figures", "taken"), "--figures taken", "is no folder")
     assert_refused(call("--figures", "taken/sub"), "--figures taken/sub", "is no folder")
+    assert_refused(call("--figures", "/proc/self/pictures"), "--figures /proc/self/pictures", "is no folder")
 
 
 def test_a_device_that_is_not_there(call):
@@ -189,15 +267,6 @@ def test_where_every_token_is_a_sink_nothing_is_aligned(call):
     code, out, err = call("--median-multiple", 0, "--abs-threshold", 0)
     assert (code, err) == (0, "") and "every token is a sink, so nothing was aligned" in out
     assert json.loads(call("--median-multiple", 0, "--abs-threshold", 0, "--json")[1])["cosine"] is None
-
-
-def test_a_terminal_without_squares_and_a_reader_who_leaves():
-    command = [sys.executable, str(ROOT / "run.py"), "--max-new-tokens", "1"]
-    narrow = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (narrow.returncode, narrow.stderr) == (0, b"") and b"? ?" in narrow.stdout
-    leaving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    leaving.stdout.close()
-    assert leaving.wait() == 141 and leaving.stderr.read() == b""
 
 
 def test_a_prompt_that_does_not_fit_says_how_many_frames_do(call, tmp_path):
