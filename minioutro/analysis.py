@@ -61,7 +61,7 @@ def answer_loss(logits: Tensor, asked: Examples) -> Tensor:
 
 
 def loss_of(model: VideoLM, asked: Examples, outro: OutRo | None = None) -> Tensor:
-    """The answers' loss. The prompt is read by itself, since OutRo works on a prompt."""
+    """The answers' loss, float[B]. The prompt is read by itself, since OutRo works on a prompt."""
     cache = Cache()
     prompt = model(asked.input_ids, features=asked.features, outro=outro, cache=cache)
     rest = model(asked.answer_ids, cache=cache)
@@ -149,7 +149,7 @@ def without_head(model: VideoLM, l: int, h: int) -> VideoLM:
 
 
 def loss_with_zero_keys(model: VideoLM, asked: Examples, layers, position: int, n: int) -> Tensor:
-    """Zero-K: the answers' loss if the n largest coordinates of one token's keys are zero.
+    """Zero-K: the answers' loss, float[B], if the n largest coordinates of a token's keys are zero.
 
     The prompt is read into the cache up to this token, its keys are edited there, in the layers
     that are given, and all later tokens meet the edited ones.
@@ -214,7 +214,7 @@ def probe(states: Tensor, labels: list[str], n_train: int) -> float:
 
 
 def loss_with_masks(model: VideoLM, asked: Examples, masks: list[Tensor]) -> Tensor:
-    """The answers' loss with one mask for each layer, bool[S,S] or bool[B,S,S], over both_ids."""
+    """The answers' loss, float[B], with a mask for each layer, bool[S,S] or bool[B,S,S]."""
     hidden = model.hidden_states(asked.both_ids, features=asked.features, masks=masks)
     return answer_loss(model.head(hidden), asked)
 

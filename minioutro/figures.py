@@ -84,8 +84,8 @@ def draw_frames(video: Video, tokens_per_frame: int) -> Image.Image:
     side = min(160, (WIDTH - PAD) // columns - PAD)
     wide, high = side + PAD, side + 30                              # of a frame with its time
     image, draw = canvas(math.ceil(F / columns) * high + PAD, (
-        f"The {F} frames that the model is shown, of {video.total_frames}, as it sees them: square, "
-        f"{tokens_per_frame} tokens each."))
+        f"The {F} frames that the model is shown, of {video.total_frames}, as it sees them: "
+        f"square, {tokens_per_frame} tokens each."))
     for n, (frame, seconds) in enumerate(zip(video.frames, video.seconds)):
         row, column = divmod(n, columns)
         x, y = PAD + column * wide, PAD + row * high
@@ -229,7 +229,7 @@ def draw_attention_on_frames(video: Video, weights: Tensor, is_image: Tensor, op
 
 
 def frame_in_red(frame: Image.Image, shares: Tensor, size: int) -> Image.Image:
-    """A frame in grey, size x size pixels, with each of its M tokens as red as its share, 0 to 1."""
+    """A frame in grey, size x size pixels, in which each of M tokens is as red as its share, 0..1."""
     side = math.isqrt(len(shares))
     alpha = Image.frombytes("L", (side, side), bytes((shares * 230).int().tolist()))
     grey = frame.resize((size, size)).convert("L").point(lambda g: 110 + g // 2).convert("RGB")

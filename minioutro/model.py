@@ -153,7 +153,7 @@ class VisionLayer(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
                                   "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:                         # float[B,P,Cv] -> the same
         attn = self.self_attn
         y = self.layer_norm1(x)
         q = split_heads(attn.q_proj(y), self.n_heads)                        # (B,P,Cv) -> (B,H,P,D)
@@ -225,7 +225,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:                         # float[...,C] -> the same
         h = x.float()                            # a square of 15,000 does not fit into float16
         h = h * torch.rsqrt((h * h).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)

@@ -52,7 +52,7 @@ PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
 LEARNING_RATE, PRICE, SAVE_EVERY = 3e-3, 0.8, 50
 BUNDLED = Path(__file__).parent / "toy"
-EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: an unseen one that is described rightly
+EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: unseen, and described rightly
 NOT_ASKED = -100                            # a target that cross_entropy ignores
 GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
 CELL = SIZE / GRID                          # pixels on each side of an image token
@@ -319,7 +319,7 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch, stage: Stage, priced: int | None,
                 price: float) -> tuple[Tensor, float | None, float | None]:
-        """The loss, the share of the answers' tokens that are right, the attention that is priced."""
+        """The loss, the share of the answers' tokens that are right, the attention that is paid."""
         features = self.model.encode(batch.pixel_values)                                # (B,F*M,C)
         loss = name_loss(self.names, features, batch.names[:, :, :-1], NAMES)
         if not stage.questions:
@@ -473,8 +473,8 @@ def main() -> None:
     parser = Parser(
         description="Train the bundled toy from scratch, then its controls, and write down what "
         "they can do. A run that was interrupted goes on from its last saved step.")
-    parser.add_argument("--folder", type=folder_name, help="where to train (default: toy_run), or what to "
-                        "evaluate (default: the bundled toy)")
+    parser.add_argument("--folder", type=folder_name, help="where to train (default: toy_run), or "
+                        "what to evaluate (default: the bundled toy)")
     parser.add_argument("--seed", type=whole_number, default=0, help="default: %(default)s")
     parser.add_argument("--threads", type=count, help="default: 1 to train, all to evaluate")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu",
