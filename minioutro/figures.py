@@ -229,7 +229,7 @@ def draw_attention_on_frames(video: Video, weights: Tensor, is_image: Tensor, op
 
 
 def frame_in_red(frame: Image.Image, shares: Tensor, size: int) -> Image.Image:
-    """A frame in grey, size x size pixels, in which each of M tokens is as red as its share, 0..1."""
+    """A frame in grey, size x size pixels, each of its M tokens as red as its share, 0 to 1."""
     side = math.isqrt(len(shares))
     alpha = Image.frombytes("L", (side, side), bytes((shares * 230).int().tolist()))
     grey = frame.resize((size, size)).convert("L").point(lambda g: 110 + g // 2).convert("RGB")
