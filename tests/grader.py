@@ -213,7 +213,7 @@ def pytest_runtest_call():
     pytest.fail(sentence, pytrace=False)
 
 
-def tests_of(module, exercise) -> list[str]:
+def checks_of(module, exercise) -> list[str]:
     """The names of all tests of an exercise in a module of tests."""
     return [name for name, test in vars(module).items()
             if any(mark.name == exercise.mark for mark in getattr(test, "pytestmark", []))]
@@ -244,7 +244,7 @@ class Grader:
         for item in self.chosen:
             exercise, = (e for e in EXERCISES if item.get_closest_marker(e.mark))
             outcomes = of_test.setdefault(exercise.number,
-                                          dict.fromkeys(tests_of(item.module, exercise)))
+                                          dict.fromkeys(checks_of(item.module, exercise)))
             outcomes[item.originalname] = item.nodeid in self.passed - self.failed
         return {number: list(outcomes.values()) for number, outcomes in of_test.items()}
 
