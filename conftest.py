@@ -1,5 +1,5 @@
-"""Here, and not in tests/: of `--impl my_module.py` pytest first takes the file for one of tests, and looks only
-beside it for what knows the option."""
+"""Not in tests/, since pytest takes the file of `--impl my_module.py` for one of tests at first, and looks
+for what knows the option there and above."""
 
 import sys
 from pathlib import Path

@@ -15,6 +15,10 @@ ROOT = Path(__file__).parent.parent
 TOY = ROOT / "minioutro" / "toy"
 
 
+def pytest_addoption(pluginmanager):
+    pluginmanager.import_plugin("grader")       # of the exercises; it is there if pytest began above tests/
+
+
 @pytest.fixture(autouse=True)
 def no_grad():
     with torch.no_grad():

@@ -60,9 +60,10 @@ def find_module(given: str) -> Path:
                if (path.suffix == ".py" and path.is_file()) or (path / "__init__.py").is_file()]
     if not modules:
         what = "is neither a file .py nor a folder with an __init__.py" if found else "is not here"
-        raise ValueError(f"{given or 'nothing'} {what}; python tests/starter.py my_module.py writes a module to "
-                         f"start from, for --impl my_module")
-    if {modules[0], *modules[0].parents} & {ROOT / name for name in ("minioutro", "run.py", "conftest.py")}:
+        raise ValueError(f"{given or 'nothing'} {what}; python tests/starter.py my_module.py writes a "
+                         f"module to start from, for --impl my_module")
+    ours = {ROOT / name for name in ("minioutro", "conftest.py", "run.py")}
+    if ours & {modules[0].resolve(), *modules[0].resolve().parents}:
         raise ValueError(f"{given} is the project's own; give a module with your functions")
     return modules[0]
 
@@ -71,7 +72,7 @@ def make_importable(path: Path) -> str:
     """Put the folder of a module or package behind all else that can be imported; return its name.
 
     The module need not be there yet. Raises: ValueError, in one sentence, if `import` of that name
-    does not give this module, but another one or a syntax error.
+    does not give this module, but another one or nothing.
     """
     path, name = Path(os.path.abspath(path)), path.name.removesuffix(".py")
     if not name.isidentifier() or keyword.iskeyword(name):

@@ -28,15 +28,10 @@ def checks_of(exercise):
     return [getattr(test_exercises, name) for name in grader.checks_of(test_exercises, exercise)]
 
 
-@pytest.fixture
-def run(golden, decoded):
+def run(test, impl, request):
     """Call a test of test_exercises.py with an implementation."""
-    fixtures = {"golden": golden, "decoded": decoded}
-
-    def run(test, impl):
-        names = list(inspect.signature(test).parameters)[1:]
-        test(impl, **{name: fixtures[name] for name in names})
-    return run
+    names = list(inspect.signature(test).parameters)[1:]
+    test(impl, **{name: request.getfixturevalue(name) for name in names})
 
 
 def module_from(text, **others):
@@ -71,13 +66,13 @@ def test_the_starter_has_the_signatures_and_docstrings_of_the_model():
 
 
 @pytest.mark.parametrize("exercise", CODED, ids=lambda e: e.title)
-def test_an_untouched_starter_fails_every_test_with_the_sentence(run, exercise):
+def test_an_untouched_starter_fails_every_test_with_the_sentence(request, exercise):
     """Exercise 11 needs those before it: it stops at the first function that its layer calls."""
     module = module_from(starter.starter(SOURCE))
     sentence = "exercise 2" if exercise.number == 11 else f"exercise {exercise.number}"
     for test in checks_of(exercise):
         with pytest.raises(NotImplementedError, match=rf"^not written yet: {sentence}$"):
-            run(test, Implementation(module, model))
+            run(test, Implementation(module, model), request)
 
 
 def test_what_is_missing_or_only_imported_is_not_written():
@@ -90,20 +85,20 @@ def test_what_is_missing_or_only_imported_is_not_written():
     assert Implementation(model, model).repeat_heads(torch.ones(1, 3), 6).shape == (1, 6)
 
 
-def test_in_a_finished_module_the_slip_fails_after_the_prompt_and_its_correction_passes(run):
+def test_in_a_finished_module_the_slip_fails_after_the_prompt_and_its_correction_passes(request):
     at_prompt, *later = checks_of(CODED[-1])
     correct = "cache.sinks.ever_sink if is_prompt else none"
     for who_was_a_sink, passes in ((starter.SLIP, False), (correct, True)):
         module = module_from(starter.starter(SOURCE).replace(starter.SLIP, who_was_a_sink))
         module.DecoderLayer.forward.__globals__.update(vars(model))     # all others are solved
         impl = Implementation(module, model)
-        run(at_prompt, impl)
+        run(at_prompt, impl, request)
         for test in later:
             if passes:
-                run(test, impl)
+                run(test, impl, request)
             else:
                 with pytest.raises(AssertionError, match="not all were turned|aligns the prompt only"):
-                    run(test, impl)
+                    run(test, impl, request)
 
 
 def test_the_docstrings_of_the_starter_need_nothing_that_is_not_in_it():
@@ -143,11 +138,11 @@ def test_each_exercise_has_at_least_three_typical_wrong_solutions():
 
 @pytest.mark.parametrize("number, name, function, what", mutants.WRONG,
                          ids=[f"{number}-{what}" for number, _, _, what in mutants.WRONG])
-def test_a_typical_wrong_solution_fails_a_test_of_its_exercise(run, number, name, function, what):
+def test_a_typical_wrong_solution_fails_a_test_of_its_exercise(request, number, name, function, what):
     impl = Implementation(module_from(SOURCE, **{name: function}), model)
     for test in checks_of(EXERCISES[number - 1]):
         try:
-            run(test, impl)
+            run(test, impl, request)
         except AssertionError as failure:
             assert str(failure), f"{test.__name__} fails without a sentence for the student"
             assert "the project's own" not in str(failure), "not for what it is named"
@@ -179,13 +174,14 @@ def without_where(out, v_sink, ever_sink, gamma, temperature):
 
 
 @pytest.mark.parametrize("solution", [as_the_tutorial_says, without_where])
-def test_a_solution_written_as_the_tutorial_says_has_all_points_of_exercise_10(run, solution):
+def test_a_solution_written_as_the_tutorial_says_has_all_points_of_exercise_10(request, solution):
     impl = Implementation(module_from(SOURCE, align_with_sink=solution), model)
     for test in checks_of(EXERCISES[9]):
-        run(test, impl)
+        run(test, impl, request)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 def test_it_equals_the_model_in_float32_and_in_half_precision(dtype, tolerance):
     """Also where 1e-8 counts: |v|^2 is about that, or |o| is."""
     for scale_o, scale_v in ((1, 1), (1, 1e-4), (1e-4, 1), (100, 100)):
