@@ -6,6 +6,7 @@ A plugin of pytest. It imports the solution, watches what its functions do, and 
 import contextlib
 import importlib
 import io
+import random
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ def within(seconds: float, function, *args, **kwargs):
     """function(*args, **kwargs), or TimeIsUp if that does not end in so many seconds.
 
     An alarm raises TimeIsUp in the midst of the function. A bare `except:` catches it, so it is
-    raised again and again, until it hits the few instructions outside of every `try`.
+    raised again and again, until it hits one of the few instructions outside of every `try`.
     What no alarm interrupts: one single call that stays in C, such as a product of two huge
     matrices, which is waited for; a debugger; os._exit(); and anything on Windows, which has none.
     """
@@ -54,7 +55,8 @@ def within(seconds: float, function, *args, **kwargs):
         inside = codes[:codes.index(within.__code__)]
         if inside and ring.__code__ not in inside and sys.gettrace() is None:
             has_rung = True
-            signal.setitimer(signal.ITIMER_REAL, 2e-5, 1e-3)    # soon enough to hit an `except:`
+            soon = 10 ** random.uniform(-6, -4)         # seconds: now and then within an `except:`
+            signal.setitimer(signal.ITIMER_REAL, soon, 1e-3)
             raise TimeIsUp
 
     before = signal.signal(signal.SIGALRM, ring)

@@ -107,10 +107,11 @@ class RMSNorm(model.RMSNorm):
     "while True: pass",
     "while True:\n  try: h.sum()\n  except: pass",
     "while True:\n  try: h.sum()\n  except BaseException: continue",
+    "while True:\n  try: time.sleep(1)\n  except: pass",
     "while True:\n  try:\n   while True:\n    try: h.sum()\n    except: h.sum()\n  except: pass",
     "try:\n  while True: h.sum()\n except: return h[..., 0] > 0"])
 def test_a_function_that_does_not_end_fails_with_that_sentence(body):
-    module = module_from(f"def find_sinks(h, a, m):\n {body}\ndef activation_ratio(h): return h")
+    module = module_from(f"import time\ndef find_sinks(h, a, m):\n {body}\ndef activation_ratio(h): return h")
     module.__file__ = "my_module.py"
     impl = Implementation(module, model, seconds=0.05)
     for _ in range(2):                                          # all tests of an exercise share the time
@@ -144,7 +145,7 @@ def test_who_steps_through_a_function_in_a_debugger_has_all_the_time():
 
 
 def test_sys_exit_in_a_function_is_one_sentence():
-    module = module_from("import sys\ndef find_sinks(h, a, m):\n    sys.exit()")
+    module = module_from("import sys\ndef leave():\n    sys.exit()\ndef find_sinks(h, a, m):\n    leave()")
     module.__file__ = "my_module.py"
     with pytest.raises(AssertionError, match=r"^sys.exit\(\) ends find_sinks; a function returns: "
                                              r"my_module.py, line 3$"):
