@@ -1,6 +1,13 @@
-"""The exercises of the tutorial: what is to be written, and for how many points."""
+"""The exercises of the tutorial: what is to be written, for how many points, and in which module."""
 
+import importlib.util
+import keyword
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -36,37 +43,67 @@ EXERCISES = (
 )
 
 
-class Implementation:
-    """What tests call: the model's functions, or those of a student's module of the same names.
+def find_module(given: str) -> Path:
+    """The file of a module, or the folder of a package, by its name or by its path.
 
-    One that the module lacks, or only imports from the model, is not written yet.
+    A name (my_module, students.anna) is looked for in the current folder, then in PYTHONPATH.
+    Raises: ValueError, in one sentence, if there is nothing to import.
     """
+    if given.endswith(".py") or Path(given).name != given:
+        path = Path(os.path.abspath(given))
+        found = [path.parent if path.name == "__init__.py" else path] if path.exists() else []
+    else:
+        folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+        stems = [Path(os.path.abspath(folder), *given.split(".")) for folder in (".", *folders)]
+        found = [path for stem in stems for path in (stem, Path(f"{stem}.py")) if path.exists()]
+    modules = [path for path in found
+               if (path.suffix == ".py" and path.is_file()) or (path / "__init__.py").is_file()]
+    if not modules:
+        what = "is neither a file .py nor a folder with an __init__.py" if found else "is not here"
+        raise ValueError(f"{given or 'nothing'} {what}; python tests/starter.py my_module.py writes a "
+                         f"module to start from, for --impl my_module")
+    ours = {ROOT / name for name in ("minioutro", "conftest.py", "run.py")}
+    if ours & {modules[0].resolve(), *modules[0].resolve().parents}:
+        raise ValueError(f"{given} is the project's own; give a module with your functions")
+    return modules[0]
 
-    def __init__(self, module, model):
-        self.module, self.model = module, model
 
-    def __getattr__(self, name: str):
-        value, ours = getattr(self.module, name, None), getattr(self.model, name)
-        if value is None or (value is ours and self.module is not self.model):
-            exercise, = (e for e in EXERCISES if name in [n.split(".")[0] for n in e.names])
-            raise NotImplementedError(exercise.not_written)
-        return value
+def make_importable(path: Path) -> str:
+    """Put the folder of a module or package behind all else that can be imported; return its name.
+
+    The module need not be there yet. Raises: ValueError, in one sentence, if `import` of that name
+    does not give this module, but another one or nothing.
+    """
+    path, name = Path(os.path.abspath(path)), path.name.removesuffix(".py")
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"{path.name} cannot be imported by its name; call it my_module.py, or such")
+    others = [entry for entry in sys.path if Path(entry).resolve() != Path.cwd()]
+    sys.path[:] = [*others, str(path.parent), str(Path.cwd())]
+    spec = importlib.util.find_spec(name)
+    file = path if path.suffix == ".py" else path / "__init__.py"
+    if spec is not None and spec.origin is not None:
+        if not (file.exists() and os.path.exists(spec.origin) and file.samefile(spec.origin)):
+            raise ValueError(f"{name} is the name of another module ({spec.origin}); call yours "
+                             f"my_module.py, or such")
+    return name
 
 
-def points_table(results: dict[int, list[bool]]) -> str:
-    """The points for these results: of each exercise that ran, which of its tests passed.
+def points_table(results: dict[int, list[bool | None]]) -> str:
+    """The points for these results: of each exercise, how each of its tests ended.
 
+    True: passed. False: failed, or did not end. None: was not chosen, as by -k.
     An exercise counts if all of its tests pass; words are for a person to read.
     """
     lines, reached, possible = [], 0, 0
     for e in EXERCISES:
         if e.number not in results:
             continue
-        passed = results[e.number]
-        points = e.points if all(passed) else 0
+        outcomes = results[e.number]
+        points = e.points if all(outcomes) else 0
         reached, possible = reached + points, possible + e.points
+        not_run = f", {outcomes.count(None)} not run" if None in outcomes else ""
         lines.append(f"{e.number:>4}  {e.title:<32}{points:>3} of {e.points:>3}   "
-                     f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+                     f"{outcomes.count(True)} passed, {outcomes.count(False)} failed{not_run}")
     lines.append(f"      {'all of these':<32}{reached:>3} of {possible:>3}")
     words = ", ".join(f"{e.number} ({e.points})" for e in EXERCISES if not e.names)
     lines.append(f"      in words, to be read by a person: exercises {words}")

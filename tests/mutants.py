@@ -1,11 +1,14 @@
-"""Typical wrong solutions of the exercises: each fails a test of its own exercise."""
+"""Typical wrong solutions of the exercises: each fails a test of its own exercise.
+
+They are graded like a student's, so none calls the model's function of its own exercise.
+"""
 
 import torch
 import torch.nn.functional as F
 from starter import MODEL, SLIP, decoder_layer
 
 from minioutro import model
-from minioutro.model import activation_ratio, causal_mask, cosine, repeat_heads
+from minioutro.model import cosine, repeat_heads
 
 WRONG = []          # (exercise, name in model.py, the wrong function or class, what is wrong)
 
@@ -138,7 +141,7 @@ def one_key_too_many(n_query, n_key, device=None):
 
 @wrong(4, "causal_mask")
 def true_where_it_is_forbidden(n_query, n_key, device=None):
-    return ~causal_mask(n_query, n_key)
+    return torch.ones(n_query, n_key, dtype=torch.bool).triu(n_key - n_query + 1)
 
 
 @wrong(4, "causal_mask")
@@ -148,7 +151,7 @@ def the_future_instead_of_the_past(n_query, n_key, device=None):
 
 @wrong(4, "causal_mask")
 def zero_and_minus_infinity(n_query, n_key, device=None):
-    return torch.zeros(n_query, n_key).masked_fill(~causal_mask(n_query, n_key), float("-inf"))
+    return torch.full((n_query, n_key), float("-inf")).triu(n_key - n_query + 1)
 
 
 # ---- exercise 5 ----
@@ -159,8 +162,12 @@ def heads_repeated_in_turn(x, H):
     return x.repeat(1, H // x.shape[1], *[1] * (x.dim() - 2))
 
 
+def neighbours(x, H):
+    return x.repeat_interleave(H // x.shape[1], dim=1)
+
+
 def softmax_attention(q, k, v, may_attend, scale=0.5, dim=-1, forbidden=float("-inf"),
-                      repeat=repeat_heads):
+                      repeat=neighbours):
     k, v = repeat(k, q.shape[1]), repeat(v, q.shape[1])
     allowed = may_attend if may_attend.dim() == 2 else may_attend[:, None]
     scores = (q @ k.transpose(-1, -2) / q.shape[-1]**scale).masked_fill(~allowed, forbidden)
@@ -203,7 +210,7 @@ def masked_behind_the_softmax(q, k, v, may_attend):
     allowed = may_attend if may_attend.dim() == 2 else may_attend[:, None]
     _, weights = softmax_attention(q, k, v, torch.ones_like(may_attend))
     weights = weights * allowed
-    return weights @ repeat_heads(v, q.shape[1]), weights
+    return weights @ neighbours(v, q.shape[1]), weights
 
 
 @wrong(5, "attention")
@@ -214,6 +221,11 @@ def the_mask_of_the_first_item_for_all(q, k, v, may_attend):
 # ---- exercise 6 ----
 
 
+def two_numbers(hidden):
+    magnitude = hidden.abs()
+    return magnitude.amax(-1), magnitude.flatten(1).median(1, keepdim=True).values
+
+
 @wrong(6, "activation_ratio")
 def mean_of_the_two_middle_values(hidden):
     magnitude = hidden.abs()
@@ -222,48 +234,54 @@ def mean_of_the_two_middle_values(hidden):
 
 @wrong(6, "find_sinks")
 def greater_instead_of_at_least(hidden, abs_threshold, median_multiple):
-    largest, median = activation_ratio(hidden)
+    largest, median = two_numbers(hidden)
     return (largest > abs_threshold) & (largest > median_multiple * median)
 
 
 @wrong(6, "find_sinks")
 def median_of_the_token(hidden, abs_threshold, median_multiple):
-    largest, _ = activation_ratio(hidden)
+    largest, _ = two_numbers(hidden)
     median = hidden.abs().median(dim=-1).values
     return (largest >= abs_threshold) & (largest >= median_multiple * median)
 
 
 @wrong(6, "find_sinks")
 def median_of_the_batch(hidden, abs_threshold, median_multiple):
-    largest, _ = activation_ratio(hidden)
+    largest, _ = two_numbers(hidden)
     return (largest >= abs_threshold) & (largest >= median_multiple * hidden.abs().median())
 
 
 @wrong(6, "find_sinks")
 def mean_instead_of_median(hidden, abs_threshold, median_multiple):
-    largest, _ = activation_ratio(hidden)
+    largest, _ = two_numbers(hidden)
     mean = hidden.abs().mean(dim=(1, 2), keepdim=True)[:, 0]
     return (largest >= abs_threshold) & (largest >= median_multiple * mean)
 
 
 @wrong(6, "find_sinks")
 def either_instead_of_both(hidden, abs_threshold, median_multiple):
-    largest, median = activation_ratio(hidden)
+    largest, median = two_numbers(hidden)
     return (largest >= abs_threshold) | (largest >= median_multiple * median)
 
 
 @wrong(6, "find_sinks")
 def signs_kept(hidden, abs_threshold, median_multiple):
-    _, median = activation_ratio(hidden)
+    _, median = two_numbers(hidden)
     largest = hidden.amax(-1)
     return (largest >= abs_threshold) & (largest >= median_multiple * median)
 
 
 @wrong(6, "find_sinks")
 def length_instead_of_largest_coordinate(hidden, abs_threshold, median_multiple):
-    _, median = activation_ratio(hidden)
+    _, median = two_numbers(hidden)
     length = hidden.norm(dim=-1)
     return (length >= abs_threshold) & (length >= median_multiple * median)
+
+
+@wrong(6, "find_sinks")
+def written_into_the_hidden_states(hidden, abs_threshold, median_multiple):
+    largest, median = two_numbers(hidden.abs_())
+    return (largest >= abs_threshold) & (largest >= median_multiple * median)
 
 
 # ---- exercise 7 ----
@@ -305,6 +323,11 @@ def written_into_the_mask_of_the_caller(may_attend, is_sink):
 # ---- exercise 9 ----
 
 
+def mean_of(v, chosen):
+    of_chosen = v.masked_fill(~chosen[:, None, :, None], 0).sum(2)
+    return of_chosen / chosen.sum(1).clamp(min=1)[:, None, None]
+
+
 @wrong(9, "sink_value")
 def mean_over_all_tokens(v, is_sink):
     return v.masked_fill(~is_sink[:, None, :, None], 0).mean(2)
@@ -322,17 +345,17 @@ def nan_without_sinks(v, is_sink):
 
 @wrong(9, "sink_value")
 def one_value_for_all_heads(v, is_sink):
-    return model.sink_value(v, is_sink).mean(1, keepdim=True).expand(-1, v.shape[1], -1)
+    return mean_of(v, is_sink).mean(1, keepdim=True).expand(-1, v.shape[1], -1)
 
 
 @wrong(9, "sink_value")
 def only_the_first_sink(v, is_sink):
-    return model.sink_value(v, is_sink & (is_sink.cumsum(1) == 1))
+    return mean_of(v, is_sink & (is_sink.cumsum(1) == 1))
 
 
 @wrong(9, "sink_value")
 def the_mean_of_the_others(v, is_sink):
-    return model.sink_value(v, ~is_sink)
+    return mean_of(v, ~is_sink)
 
 
 # ---- exercise 10 ----
@@ -416,6 +439,7 @@ def computed_in_half_precision(out, v_sink, ever_sink, gamma, temperature):
 
 for what, who_was_a_sink in (
         ("the_published_slip", SLIP),
+        ("the_prompt_told_by_its_length", "cache.sinks.ever_sink[:, :S] if S > 1 else none"),
         ("the_end_of_the_prompt_looked_up", "cache.sinks.ever_sink[:, -S:]"),
         ("generated_tokens_left_alone", "cache.sinks.ever_sink if is_prompt else ~none"),
         ("sinks_of_the_prompt_turned_too", "none")):

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from exercises import EXERCISES
+from exercises import EXERCISES, make_importable
 
 MODEL = Path(__file__).parent.parent / "minioutro" / "model.py"
 SLIP = "cache.sinks.ever_sink[:, :S]"       # as in the published code: see exercise 11
@@ -96,13 +96,15 @@ def main(arguments: list[str]) -> int:
         print("usage: python tests/starter.py my_module.py", file=sys.stderr)
         return 2
     path = Path(arguments[0])
-    if path.suffix != ".py" or not path.stem.isidentifier():
-        print(f"{path} cannot be imported; give a name such as my_module.py", file=sys.stderr)
-        return 2
-    text = starter(MODEL.read_text(encoding="utf-8"), path.stem)
     try:
+        if path.suffix != ".py":
+            raise ValueError(f"{path} is no Python module; call it my_module.py, or such")
+        name = make_importable(path)
         with path.open("x", encoding="utf-8") as file:          # never over a student's work
-            file.write(text)
+            file.write(starter(MODEL.read_text(encoding="utf-8"), name))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"{path} cannot be written ({error.strerror}); give another name", file=sys.stderr)
         return 2

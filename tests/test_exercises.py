@@ -9,9 +9,9 @@ import math
 
 import pytest
 import torch
-from conftest import TOY, assert_close
+from conftest import assert_close
 
-from minioutro import Cache, OutRo, VideoLM, read_video
+from minioutro import Cache, VideoLM
 from minioutro.model import (causal_mask, cosine, fused_attention, open_sink_rows, rope_tables,
                              show_mask)
 
@@ -307,12 +307,13 @@ def test_only_the_rows_of_sinks_grow(impl):
 
 
 @pytest.mark.exercise_7
-def test_the_mask_that_is_given_is_not_changed(impl):
+def test_more_rows_are_opened_in_the_mask_of_each_item(impl):
     """All layers are given the same mask, and only one of them may open a row."""
-    given = causal_mask(3, 3)[None].repeat(2, 1, 1)
-    impl.open_sink_rows(given, torch.tensor([[False, True, False], [True, False, False]]))
-    assert_mask(given[0], [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
-                "the mask that was passed in, afterwards,")
+    given = open_sink_rows(causal_mask(3, 3), torch.tensor([[True, False, False], [False] * 3]))
+    opened = impl.open_sink_rows(given, torch.tensor([[False, True, False], [True, False, False]]))
+    assert_mask(opened[0], [[1, 1, 1], [1, 1, 1], [1, 1, 1]],
+                "the mask with row 0 open, and now row 1,")
+    assert_mask(opened[1], [[1, 1, 1], [1, 1, 0], [1, 1, 1]], "the mask of the other item")
 
 
 # ---- exercise 9: sink value ----
@@ -411,11 +412,11 @@ def test_alignment_of_no_strength_of_sinks_and_without_sinks(impl):
                   "gamma 0 changes nothing", 1e-6)
     v_sink[1] = 0
     turned = impl.align_with_sink(out, v_sink, ever_sink, 3.0, 0.1)
-    assert turned[0][:, ever_sink[0]].equal(out[0][:, ever_sink[0]]), \
-        "a token that was a sink is left alone"
+    assert_values(turned[0][:, ever_sink[0]], out[0][:, ever_sink[0]],
+                  "a token that was a sink is left alone", 1e-6)
     assert not torch.allclose(turned[0][:, ~ever_sink[0]], out[0][:, ~ever_sink[0]]), \
         "the others are turned"
-    assert turned[1].equal(out[1]), "an item whose v_sink is zero is left alone, bit for bit"
+    assert_values(turned[1], out[1], "an item whose v_sink is zero is left alone", 1e-6)
 
 
 @pytest.mark.exercise_10
@@ -451,66 +452,38 @@ def test_prompts_are_read_as_by_the_published_code(impl, golden):
 
 
 @pytest.mark.exercise_11
-def test_a_generated_token_is_turned_at_every_layer_that_had_sinks(impl, golden):
-    """In dev_late token 0 of the prompt is a sink; the first 12 of dev_natural end in one."""
+def test_tokens_after_the_prompt_are_turned_at_every_layer_that_had_sinks(impl, golden):
+    """In dev_late token 0 of the prompt is a sink; the first 12 of dev_natural end in one. One new
+    token is read, then two at once, as of an answer that is known."""
     for case, n_prompt, n_image in (("dev_late", 29, 8), ("dev_natural", 12, 4)):
-        g, prompt, step, cache = golden(case), {}, {}, Cache()
+        g, prompt, cache = golden(case), {}, Cache()
         model, outro = model_of(impl, g), g.outro()
         ids, features = g.input_ids[:, :n_prompt], g.model.encode(g.pixels)[:, :n_image]
         logits = model(ids, features=features, outro=outro, cache=cache, trace=prompt)
-        model(logits[:, -1:].argmax(-1), outro=outro, cache=cache, trace=step)
-        for l in range(g.meta["L"]):
-            out, aligned = step[f"layers.{l}.out"], step[f"layers.{l}.aligned"]
-            v_sink = step[f"layers.{l}.v_sink"]
-            assert v_sink.equal(prompt[f"layers.{l}.v_sink"]), \
-                f"{case}, layer {l}: this is not the value of the prompt's sinks"
-            towards, stays = cosine(out, v_sink) > 0.01, (aligned == out).all(-1)
-            assert not (towards & stays).any(), \
-                f"{case}, layer {l} has sinks; the generated token was not turned: is it taken for one?"
+        token = logits[:, -1:].argmax(-1)
+        for new in (token, token.repeat(1, 2)):
+            step = {}
+            model(new, outro=outro, cache=cache, trace=step)
+            for l in range(g.meta["L"]):
+                v_sink, out = step[f"layers.{l}.v_sink"], step[f"layers.{l}.out"]
+                assert v_sink.equal(prompt[f"layers.{l}.v_sink"]), \
+                    f"{case}, layer {l}: this is not the value of the prompt's sinks"
+                before, after = cosine(out, v_sink), cosine(step[f"layers.{l}.aligned"], v_sink)
+                stays = (0.01 < before) & (before < 0.99) & (after - before < 1e-4)
+                assert not stays.any(), \
+                    f"{case}, layer {l} has sinks; of {new.shape[1]} tokens after the prompt not " \
+                    f"all were turned: are they taken for sinks?"
 
 
 @pytest.mark.exercise_11
 def test_generated_tokens_are_aligned_unlike_in_the_published_code(impl, golden, decoded):
-    """The release looks up index 0 of the prompt for them; where that is a sink, it aligns none."""
+    """The release looks up index 0 of the prompt for them: in a layer by which that was a sink, as
+    in dev_late, it aligns none. In dev_natural index 0 is no sink, and the release aligns as well."""
     for case in ("dev_late", "dev_natural"):
         g = golden(case)
         model = model_of(impl, g)
         token_ids = model.generate(g.input_ids, g.pixels, max_new_tokens=12, outro=g.outro())
-        assert token_ids != decoded[case]["no_decode_alignment"][:12], \
-            f"{case}: the answer is that of a model which aligns the prompt only"
+        if case == "dev_late":
+            assert token_ids != decoded[case]["no_decode_alignment"][:12], \
+                f"{case}: the answer is that of a model which aligns the prompt only"
         assert token_ids == decoded[case]["ids"][:12], f"{case}: another answer"
-
-
-# ---- the answers to the exercises in words ----
-
-
-def test_a_row_opened_in_the_last_layer_does_not_reach_the_answer(toy, golden):
-    """Exercise 8: no effect. Opening a row changes the output of that position alone; the layer's
-    keys and values are computed before it, and there is no later layer in which others could read
-    it. The logits at the sink itself move, but the answer is read from the last position."""
-    model, processor = toy
-    inputs = processor(read_video(TOY / "clip.mp4"), "What happens in this video?")
-    g = golden("dev_late")
-    for model, ids, pixels in ((model, inputs.input_ids, inputs.pixel_values),
-                               (g.model, g.input_ids, g.pixels)):
-        last, trace = len(model.model.text_model.layers) - 1, {}
-        late = OutRo(relax_every=last, skip_last=0, align=False)
-        opened = model(ids, pixels, outro=late, trace=trace)
-        is_open = trace[f"layers.{last}.relaxed"][0]
-        assert is_open.any() and not is_open[-1] and not trace["layers.0.relaxed"].any()
-        moved = (opened - model(ids, pixels)).abs().amax(-1)[0]
-        assert (moved[~is_open] == 0).all() and (moved[is_open] > 0).all()
-
-
-def test_seven_more_right_answers_are_evidence_only_if_few_answers_changed():
-    """Exercise 12: at most 9 may have changed, 8 for the better and 1 for the worse (p = 0.039). By
-    chance each change is for the better with probability 1/2, and p is twice the upper tail. The
-    standard error of 80 % among 1,000 is 1.3 points, but it says how the share would vary with
-    other questions; both runs had the same. So a report prints both counts of changes."""
-    assert math.sqrt(0.8 * 0.2 / 1000) == pytest.approx(0.013, abs=5e-4)
-
-    def p(worse):
-        changed = worse + (worse + 7)
-        return 2 * sum(math.comb(changed, k) for k in range(worse + 1)) / 2**changed
-    assert p(0) < p(1) < 0.05 < p(2) and p(20) > 0.3
-    assert p(1) == pytest.approx(0.039, abs=5e-4) and p(2) == pytest.approx(0.065, abs=5e-4)
