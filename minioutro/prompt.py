@@ -99,9 +99,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
     for name, kinds in TOKENIZER.items():
         parts = [saved.get(name)]
         if isinstance(parts[0], dict) and parts[0].get("type") == "Sequence":
-            parts = next((value for value in parts[0].values() if isinstance(value, list)), [])
+            parts = [part for value in parts[0].values() if isinstance(value, list)
+                     for part in value]
         for part in parts:
-            kind = part.get("type") if isinstance(part, dict) else part
+            kind = part.get("type", part) if isinstance(part, dict) else part
             if kind not in kinds:
                 raise ValueError(f"{path}: {name} {shown(kind)} is not supported, only "
                                  f"{', '.join(map(str, kinds))}; give a SmolVLM2 checkpoint's")

@@ -76,33 +76,19 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
     if folder.exists():
         raise ValueError(f"{path_or_repo} is a file; give the folder that holds config.json")
 
-    # imported here: it takes longer to import than the rest of the module, and a folder needs none
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (GatedRepoError, HFValidationError, RepositoryNotFoundError,
-                                        RevisionNotFoundError)
-    from huggingface_hub.utils import logging, tqdm
-
-    class TerminalBar(tqdm):
-        """A progress bar that is silent where nobody watches, as in a log file or a pipe."""
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **{"disable": None, **kwargs})
-
-    def fetch(**options) -> Path:
-        return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns,
-                                      tqdm_class=TerminalBar, **options))
-
-    logging.set_verbosity_error()           # its retries; what fails in the end is told below
     # There is no narrower class than Exception: proxies, addresses, servers and hotel networks make
     # the library raise OSError, ValueError, ImportError, KeyError and the HTTP library's errors.
     try:
-        return fetch()
+        return fetch(str(path_or_repo), revision, patterns)
     except Exception as error:
         problem = error
     try:
-        return fetch(local_files_only=True)
+        return fetch(str(path_or_repo), revision, patterns, local_files_only=True)
     except Exception:
         cause = problem.__cause__ or problem
-        cause = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+        cause = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0][:300]
+    from huggingface_hub.errors import (GatedRepoError, HFValidationError, RepositoryNotFoundError,
+                                        RevisionNotFoundError)
     name = f"{path_or_repo} at revision {revision}" if revision else path_or_repo
     sentences = {
         HFValidationError: f"{path_or_repo} is neither a folder here nor the name of a repository "
@@ -117,6 +103,22 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
                    f"fetched from the hub ({cause}); try again, or copy its files into a folder "
                    f"and give that"}
     raise ValueError(next(text for kind, text in sentences.items() if isinstance(problem, kind)))
+
+
+def fetch(repo: str, revision: str | None, patterns: tuple[str, ...], **options) -> Path:
+    """The folder of the hub's cache that has these files of a repository, after fetching them."""
+    # imported here: it takes longer to import than the rest of the module, and a folder needs none
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging, tqdm
+
+    class TerminalBar(tqdm):
+        """A progress bar that is silent where nobody watches, as in a log file or a pipe."""
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{"disable": None, **kwargs})
+
+    logging.set_verbosity_error()           # not each of its retries: `find` tells what failed
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
+                                  tqdm_class=TerminalBar, **options))
 
 
 def read_json(path: Path) -> dict:

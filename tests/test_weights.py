@@ -463,7 +463,7 @@ def http_error(kind, code):
     (json.JSONDecodeError("Expecting value", "<html>", 0), "JSONDecodeError: Expecting value"),
     (TimeoutError("timed out"), "TimeoutError: timed out"), (KeyError("sha"), "KeyError: 'sha'"),
     (OSError(28, "No space left on device"), "No space left on device"),
-    (http_error(errors.HfHubHTTPError, 503), "HfHubHTTPError: 503: no not here")])
+    (http_error(errors.HfHubHTTPError, 503), "(HfHubHTTPError: 503: no);")])
 def test_whatever_the_hub_fails_with_is_one_line_and_the_cache_is_used_where_there_is_one(
         hub, tmp_path, golden, error, cause):
     hub(error)
