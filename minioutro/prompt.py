@@ -113,7 +113,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:                  # tokenizers raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer ({error}); fetch it again") from None
+        raise ValueError(f"{path} is no tokenizer ({str(error)[:200]}); fetch it again") from None
     for token in SPECIAL:
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path} has no token {token}; give a SmolVLM2 checkpoint's")

@@ -55,10 +55,8 @@ IGNORED = """
     _flash_attn_2_enabled _attn_implementation_autoset chunk_size_feed_forward is_encoder_decoder
     output_hidden_states output_attentions return_dict problem_type id2label label2id
     do_sample temperature top_k top_p typical_p max_length length_penalty num_beam_groups
-    num_return_sequences
-    vocab_size tie_word_embeddings
-    perceiver_config pixel_shuffle_factor max_image_size size use_base_siglip
-    use_reentrant_checkpointing""".split()
+    num_return_sequences vocab_size tie_word_embeddings perceiver_config pixel_shuffle_factor
+    max_image_size size use_base_siglip use_reentrant_checkpointing""".split()
 
 
 def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -70,11 +68,10 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
     folder = Path(os.path.expanduser(path_or_repo))
     if folder.is_dir():
         if revision:
-            raise ValueError(f"{path_or_repo} is a folder and has no revision {revision}; leave "
-                             f"that out")
+            raise ValueError(f"{folder} is a folder and has no revision {revision}; leave that out")
         return folder
     if folder.exists():
-        raise ValueError(f"{path_or_repo} is a file; give the folder that holds config.json")
+        raise ValueError(f"{folder} is a file; give the folder that holds config.json")
 
     # There is no narrower class than Exception: proxies, addresses, servers and hotel networks make
     # the library raise OSError, ValueError, ImportError, KeyError and the HTTP library's errors.
@@ -207,16 +204,16 @@ def fill(config_class, section: dict, name: str, **parts):
 def check_multiples(config) -> None:
     """Raise ValueError if a size does not divide into the parts that the model cuts it into."""
     text, vision = config.text_config, config.vision_config
-    for whole, part, what in (
-            (text.num_attention_heads, text.num_key_value_heads, "heads by key-value heads"),
-            (text.head_dim, 2, "head_dim by 2"),
-            (vision.hidden_size, vision.num_attention_heads, "the encoder's width by its heads"),
-            (vision.image_size // vision.patch_size, config.scale_factor, "patches by scale")):
+    for name, whole, part, of in (
+            ("num_attention_heads", text.num_attention_heads, text.num_key_value_heads,
+             "num_key_value_heads"),
+            ("head_dim", text.head_dim, 2, "positions turn pairs"),
+            ("hidden_size", vision.hidden_size, vision.num_attention_heads, "num_attention_heads"),
+            ("image_size // patch_size", vision.image_size // vision.patch_size,
+             config.scale_factor, "scale_factor")):
         if whole < part or whole % part:
-            raise ValueError(f"config.json: {whole} is no multiple of {part} ({what}); correct it")
-    if config.image_token_id >= text.vocab_size:
-        raise ValueError(f"config.json: image_token_id = {config.image_token_id} is not below "
-                         f"vocab_size = {text.vocab_size}; correct it")
+            raise ValueError(f"config.json: {name} = {whole} is no multiple of {part} ({of}); "
+                             f"correct it")
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:
@@ -282,39 +279,45 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 def check_sizes(config, stored: dict[str, Stored]) -> None:
     """Compare every size of config.json with the weights, before anything of that size is built.
 
-    Raises: ValueError with the fields, their values, and the tensor that has another shape.
+    Raises: ValueError with the fields, their values, and what the weights have instead.
     """
-    text, vision, scale = config.text_config, config.vision_config, config.scale_factor
-    C, Cv, D, patch = text.hidden_size, vision.hidden_size, text.head_dim, vision.patch_size
-    for section, names, tensor, shape in (
-            (text, "vocab_size hidden_size", f"{DECODER}embed_tokens", (text.vocab_size, C)),
-            (text, "intermediate_size hidden_size", f"{DECODER}layers.0.mlp.gate_proj",
+    text, vision = config.text_config, config.vision_config
+    V, C, Cv, D, patch = (text.vocab_size, text.hidden_size, vision.hidden_size, text.head_dim,
+                          vision.patch_size)
+    layer, encoder = f"{DECODER}layers.0", f"{ENCODER}encoder.layers.0"
+    for where, names, tensor, shape in (
+            ("text_config", "vocab_size hidden_size", f"{DECODER}embed_tokens", (V, C)),
+            ("text_config", "intermediate_size", f"{layer}.mlp.gate_proj",
              (text.intermediate_size, C)),
-            (text, "num_attention_heads head_dim", f"{DECODER}layers.0.self_attn.q_proj",
+            ("text_config", "num_attention_heads head_dim", f"{layer}.self_attn.q_proj",
              (text.num_attention_heads * D, C)),
-            (text, "num_key_value_heads head_dim", f"{DECODER}layers.0.self_attn.k_proj",
+            ("text_config", "num_key_value_heads head_dim", f"{layer}.self_attn.k_proj",
              (text.num_key_value_heads * D, C)),
-            (vision, "hidden_size patch_size", f"{ENCODER}embeddings.patch_embedding",
+            ("vision_config", "hidden_size patch_size", f"{ENCODER}embeddings.patch_embedding",
              (Cv, 3, patch, patch)),
-            (vision, "image_size patch_size", f"{ENCODER}embeddings.position_embedding",
+            ("vision_config", "image_size patch_size", f"{ENCODER}embeddings.position_embedding",
              ((vision.image_size // patch)**2, Cv)),
-            (vision, "intermediate_size hidden_size", f"{ENCODER}encoder.layers.0.mlp.fc1",
+            ("vision_config", "intermediate_size", f"{encoder}.mlp.fc1",
              (vision.intermediate_size, Cv)),
-            (config, "scale_factor", "model.connector.modality_projection.proj",
-             (C, Cv * scale**2))):
-        there = stored.get(f"{tensor}.weight")
-        if there is None or there.shape != shape:
+            ("top level", "scale_factor", "model.connector.modality_projection.proj",
+             (C, Cv * config.scale_factor**2))):
+        there = stored[f"{tensor}.weight"].shape if f"{tensor}.weight" in stored else "none"
+        if there != shape:
+            section = getattr(config, where, config)
             values = ", ".join(f"{name} = {getattr(section, name)}" for name in names.split())
-            raise ValueError(f"config.json: {values} ask for {tensor}.weight {shape}, but the "
-                             f"weights have {there.shape if there else 'none'}; correct it, or "
-                             f"fetch the weights again")
-    for section, prefix in ((text, f"{DECODER}layers."), (vision, f"{ENCODER}encoder.layers.")):
+            raise ValueError(f"config.json, {where}: {values} ask for {tensor}.weight {shape}, but "
+                             f"the weights have {there}; correct it, or fetch the weights again")
+    for where, prefix in (("text_config", f"{DECODER}layers."),
+                          ("vision_config", f"{ENCODER}encoder.layers.")):
+        layers = getattr(config, where).num_hidden_layers
         found = len({name.removeprefix(prefix).split(".")[0] for name in stored
                      if name.startswith(prefix)})
-        if found != section.num_hidden_layers:
-            raise ValueError(f"config.json: num_hidden_layers = {section.num_hidden_layers}, but "
-                             f"the weights have {found} layers {prefix}*; correct it, or fetch the "
-                             f"weights again")
+        if layers != found:
+            raise ValueError(f"config.json, {where}: num_hidden_layers = {layers}, but the weights "
+                             f"have {found} layers; correct it, or fetch the weights again")
+    if config.image_token_id >= V:
+        raise ValueError(f"config.json, top level: image_token_id = {config.image_token_id} is "
+                         f"none of {V} tokens; correct it")
 
 
 def load_tensors(model: torch.nn.Module, folder: Path, stored: dict[str, Stored], device,
