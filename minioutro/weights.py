@@ -145,12 +145,11 @@ def read_sections(folder: Path) -> dict:
             raise ValueError(f"{folder / 'config.json'} has no section {section}; fetch it again")
     text = config["text_config"]
     # "rope_parameters" since transformers 5; before, rope_theta stood beside "rope_scaling"
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(text.get(name), dict):
-            rope = text.pop(name)
-            text["rope_type"] = rope.get("rope_type", rope.get("type"))
-            text.update({field: rope[field] for field in ("rope_theta", "partial_rotary_factor")
-                         if field in rope})
+    rope = text.pop("rope_scaling", None) or text.pop("rope_parameters", None) or {}
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    text["rope_type"] = rope.get("rope_type", rope.get("type"))
+    text.update({field: rope[field] for field in ("rope_theta", "partial_rotary_factor")
+                 if field in rope})
     kinds = text.get("layer_types")
     if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
         del text["layer_types"]
@@ -195,7 +194,7 @@ def fill(config_class, section: dict, name: str, **parts):
         value = section.get(field.name, field.default)
         if field.name not in parts and value is not field.default:
             kind = field.type if field.type in (bool, float) else int
-            limits = (1e-12, 1e12) if kind is float else (1, 2**31 - 1)
+            limits = (1e-12, 10**12) if kind is float else (1, 2**31 - 1)
             check_number(where, field.name, value, kind, *limits)
             values[field.name] = value
     return config_class(**values, **parts)

@@ -243,7 +243,7 @@ def test_generation_settings_that_a_greedy_answer_does_not_depend_on_are_accepte
 @pytest.mark.parametrize("section, field, value", [
     (None, "model_type", "llava"), (None, "model_type", "idefics3"), ("text_config", "model_type", "qwen2"),
     ("text_config", "hidden_act", "gelu"), ("text_config", "attention_bias", True),
-    ("text_config", "mlp_bias", True), ("text_config", "rope_scaling", "linear"),
+    ("text_config", "mlp_bias", True),
     ("text_config", "sliding_window", 512), ("text_config", "rope_interleaved", True),
     ("text_config", "qk_layer_norms", True), ("text_config", "use_resampler", True),
     ("text_config", "layer_types", ["full_attention", "sliding_attention", "full_attention"]),
@@ -278,8 +278,16 @@ def test_scaled_positions_are_refused(folder, name, rope):
     edit_config(folder, "text_config", rope_parameters=...)
     edit_config(folder, "text_config", **{name: rope})
     assert "rope_type = 'yarn' is not implemented, only 'default'" in message(folder)
+    edit_config(folder, "text_config", **{name: "linear"})
+    assert "rope_type = 'linear' is not implemented, only 'default'" in message(folder)
     edit_config(folder, "text_config", **{name: {"rope_type": "default", "partial_rotary_factor": 0.5}})
     assert "partial_rotary_factor = 0.5 is not implemented, only 1" in message(folder)
+
+
+def test_two_descriptions_of_the_positions_are_refused(folder):
+    """transformers would take rope_scaling and drop the other's rope_theta."""
+    edit_config(folder, "text_config", rope_scaling={"rope_type": "default"})
+    assert "rope_parameters = {" in message(folder)
 
 
 def test_a_section_that_is_missing_is_named(folder):
