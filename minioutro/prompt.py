@@ -35,7 +35,7 @@ KNOWN = """
 LARGEST = 4096          # pixels on a side; SmolVLM's own code resizes to no more
 # What a tokenizer may be made of. Parts of other kinds make the library panic on some texts.
 TOKENIZER = {"normalizer": (None, "NFC", "NFD", "NFKC", "NFKD", "Lowercase"),
-             "pre_tokenizer": (None, "Digits", "ByteLevel", "Split"),
+             "pre_tokenizer": ("Digits", "ByteLevel", "Split"),
              "decoder": ("ByteLevel",), "model": ("BPE",)}
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "

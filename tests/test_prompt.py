@@ -90,6 +90,12 @@ def test_pixels_equal_the_route_of_the_release():
         assert (pixels[0] - golden).abs().max() < 1e-6
 
 
+def test_a_processor_samples_one_frame_a_second_unless_it_is_told(processor):
+    default = Processor(processor.tokenizer, 32, 48, 16)
+    assert (default.size, default.longest_edge, default.tokens_per_frame) == (32, 48, 16)
+    assert (default.fps, default.max_frames) == (1.0, 64)
+
+
 def test_pixels_of_any_mode_become_rgb_from_minus_one_to_one(processor):
     assert (processor.pixels(Image.new("L", (7, 9), 255)) == 1).all()
     assert (processor.pixels(Image.new("RGBA", (9, 7), (0, 0, 0, 0))) == -1).all()
@@ -101,6 +107,8 @@ def test_a_tokenizer_that_cuts_or_pads_does_neither(processor, tmp_path):
     shutil.copytree(TOY, tmp_path / "toy")
     saved = json.loads((tmp_path / "toy" / "tokenizer.json").read_text())
     saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    saved["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None,
+                        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
     (tmp_path / "toy" / "tokenizer.json").write_text(json.dumps(saved))
     cutting = Processor.from_pretrained(tmp_path / "toy")
     assert cutting(video(2), "What?").input_ids.equal(processor(video(2), "What?").input_ids)
@@ -232,9 +240,15 @@ def test_a_setting_that_would_change_pixels_is_refused_by_name(folder, setting, 
 
 
 @pytest.mark.parametrize("setting, value", [
-    ("image_mean", None), ("do_resize", True), ("do_pad", False), ("do_image_splitting", False),
-    ("do_center_crop", None), ("do_center_crop", False), ("rescale_factor", 1 / 255), ("resample", 1),
-    ("crop_size", {"height": 8}), ("size", "any"), ("data_format", "channels_first")])
+    ("image_mean", None), ("do_resize", True), ("do_pad", True), ("do_image_splitting", True),
+    ("do_pad", False), ("do_center_crop", None), ("do_center_crop", False), ("rescale_factor", 1 / 255),
+    ("resample", 1), ("do_convert_rgb", True), ("do_sample_frames", True), ("default_to_square", True),
+    ("crop_size", {"height": 8}), ("size", "any"), ("fps", 2), ("num_frames", 9), ("return_metadata", True),
+    ("return_row_col_info", True), ("data_format", "channels_first"), ("input_data_format", "none"),
+    ("return_tensors", "pt"), ("processor_class", "SmolVLMProcessor"),
+    ("image_processor_type", "SmolVLMImageProcessor"), ("feature_extractor_type", "x"),
+    ("video_processor_type", "SmolVLMVideoProcessor"), ("auto_map", {"AutoProcessor": "x"}),
+    ("model_input_names", ["pixel_values"]), ("_valid_processor_keys", ["images"])])
 def test_a_setting_that_changes_no_pixels_is_accepted(folder, setting, value):
     edit(folder / "preprocessor_config.json", **{setting: value})
     assert settings(folder) == settings(TOY)
@@ -317,8 +331,8 @@ def sequence(name, *parts):
     ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "FixedLength"),
     ("pre_tokenizer", sequence("pretokenizers", {"type": "FixedLength", "length": 0}), "FixedLength"),
     ("decoder", {"type": "Strip", "content": "o", "start": 1, "stop": 1}, "Strip"),
-    ("decoder", None, None), ("model", {"type": "WordLevel", "vocab": {}}, "WordLevel"),
-    ("model", None, None)])
+    ("pre_tokenizer", None, None), ("decoder", None, None), ("model", None, None),
+    ("model", {"type": "WordLevel", "vocab": {}}, "WordLevel")])
 def test_a_tokenizer_of_parts_that_may_panic_is_refused(folder, capfd, name, part, kind):
     edit(folder / "tokenizer.json", **{name: part})
     text = message(folder)
@@ -334,9 +348,14 @@ def test_a_tokenizer_that_varies_or_marks_words_is_refused(folder, field, value)
     assert f"tokenizer.json: {field} = {value!r} is not supported" in message(folder)
 
 
-def test_a_tokenizer_that_normalizes_a_text_is_accepted(folder, processor):
-    parts = sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"})
-    edit(folder / "tokenizer.json", normalizer=parts)
+def test_a_tokenizer_that_normalizes_or_splits_a_text_is_accepted(folder, processor):
+    parts = [{"type": kind} for kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")]
+    split = {"type": "Split", "pattern": {"Regex": "\\\\d"}, "behavior": "Isolated", "invert": False}
+    before = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
+    edit(folder / "tokenizer.json", normalizer=sequence("normalizers", *parts),
+         pre_tokenizer=sequence("pretokenizers", split, *before))
+    assert Processor.from_pretrained(folder).tokenize(["WHAT 12"]) == processor.tokenize(["what 12"])
+    edit(folder / "tokenizer.json", normalizer=parts[-1], pre_tokenizer=before[-1])
     assert Processor.from_pretrained(folder).tokenize(["WHAT"]) == processor.tokenize(["what"])
 
 

@@ -133,6 +133,27 @@ def test_defaults_and_decoys_of_the_hubs_config(folder):
     assert (vision.layer_norm_eps, text.rms_norm_eps) == (1e-6, 1e-5)
 
 
+def test_fields_that_the_hub_and_other_versions_write_are_accepted_in_their_sections(folder):
+    everywhere = {"_name_or_path": "x", "architectures": ["x"], "transformers_version": "4.47.1",
+                  "torch_dtype": "bfloat16", "dtype": "bfloat16", "use_cache": True,
+                  "initializer_range": 0.02, "output_hidden_states": True, "output_attentions": True,
+                  "return_dict": True, "problem_type": "x", "id2label": {"0": "x"}, "label2id": {"x": 0},
+                  "chunk_size_feed_forward": 1, "is_encoder_decoder": True, "do_sample": True,
+                  "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "max_length": 20,
+                  "length_penalty": 1.0, "num_beam_groups": 1, "num_return_sequences": 1, "num_beams": 1,
+                  "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1,
+                  "bos_token_id": 1, "pad_token_id": 2, "_attn_implementation_autoset": True}
+    edit_config(folder, None, _pad_token_id=128002, image_seq_len=64, video_token_id=3, vocab_size=49280,
+                use_reentrant_checkpointing=True, **everywhere)
+    edit_config(folder, "text_config", neftune_noise_alpha=0.1, is_llama_config=True, pretraining_tp=2,
+                attention_dropout=0.1, _flash_attn_2_enabled=True, perceiver_config={"num_key_value_heads": 1},
+                pixel_shuffle_factor=3, tie_word_embeddings=True, **everywhere,
+                **{"transformers.js_config": {"kv_cache_dtype": "x"}})
+    edit_config(folder, "vision_config", max_image_size={"longest_edge": 48}, size={"longest_edge": 96},
+                use_base_siglip=True, tie_word_embeddings=True, **everywhere)
+    VideoLM.from_pretrained(folder)
+
+
 HUB = {                                     # what the three configs say; the rest is absent there
     "256M": (dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                   num_key_value_heads=3), dict(hidden_size=768, num_attention_heads=12, image_size=512,
