@@ -103,12 +103,16 @@ def test_pixels_of_any_mode_become_rgb_from_minus_one_to_one(processor):
     assert torch.allclose(red[:, 5, 5], torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
 
 
-def test_a_tokenizer_that_cuts_or_pads_does_neither(processor, tmp_path):
+def test_a_tokenizer_that_cuts_pads_or_frames_a_text_does_none_of_it(processor, tmp_path):
     shutil.copytree(TOY, tmp_path / "toy")
     saved = json.loads((tmp_path / "toy" / "tokenizer.json").read_text())
     saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
     saved["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None,
                         "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    saved["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [], "special_tokens": {START: {"id": START, "ids": [1],
+                                                                            "tokens": [START]}},
+        "single": [{"SpecialToken": {"id": START, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
     (tmp_path / "toy" / "tokenizer.json").write_text(json.dumps(saved))
     cutting = Processor.from_pretrained(tmp_path / "toy")
     assert cutting(video(2), "What?").input_ids.equal(processor(video(2), "What?").input_ids)
