@@ -124,8 +124,8 @@ def test_decode_drops_special_tokens_and_the_leading_space(processor):
     assert processor.token_text(ids[-1]) == END
 
 
-@pytest.mark.parametrize("n, words", [(1, "one"), (13, "thirteen"), (20, "twenty"), (64, "sixty-four"),
-                                      (100, "one hundred"), (105, "one hundred and five"),
+@pytest.mark.parametrize("n, words", [(1, "one"), (13, "thirteen"), (19, "nineteen"), (20, "twenty"),
+                                      (64, "sixty-four"), (99, "ninety-nine"), (100, "one hundred"), (105, "one hundred and five"),
                                       (999, "nine hundred and ninety-nine")])
 def test_numbers_in_words(n, words):
     assert number_words(n) == words

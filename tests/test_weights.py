@@ -188,6 +188,7 @@ def test_rope_theta_is_read_in_every_spelling(folder):
     assert theta() == 10000.0
     assert theta(rope_parameters={"rope_theta": 777.0, "rope_type": "default"}) == 777
     assert theta(rope_parameters={"rope_theta": 778.0}) == 778
+    assert theta(rope_parameters={"rope_theta": 10**12}) == 10**12
     assert theta(rope_parameters=..., rope_theta=555, rope_scaling=None) == 555
     assert theta(rope_scaling={"rope_type": "default"}) == 555
     assert theta(rope_scaling={"type": "default", "factor": 1.0}) == 555
@@ -286,7 +287,7 @@ def test_a_value_that_is_not_implemented_or_makes_no_sense_is_refused(folder, se
     assert "config.json" in text and f"{field} = {shown(value)} " in text and len(text) < 400
 
 
-@pytest.mark.parametrize("theta", [float("inf"), 10**400, 0, None, "10000", 1e13])
+@pytest.mark.parametrize("theta", [float("inf"), 10**400, 0, None, "10000", 10**12 + 1])
 def test_a_rope_theta_that_makes_no_sense_is_refused(folder, theta):
     edit_config(folder, "text_config", rope_parameters={"rope_theta": theta})
     assert f"text_config: rope_theta = {shown(theta)} must be a number from" in message(folder)
@@ -361,10 +362,18 @@ def test_sizes_are_compared_with_the_weights_before_anything_is_built(folder, mo
     assert f"{field} = {value}" in text
 
 
+def test_fields_that_make_a_shape_together_are_named_together(folder):
+    edit_config(folder, "text_config", vocab_size=129)
+    assert message(folder) == (
+        "config.json, text_config: vocab_size = 129, hidden_size = 48 ask for "
+        "model.text_model.embed_tokens.weight (129, 48), but the weights have (128, 48); correct it, or "
+        "fetch the weights again")
+
+
 def test_weights_without_a_first_layer_are_refused_before_anything_is_built(folder, monkeypatch):
     monkeypatch.setattr(VideoLM, "__init__", lambda *_: pytest.fail("the model was built"))
     edit_tensors(folder, lambda tensors: tensors.pop("model.text_model.layers.0.mlp.gate_proj.weight"))
-    assert "layers.0.mlp.gate_proj.weight (120, 48), but the weights have none" in message(folder)
+    assert "layers.0.mlp.gate_proj.weight (120, 48), but the weights have none;" in message(folder)
 
 
 def test_an_index_that_leads_out_of_its_folder_or_names_no_files_is_refused(folder):
@@ -401,6 +410,14 @@ def test_what_is_missing_unexpected_and_mis_shaped_is_named(folder):
     missing = text.split("missing: ")[1].split(";")[0]
     assert len(re.findall("layers.1.", missing)) == 5 and "project" not in missing
     assert len(re.findall("project|full", text)) == 5
+
+
+def test_five_names_are_all_of_them(folder):
+    names = [f"model.vision_model.encoder.layers.1.{name}.bias" for name in
+             ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.out_proj")]
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
+    text = message(folder)
+    assert "5 missing: " in text and all(name in text for name in names) and "..." not in text
 
 
 def test_files_that_are_missing_or_cut_off(folder):
@@ -454,6 +471,9 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download",
                         lambda repo, **options: asked.append((repo, options)) or str(tmp_path))
     assert weights.find("owner/name", "v1", weights.MODEL_FILES) == tmp_path
+    bar = asked[0][1]["tqdm_class"]
+    assert bar(total=3).disable and bar(total=3).total == 3         # silent where nobody watches
+    assert not bar(total=3, disable=False).disable
     weights.find("owner/name", None, weights.PROCESSOR_FILES)
     fetched = [[name for name in hub if any(fnmatch(name, p) for p in options["allow_patterns"])]
                for _, options in asked]
