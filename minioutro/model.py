@@ -43,7 +43,7 @@ and, only for the layers in `weights_of` of a Trace:
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +72,8 @@ class TextConfig:
     intermediate_size: int = 11008               # width of the MLP
     num_hidden_layers: int = 32                  # L
     num_attention_heads: int = 32                # H
-    num_key_value_heads: int | None = None       # G; the reader of the file fills in H
-    head_dim: int | None = None                  # D; the reader of the file fills in C / H
+    num_key_value_heads: int | None = None       # G; None: read_config fills in H
+    head_dim: int | None = None                  # D; None: read_config fills in C / H
     vocab_size: int = 32000                      # V
     max_position_embeddings: int = 2048          # the context: the most tokens in prompt and answer
     rms_norm_eps: float = 1e-6
@@ -90,9 +90,13 @@ class Config:
 
 
 def read_config(folder) -> Config:
-    raw = checkpoint.read_config(folder)
+    """The config.json of a folder. Raises: ValueError for a value that is not implemented."""
+    raw = checkpoint.read_sections(folder)
     vision = checkpoint.fill(VisionConfig, raw["vision_config"], "vision_config")
     text = checkpoint.fill(TextConfig, raw["text_config"], "text_config")
+    H = text.num_attention_heads
+    text = replace(text, num_key_value_heads=text.num_key_value_heads or H,
+                   head_dim=text.head_dim or text.hidden_size // H)
     config = checkpoint.fill(Config, raw, "top level", vision_config=vision, text_config=text)
     checkpoint.check_multiples(config)
     return config
@@ -747,8 +751,9 @@ class VideoLM(nn.Module):
         """
         checkpoint.check_device(device)
         folder = checkpoint.find(path_or_repo, revision, checkpoint.MODEL_FILES)
-        config = read_config(folder)
+        config, stored = read_config(folder), checkpoint.read_headers(folder)
+        checkpoint.check_sizes(config, stored)
         with torch.device("meta"):                     # only shapes: the tensors come from the file
             model = cls(config, checkpoint.read_eos(folder))
-        model.load_report = checkpoint.load_tensors(model, folder, device, dtype)
+        model.load_report = checkpoint.load_tensors(model, folder, stored, device, dtype)
         return model.eval().requires_grad_(False)

@@ -6,6 +6,8 @@ prompt by the chat template, which is short enough to be written out here.
 
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from reprlib import repr as shown
 
 import torch
 from PIL import Image
@@ -18,6 +20,23 @@ from minioutro.video import Video, resize_longest_edge
 START, END = "<|im_start|>", "<end_of_utterance>"
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 SPECIAL = (START, END, IMAGE, FAKE, GLOBAL)
+
+# Settings of the preprocessing of which one value is implemented; resample 1 is Pillow's LANCZOS.
+FIXED = {"do_resize": True, "resample": 1, "do_rescale": True, "rescale_factor": 1 / 255,
+         "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+# Settings that are read below, and those of tiles, batches and types, which change nothing here:
+# a video's frames are squashed to a square one by one, also where do_image_splitting is true.
+KNOWN = """
+    max_image_size video_sampling size fps num_frames
+    do_image_splitting do_pad do_convert_rgb do_sample_frames default_to_square crop_size
+    return_metadata return_row_col_info data_format input_data_format return_tensors
+    processor_class image_processor_type video_processor_type feature_extractor_type auto_map
+    model_input_names _valid_processor_keys""".split()
+LARGEST = 4096          # pixels on a side; SmolVLM's own code resizes to no more
+# What a tokenizer may be made of. Parts of other kinds make the library panic on some texts.
+TOKENIZER = {"normalizer": (None, "NFC", "NFD", "NFKC", "NFKD", "Lowercase"),
+             "pre_tokenizer": ("Digits", "ByteLevel", "Split"),
+             "decoder": ("ByteLevel",), "model": ("BPE",)}
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
@@ -38,6 +57,69 @@ def number_words(n: int) -> str:
     return f"{ONES[n // 100]} hundred" + (f" and {number_words(n % 100)}" if n % 100 else "")
 
 
+def read_settings(folder: Path) -> dict:
+    """What a checkpoint's files say about Processor's arguments, by name.
+
+    The preprocessing is a section of processor_config.json since transformers 5, and a file of its
+    own before. Where a release of the models has no settings for videos, it uses those for images.
+    Raises: ValueError with file, setting and value, where one makes no sense or is not implemented.
+    """
+    path = folder / "processor_config.json"
+    where, settings = str(path), checkpoint.read_json(path)
+
+    def number(setting: str, kind: type, least: float, most: float):
+        value = settings
+        for key in setting.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        checkpoint.check_number(where, setting, value, kind, least, most)
+        return value
+
+    tokens_per_frame = number("image_seq_len", int, 1, 4096)
+    if "video_processor" in settings:
+        where, settings = f"{path}, video_processor", settings["video_processor"]
+        if not isinstance(settings, dict):
+            raise ValueError(f"{where} is {shown(settings)}, not an object; fetch it again")
+    else:
+        path = folder / "video_preprocessor_config.json"
+        path = path if path.exists() else folder / "preprocessor_config.json"
+        where, settings = str(path), checkpoint.read_json(path)
+    checkpoint.check_fields(where, settings, FIXED, KNOWN)
+    edge, fps, frames = "size", "fps", "num_frames"
+    if "video_sampling" in settings:
+        edge, fps, frames = (f"video_sampling.{key}" for key in ("video_size", "fps", "max_frames"))
+    return {"tokens_per_frame": tokens_per_frame,
+            "size": number("max_image_size.longest_edge", int, 1, LARGEST),
+            "longest_edge": number(f"{edge}.longest_edge", int, 1, LARGEST),
+            "fps": number(fps, float, 0.001, 1000), "max_frames": number(frames, int, 1, 999)}
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file. Raises: ValueError if it is none, or has parts of another kind."""
+    saved = checkpoint.read_json(path)
+    for name, kinds in TOKENIZER.items():
+        parts = [saved.get(name)]
+        if isinstance(parts[0], dict) and parts[0].get("type") == "Sequence":
+            parts = [part for value in parts[0].values() if isinstance(value, list)
+                     for part in value]
+        for part in parts:
+            kind = part.get("type", part) if isinstance(part, dict) else part
+            if kind not in kinds:
+                raise ValueError(f"{path}: {name} {shown(kind)} is not supported, only "
+                                 f"{', '.join(map(str, kinds))}; give a SmolVLM2 checkpoint's")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if saved["model"].get(name):
+            raise ValueError(f"{path}: {name} = {shown(saved['model'][name])} is not supported; "
+                             f"give a SmolVLM2 checkpoint's")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:                  # tokenizers raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer ({str(error)[:200]}); fetch it again") from None
+    for token in SPECIAL:
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{path} has no token {token}; give a SmolVLM2 checkpoint's")
+    return tokenizer
+
+
 @dataclass
 class Inputs:
     pixel_values: Tensor        # float32[1,F,3,size,size] in -1..1
@@ -47,39 +129,26 @@ class Inputs:
 class Processor:
     """The tokenizer and the settings of a checkpoint's preprocessing."""
 
-    def __init__(self, tokenizer: Tokenizer, size: int, longest_edge: int, tokens_per_frame: int):
+    def __init__(self, tokenizer: Tokenizer, size: int, longest_edge: int, tokens_per_frame: int,
+                 fps: float = 1.0, max_frames: int = 64):
         self.tokenizer = tokenizer
         self.size = size                            # pixels on each side of the square frame
         self.longest_edge = longest_edge            # pixels, of the first of two resizes
         self.tokens_per_frame = tokens_per_frame    # M
+        self.fps = fps                              # frames a second, and the most of a video, that
+        self.max_frames = max_frames                # the checkpoint asks for; its caller samples
         tokenizer.encode_special_tokens = True      # special tokens come from us, never from a text
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
     @classmethod
     def from_pretrained(cls, path_or_repo, revision: str | None = None) -> "Processor":
-        """Read tokenizer.json, preprocessor_config.json and processor_config.json.
+        """Read tokenizer.json, processor_config.json and the settings of the preprocessing.
 
-        Raises: ValueError that names a file that is missing or does not fit.
+        Raises: ValueError that names a file that is missing, or a setting that does not fit.
         """
         folder = checkpoint.find(path_or_repo, revision, checkpoint.PROCESSOR_FILES)
-        pixels = checkpoint.read_json(folder / "preprocessor_config.json")
-        prompt = checkpoint.read_json(folder / "processor_config.json")
-        path = folder / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:                  # tokenizers raises nothing narrower
-            raise ValueError(f"{path} is no tokenizer ({error}); fetch it again") from None
-        for token in SPECIAL:
-            if tokenizer.token_to_id(token) is None:
-                raise ValueError(f"{path} has no token {token}; give that of a SmolVLM2 checkpoint")
-        try:
-            size = pixels["max_image_size"]["longest_edge"]
-            longest_edge = pixels["video_sampling"]["video_size"]["longest_edge"]
-            return cls(tokenizer, size, longest_edge, prompt["image_seq_len"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: preprocessor_config.json or processor_config.json lacks a "
-                             f"setting ({error}); fetch them again") from None
+        return cls(read_tokenizer(folder / "tokenizer.json"), **read_settings(folder))
 
     def pieces(self, video: Video, question: str) -> list[str]:
         """The prompt, cut where a special token begins or ends; only special tokens stand alone."""

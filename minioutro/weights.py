@@ -3,95 +3,120 @@
 A checkpoint is a folder with config.json, generation_config.json (optional) and the weights, either
 model.safetensors or several files named by model.safetensors.index.json. It lies on this machine or
 on the Hugging Face hub, from where only the files that are needed are fetched, once.
+
+Nothing in these files is trusted: a setting that would change what is computed is used or refused
+by name, and every size in config.json is compared with the weights before anything is built.
 """
 
 import json
-import math
 import os
 from contextlib import contextmanager
 from dataclasses import fields
+from math import prod
 from pathlib import Path
+from reprlib import repr as shown           # a value in an error message: cut if it is long or deep
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json",
                "model*.safetensors")
-PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json", "processor_config.json")
-INDEX = "model.safetensors.index.json"
+PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json",
+                   "processor_config.json")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")      # of the stored tensors, as safetensors calls them
+ENCODER, DECODER = "model.vision_model.", "model.text_model."
 
-# What the code computes. A config that asks for another value of these is refused.
+# What the code computes. Another value of these is refused, unless it is null.
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1,
+           "guidance_scale": 1}
 FIXED = {
-    "top level": {"model_type": "smolvlm"},
-    "text_config": {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-                    "mlp_bias": False, "rope_type": "default", "rope_interleaved": False,
-                    "qk_layer_norms": False, "use_resampler": False},
+    "top level": {"model_type": "smolvlm", **NEUTRAL},
+    "text_config": {"model_type": "llama", "hidden_act": "silu", "rope_type": "default",
+                    "partial_rotary_factor": 1, **NEUTRAL},
     "vision_config": {"model_type": "smolvlm_vision", "hidden_act": "gelu_pytorch_tanh",
-                      "num_channels": 3},
+                      "num_channels": 3, **NEUTRAL},
 }
-# Fields that SmolVLM's own code does not read, or that say nothing about what is computed here. Any
-# other field is refused unless it is off (null, false, zero): it may change the mathematics. Last
-# come two that count in another section, and what is left over from Idefics, SmolVLM's ancestor,
-# whose perceiver_config repeats names of real fields.
+# The other generation settings with which transformers gives another than the greedy answer. They
+# are refused unless they are off (null, false, zero, empty).
+CHANGING = """
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids sequence_bias min_length
+    min_new_tokens forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens watermarking_config stop_strings token_healing
+    penalty_alpha dola_layers constraints force_words_ids""".split()
+# Fields of config.json that SmolVLM's own code does not read, or that say nothing about what is
+# computed here. Any other field is refused unless it is off: it may change the mathematics. Last
+# come settings of sampling and beam search, two fields that count in another section, and what is
+# left over from Idefics, SmolVLM's ancestor, whose perceiver_config repeats names of real fields.
 IGNORED = """
     _name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range
     neftune_noise_alpha is_llama_config pretraining_tp attention_dropout bos_token_id eos_token_id
     pad_token_id _pad_token_id image_seq_len video_token_id transformers.js_config
     _flash_attn_2_enabled _attn_implementation_autoset chunk_size_feed_forward is_encoder_decoder
     output_hidden_states output_attentions return_dict problem_type id2label label2id
-    vocab_size tie_word_embeddings
-    perceiver_config pixel_shuffle_factor max_image_size size use_base_siglip
-    use_reentrant_checkpointing""".split()
+    do_sample temperature top_k top_p typical_p max_length length_penalty num_beam_groups
+    num_return_sequences vocab_size tie_word_embeddings perceiver_config pixel_shuffle_factor
+    max_image_size size use_base_siglip use_reentrant_checkpointing""".split()
 
 
 def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """The folder with the files: path_or_repo itself, or the hub's cache after fetching them.
 
-    Without network a repository that was fetched before is taken from the cache.
+    A repository that cannot be fetched, but was before, is taken from the cache.
     Raises: ValueError that says what is missing and what to try.
     """
     folder = Path(os.path.expanduser(path_or_repo))
     if folder.is_dir():
         if revision:
-            raise ValueError(f"{path_or_repo} is a folder and has no revision {revision}; leave "
-                             f"that out")
+            raise ValueError(f"{folder} is a folder and has no revision {revision}; leave that out")
         return folder
     if folder.exists():
-        raise ValueError(f"{path_or_repo} is a file; give the folder that holds config.json")
+        raise ValueError(f"{folder} is a file; give the folder that holds config.json")
 
+    # There is no narrower class than Exception: proxies, addresses, servers and hotel networks make
+    # the library raise OSError, ValueError, ImportError, KeyError and the HTTP library's errors.
+    try:
+        return fetch(str(path_or_repo), revision, patterns)
+    except Exception as error:
+        problem = error
+    try:
+        return fetch(str(path_or_repo), revision, patterns, local_files_only=True)
+    except Exception:
+        cause = problem.__cause__ or problem
+        cause = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0][:300]
+    from huggingface_hub.errors import (GatedRepoError, HFValidationError, RepositoryNotFoundError,
+                                        RevisionNotFoundError)
+    name = f"{path_or_repo} at revision {revision}" if revision else path_or_repo
+    sentences = {
+        HFValidationError: f"{path_or_repo} is neither a folder here nor the name of a repository "
+                           f"(owner/name); check the path",
+        GatedRepoError: f"{name} asks for a licence on the hub first; accept it on its page, then "
+                        f"log in with `hf auth login`",
+        RevisionNotFoundError: f"{path_or_repo} has no revision {revision}; leave it out to get "
+                               f"the newest",
+        RepositoryNotFoundError: f"{path_or_repo} is neither a folder here nor a public repository "
+                                 f"of the hub; check the name",
+        Exception: f"{name} is no folder here (check the path), is not in the cache, and cannot be "
+                   f"fetched from the hub ({cause}); try again, or copy its files into a folder "
+                   f"and give that"}
+    raise ValueError(next(text for kind, text in sentences.items() if isinstance(problem, kind)))
+
+
+def fetch(repo: str, revision: str | None, patterns: tuple[str, ...], **options) -> Path:
+    """The folder of the hub's cache that has these files of a repository, after fetching them."""
     # imported here: it takes longer to import than the rest of the module, and a folder needs none
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (GatedRepoError, HFValidationError, LocalEntryNotFoundError,
-                                        RepositoryNotFoundError, RevisionNotFoundError)
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import logging, tqdm
 
     class TerminalBar(tqdm):
         """A progress bar that is silent where nobody watches, as in a log file or a pipe."""
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{"disable": None, **kwargs})
 
-    name = f"{path_or_repo} at revision {revision}" if revision else str(path_or_repo)
-    try:
-        return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns,
-                                      tqdm_class=TerminalBar))
-    except HFValidationError:
-        raise ValueError(f"{path_or_repo} is neither a folder here nor the name of a repository "
-                         f"(owner/name); check the path") from None
-    except GatedRepoError:
-        raise ValueError(f"{name} asks for a licence on the hub first; accept it on its page, then "
-                         f"log in with `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise ValueError(f"{path_or_repo} has no revision {revision}; leave it out to get the "
-                         f"newest") from None
-    except RepositoryNotFoundError:
-        raise ValueError(f"{path_or_repo} is neither a folder here nor a public repository of the "
-                         f"hub; check the name") from None
-    except LocalEntryNotFoundError:
-        raise ValueError(f"{name} is no folder here (check the path), is not in the cache, and "
-                         f"the hub cannot be reached; connect once, or copy its files into a "
-                         f"folder and give that") from None
-    except OSError as error:
-        raise ValueError(f"{name} could not be fetched ({error}); try again") from None
+    logging.set_verbosity_error()           # not each of its retries: `find` tells what failed
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
+                                  tqdm_class=TerminalBar, **options))
 
 
 def read_json(path: Path) -> dict:
@@ -99,139 +124,142 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}; give a checkpoint's folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
+    except (ValueError, RecursionError) as error:   # no JSON, no UTF-8, too many digits or brackets
+        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object; fetch it again")
     return content
 
 
-def read_config(folder: Path) -> dict:
-    """config.json, with the defaults that depend on other fields filled in.
+def read_sections(folder: Path) -> dict:
+    """config.json as it was written before transformers 5.
 
     Raises: ValueError for another model_type, or if text_config or vision_config is missing.
     """
     config = read_json(folder / "config.json")
     if config.get("model_type") != "smolvlm":
-        raise ValueError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is "
-                         "not supported, only 'smolvlm'; give a SmolVLM2 checkpoint")
+        raise ValueError(f"{folder / 'config.json'}: model_type = "
+                         f"{shown(config.get('model_type'))} is not supported, only 'smolvlm'; "
+                         f"give a SmolVLM2 checkpoint")
     for section in ("text_config", "vision_config"):
         if not isinstance(config.get(section), dict):
             raise ValueError(f"{folder / 'config.json'} has no section {section}; fetch it again")
     text = config["text_config"]
-    # "rope_parameters" since transformers 5; before, rope_theta stood by itself
-    if isinstance(text.get("rope_parameters"), dict):
-        text.update(text.pop("rope_parameters"))
-    heads = text.setdefault("num_attention_heads", 32)
-    if text.get("num_key_value_heads") is None:
-        text["num_key_value_heads"] = heads
-    width = text.get("hidden_size", 4096)
-    if text.get("head_dim") is None and fits(width, int) and fits(heads, int):
-        text["head_dim"] = width // heads
+    # "rope_parameters" since transformers 5; before, rope_theta stood beside "rope_scaling"
+    rope = text.pop("rope_scaling", None) or text.pop("rope_parameters", None) or {}
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    text["rope_type"] = rope.get("rope_type", rope.get("type"))
+    text.update({field: rope[field] for field in ("rope_theta", "partial_rotary_factor")
+                 if field in rope})
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        del text["layer_types"]
     return config
 
 
-def fits(value, field_type) -> bool:
-    """Whether a value can be what a field asks for: a boolean, or a positive number."""
-    if field_type is bool:
-        return isinstance(value, bool)
-    number = (int, float) if field_type is float else int
-    return isinstance(value, number) and not isinstance(value, bool) and 0 < value < math.inf
+def check_number(where: str, field: str, value, kind: type, least: float, most: float) -> None:
+    """Raise ValueError unless a value is a boolean, or a number of this kind within its limits."""
+    if kind is bool:
+        fits, what = isinstance(value, bool), "true or false"
+    else:
+        kinds = (int, float) if kind is float else int
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
+        what = f"a {'whole ' * (kind is int)}number from {least} to {most}"
+    if not fits:
+        raise ValueError(f"{where}: {field} = {shown(value)} must be {what}; correct it")
+
+
+def check_fields(where: str, section: dict, fixed: dict, known) -> None:
+    """Raise ValueError for a field that asks for something else than what is computed.
+
+    fixed: field -> the value that is implemented; known: other fields that may have any value.
+    """
+    for field, value in section.items():
+        if field in fixed and value not in (None, fixed[field]):
+            raise ValueError(f"{where}: {field} = {shown(value)} is not implemented, only "
+                             f"{fixed[field]!r}; give another checkpoint")
+        if value and field not in fixed and field not in known:
+            raise ValueError(f"{where}: {field} = {shown(value)} is not implemented and may change "
+                             f"what is computed; remove it if it does not")
 
 
 def fill(config_class, section: dict, name: str, **parts):
     """Make a config dataclass of the fields that it has; parts are given, not read.
 
-    Raises: ValueError for a field whose value is not implemented, or that is unknown and not off.
+    Raises: ValueError for a value that makes no sense or is not implemented.
     """
-    known = {field.name for field in fields(config_class)} - set(parts)
-    for field, value in section.items():
-        if field in FIXED[name] and value != FIXED[name][field]:
-            raise ValueError(f"config.json, {name}: {field} = {value!r} is not implemented, only "
-                             f"{FIXED[name][field]!r}")
-        if value and field not in (*known, *parts, *FIXED[name], *IGNORED):
-            raise ValueError(f"config.json, {name}: {field} = {value!r} is unknown and may change "
-                             f"what the model computes; remove it if it does not")
-    values = {field: value for field, value in section.items() if field in known}
+    where, known = f"config.json, {name}", [field.name for field in fields(config_class)]
+    check_fields(where, section, FIXED[name], [*known, *IGNORED])
+    values = {}
     for field in fields(config_class):
-        if field.name in values and not fits(values[field.name], field.type):
-            kind = "boolean" if field.type is bool else "positive number"
-            raise ValueError(f"config.json, {name}: {field.name} = {values[field.name]!r} must be "
-                             f"a {kind}; correct it")
+        value = section.get(field.name, field.default)
+        if field.name not in parts and value is not field.default:
+            kind = field.type if field.type in (bool, float) else int
+            limits = (1e-12, 10**12) if kind is float else (1, 2**31 - 1)
+            check_number(where, field.name, value, kind, *limits)
+            values[field.name] = value
     return config_class(**values, **parts)
 
 
 def check_multiples(config) -> None:
     """Raise ValueError if a size does not divide into the parts that the model cuts it into."""
     text, vision = config.text_config, config.vision_config
-    for whole, part, what in (
-            (text.num_attention_heads, text.num_key_value_heads, "heads by key-value heads"),
-            (text.head_dim, 2, "head_dim by 2"),
-            (vision.hidden_size, vision.num_attention_heads, "the encoder's width by its heads"),
-            (vision.image_size // vision.patch_size, config.scale_factor, "patches by scale")):
+    for name, whole, part, of in (
+            ("num_attention_heads", text.num_attention_heads, text.num_key_value_heads,
+             "num_key_value_heads"),
+            ("head_dim", text.head_dim, 2, "positions turn pairs"),
+            ("hidden_size", vision.hidden_size, vision.num_attention_heads, "num_attention_heads"),
+            ("image_size // patch_size", vision.image_size // vision.patch_size,
+             config.scale_factor, "scale_factor")):
         if whole < part or whole % part:
-            raise ValueError(f"config.json: {whole} is no multiple of {part} ({what}); correct it")
+            raise ValueError(f"config.json: {name} = {whole} is no multiple of {part} ({of}); "
+                             f"correct it")
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:
-    """The token ids that end an answer, from generation_config.json; none without that file."""
+    """The token ids that end an answer.
+
+    They are in generation_config.json; a folder without that file has them in config.json, at the
+    top or in text_config. Source: GenerationConfig.from_model_config of transformers 5.23.
+    Raises: ValueError for a generation setting that asks for another answer than the greedy one.
+    """
     path = folder / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    if path.exists():
+        settings = read_json(path)
+        check_fields(str(path), settings, NEUTRAL, settings.keys() - set(CHANGING))
+        eos = settings.get("eos_token_id")
+    else:
+        path = folder / "config.json"
+        config = read_sections(folder)
+        eos = config.get("eos_token_id")
+        eos = config["text_config"].get("eos_token_id") if eos is None else eos
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(type(token_id) is int for token_id in eos):
-        raise ValueError(f"{path}: eos_token_id must be token ids, not {eos}; correct it")
+        raise ValueError(f"{path}: eos_token_id must be token ids, not {shown(eos)}; correct it")
     return tuple(eos)
 
 
-def load_tensors(model: torch.nn.Module, folder: Path, device, dtype: torch.dtype) -> str:
-    """Fill a model that was built on the meta device, and report in one line.
+class Stored(NamedTuple):
+    """Where a tensor of a checkpoint lies, and its shape."""
+    file: Path
+    shape: tuple[int, ...]
 
-    The file's tensors must be exactly the model's, by name and shape; whether they are float32,
-    float16 or bfloat16 there, they become dtype.
-    Raises: ValueError with the first five missing, unexpected and mis-shaped names.
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """What the weights' files hold, by name of the tensor; no tensor is read.
+
+    model.safetensors goes before an index, as in transformers: the index may be an older one's.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    where, shapes = locate(folder)
-    ignored = [] if "lm_head.weight" in expected else ["lm_head.weight"]        # tied: never used
-    ignored = [name for name in ignored if name in shapes]
-    missing = [name for name in expected if name not in shapes]
-    unexpected = [name for name in shapes if name not in expected and name not in ignored]
-    misshaped = [f"{name} {shapes[name]} instead of {shape}" for name, shape in expected.items()
-                 if shapes.get(name, shape) != shape]
-    wrong = [f"{len(names)} {what}: {', '.join(names[:5])}" + ", ..." * (len(names) > 5)
-             for what, names in (("missing", missing), ("unexpected", unexpected),
-                                 ("mis-shaped", misshaped)) if names]
-    if wrong:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}; "
-                         f"fetch the folder again, or correct the config")
-    tensors, files = {}, {}
-    for name in sorted(expected, key=lambda name: math.prod(expected[name]), reverse=True):
-        # A file is mapped into memory, and what was read of it stays there until it is closed. So
-        # after a conversion it is opened anew; the largest tensor, which is there twice for a
-        # moment, comes first. One that needs no conversion is never copied: the mapping is kept.
-        file = files.pop(where[name], None) or safe_open(where[name], "pt")
-        stored = file.get_tensor(name)
-        tensors[name] = stored.to(device, dtype)
-        if tensors[name] is stored:
-            files[where[name]] = file
-    model.load_state_dict(tensors, strict=True, assign=True)
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    return (f"{len(tensors)} tensors, {numbers:,} parameters as {str(dtype).split('.')[-1]}; "
-            f"0 missing, 0 unexpected, ignored: {', '.join(ignored) or 'none'}")
-
-
-def locate(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-    """In which file each tensor of a checkpoint lies, and its shape; nothing else is read."""
-    if (folder / INDEX).exists():
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        files = [WEIGHTS]
+    else:
         index = read_json(folder / INDEX)
         if not isinstance(index.get("weight_map"), dict):
             raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
         files = sorted({str(file) for file in index["weight_map"].values()})
         if any(Path(file).name != file for file in files):
             raise ValueError(f"{folder / INDEX} names files outside its folder; fetch it again")
-    else:
-        files = ["model.safetensors"]
-    where, shapes = {}, {}
+    stored = {}
     for path in (folder / file for file in files):
         if not path.exists():
             raise ValueError(f"{path} is missing; fetch it again (only safetensors are read)")
@@ -239,13 +267,106 @@ def locate(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
             with safe_open(path, "pt") as file:
                 for name in file.keys():
                     part = file.get_slice(name)
-                    if part.get_dtype() not in ("F32", "F16", "BF16"):
-                        raise ValueError(f"{path}: {name} is {part.get_dtype()}; only float32, "
-                                         f"float16 and bfloat16 are read; give another checkpoint")
-                    where[name], shapes[name] = path, tuple(part.get_shape())
+                    if part.get_dtype() not in DTYPES:
+                        raise ValueError(f"{path}: {name} is {part.get_dtype()}; only "
+                                         f"{', '.join(DTYPES)} are read; give another checkpoint")
+                    stored[name] = Stored(path, tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or cut off ({error}); fetch it again") from None
-    return where, shapes
+    return stored
+
+
+def check_sizes(config, stored: dict[str, Stored]) -> None:
+    """Compare every size of config.json with the weights, before anything of that size is built.
+
+    Raises: ValueError with the fields, their values, and what the weights have instead.
+    """
+    text, vision = config.text_config, config.vision_config
+    V, C, Cv, D, patch = (text.vocab_size, text.hidden_size, vision.hidden_size, text.head_dim,
+                          vision.patch_size)
+    layer, encoder = f"{DECODER}layers.0", f"{ENCODER}encoder.layers.0"
+    for where, names, tensor, shape in (
+            ("text_config", "vocab_size hidden_size", f"{DECODER}embed_tokens", (V, C)),
+            ("text_config", "intermediate_size", f"{layer}.mlp.gate_proj",
+             (text.intermediate_size, C)),
+            ("text_config", "num_attention_heads head_dim", f"{layer}.self_attn.q_proj",
+             (text.num_attention_heads * D, C)),
+            ("text_config", "num_key_value_heads head_dim", f"{layer}.self_attn.k_proj",
+             (text.num_key_value_heads * D, C)),
+            ("vision_config", "hidden_size patch_size", f"{ENCODER}embeddings.patch_embedding",
+             (Cv, 3, patch, patch)),
+            ("vision_config", "image_size patch_size", f"{ENCODER}embeddings.position_embedding",
+             ((vision.image_size // patch)**2, Cv)),
+            ("vision_config", "intermediate_size", f"{encoder}.mlp.fc1",
+             (vision.intermediate_size, Cv)),
+            ("top level", "scale_factor", "model.connector.modality_projection.proj",
+             (C, Cv * config.scale_factor**2))):
+        there = stored[f"{tensor}.weight"].shape if f"{tensor}.weight" in stored else "none"
+        if there != shape:
+            section = getattr(config, where, config)
+            values = ", ".join(f"{name} = {getattr(section, name)}" for name in names.split())
+            raise ValueError(f"config.json, {where}: {values} ask for {tensor}.weight {shape}, but "
+                             f"the weights have {there}; correct it, or fetch the weights again")
+    for where, prefix in (("text_config", f"{DECODER}layers."),
+                          ("vision_config", f"{ENCODER}encoder.layers.")):
+        layers = getattr(config, where).num_hidden_layers
+        found = len({name.removeprefix(prefix).split(".")[0] for name in stored
+                     if name.startswith(prefix)})
+        if layers != found:
+            raise ValueError(f"config.json, {where}: num_hidden_layers = {layers}, but the weights "
+                             f"have {found} layers; correct it, or fetch the weights again")
+    if config.image_token_id >= V:
+        raise ValueError(f"config.json, top level: image_token_id = {config.image_token_id} is "
+                         f"none of {V} tokens; correct it")
+
+
+def load_tensors(model: torch.nn.Module, folder: Path, stored: dict[str, Stored], device,
+                 dtype: torch.dtype) -> str:
+    """Fill a model that was built on the meta device, and report in one line.
+
+    The stored tensors must be exactly the model's, by name and shape; of whatever dtype they are,
+    they become dtype. A stored copy of a tied head is no tensor of the model's, but must be equal.
+    Raises: ValueError with the first five missing, unexpected and mis-shaped names.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    table, head = f"{DECODER}embed_tokens.weight", "lm_head.weight"
+    ignored = [head] if head in stored and head not in expected else []                     # tied
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected and name not in ignored]
+    misshaped = [f"{name} {stored[name].shape} instead of {shape}" for name, shape
+                 in expected.items() if name in stored and stored[name].shape != shape]
+    wrong = [f"{len(names)} {what}: {', '.join(names[:5])}" + ", ..." * (len(names) > 5)
+             for what, names in (("missing", missing), ("unexpected", unexpected),
+                                 ("mis-shaped", misshaped)) if names]
+    if wrong:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}; "
+                         f"fetch the folder again, or correct the config")
+    tensors, files = {}, {}
+
+    def read(name: str) -> torch.Tensor:
+        # A file is mapped into memory, and what was read of it stays there until it is closed. So
+        # after a conversion it is opened anew. A tensor that needs no conversion is never copied:
+        # the mapping is kept.
+        path = stored[name].file
+        file = files.pop(path, None) or safe_open(path, "pt")
+        tensor = file.get_tensor(name)
+        converted = tensor.to(device, dtype)
+        if converted is tensor:
+            files[path] = file
+        return converted
+
+    # the largest tensor, which is there twice for a moment, comes first
+    for name in sorted(expected, key=lambda name: prod(expected[name]), reverse=True):
+        tensors[name] = read(name)
+    if ignored and not read(head).equal(tensors[table]):
+        raise ValueError(f"the weights in {folder} have a {head} that differs from {table}, but "
+                         f"config.json says tie_word_embeddings = True; set it to false, or remove "
+                         f"{head}")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    return (f"{len(tensors)} tensors, {numbers:,} parameters as {str(dtype).split('.')[-1]}; "
+            f"0 missing, 0 unexpected, ignored: {', '.join(ignored) or 'none'}")
+
 
 
 def check_device(device) -> None:

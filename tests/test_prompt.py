@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from reprlib import repr as shown
 
 import pytest
 import torch
@@ -89,6 +90,12 @@ def test_pixels_equal_the_route_of_the_release():
         assert (pixels[0] - golden).abs().max() < 1e-6
 
 
+def test_a_processor_samples_one_frame_a_second_unless_it_is_told(processor):
+    default = Processor(processor.tokenizer, 32, 48, 16)
+    assert (default.size, default.longest_edge, default.tokens_per_frame) == (32, 48, 16)
+    assert (default.fps, default.max_frames) == (1.0, 64)
+
+
 def test_pixels_of_any_mode_become_rgb_from_minus_one_to_one(processor):
     assert (processor.pixels(Image.new("L", (7, 9), 255)) == 1).all()
     assert (processor.pixels(Image.new("RGBA", (9, 7), (0, 0, 0, 0))) == -1).all()
@@ -96,10 +103,16 @@ def test_pixels_of_any_mode_become_rgb_from_minus_one_to_one(processor):
     assert torch.allclose(red[:, 5, 5], torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
 
 
-def test_a_tokenizer_that_cuts_or_pads_does_neither(processor, tmp_path):
+def test_a_tokenizer_that_cuts_pads_or_frames_a_text_does_none_of_it(processor, tmp_path):
     shutil.copytree(TOY, tmp_path / "toy")
     saved = json.loads((tmp_path / "toy" / "tokenizer.json").read_text())
     saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    saved["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None,
+                        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    saved["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [], "special_tokens": {START: {"id": START, "ids": [1],
+                                                                            "tokens": [START]}},
+        "single": [{"SpecialToken": {"id": START, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
     (tmp_path / "toy" / "tokenizer.json").write_text(json.dumps(saved))
     cutting = Processor.from_pretrained(tmp_path / "toy")
     assert cutting(video(2), "What?").input_ids.equal(processor(video(2), "What?").input_ids)
@@ -111,8 +124,8 @@ def test_decode_drops_special_tokens_and_the_leading_space(processor):
     assert processor.token_text(ids[-1]) == END
 
 
-@pytest.mark.parametrize("n, words", [(1, "one"), (13, "thirteen"), (20, "twenty"), (64, "sixty-four"),
-                                      (100, "one hundred"), (105, "one hundred and five"),
+@pytest.mark.parametrize("n, words", [(1, "one"), (13, "thirteen"), (19, "nineteen"), (20, "twenty"),
+                                      (64, "sixty-four"), (99, "ninety-nine"), (100, "one hundred"), (105, "one hundred and five"),
                                       (999, "nine hundred and ninety-nine")])
 def test_numbers_in_words(n, words):
     assert number_words(n) == words
@@ -123,16 +136,240 @@ def test_more_frames_than_words_are_refused():
         number_words(1000)
 
 
-def test_a_processor_without_its_files_says_which(tmp_path):
-    with pytest.raises(ValueError, match="preprocessor_config.json"):
-        Processor.from_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("{}")
-    (tmp_path / "processor_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer .*No such file"):
-        Processor.from_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text((TOY / "tokenizer.json").read_text())
-    with pytest.raises(ValueError, match="max_image_size"):
-        Processor.from_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer .*Model missing"):
-        Processor.from_pretrained(tmp_path)
+# ---- what a checkpoint's files say ----
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the toy's processor that a test may spoil."""
+    for name in ("tokenizer.json", "preprocessor_config.json", "processor_config.json"):
+        shutil.copy(TOY / name, tmp_path / name)
+    return tmp_path
+
+
+def edit(path, **values):
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+def message(folder) -> str:
+    with pytest.raises(ValueError) as error:
+        Processor.from_pretrained(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    return str(error.value)
+
+
+def settings(folder):
+    p = Processor.from_pretrained(folder)
+    return p.size, p.longest_edge, p.tokens_per_frame, p.fps, p.max_frames
+
+
+def sampling(fps=2, max_frames=4, longest_edge=96):
+    return {"fps": fps, "max_frames": max_frames, "video_size": {"longest_edge": longest_edge}}
+
+
+HUB = {"do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True,
+       "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
+       "image_processor_type": "SmolVLMImageProcessor", "image_std": [0.5, 0.5, 0.5],
+       "max_image_size": {"longest_edge": 512}, "processor_class": "SmolVLMProcessor", "resample": 1,
+       "rescale_factor": 0.00392156862745098, "size": {"longest_edge": 2048},
+       "video_sampling": sampling(1, 64, 512)}
+
+
+def test_the_settings_of_the_toy_and_of_the_hub_are_read(processor, folder):
+    assert settings(TOY) == (64, 64, 16, 1, 64)
+    (folder / "preprocessor_config.json").write_text(json.dumps(HUB))
+    edit(folder / "processor_config.json", image_seq_len=64, processor_class="SmolVLMProcessor")
+    assert settings(folder) == (512, 512, 64, 1, 64)
+
+
+def test_each_setting_is_read_from_its_own_place(folder):
+    edit(folder / "preprocessor_config.json", max_image_size={"longest_edge": 32},
+         size={"longest_edge": 128}, video_sampling=sampling(0.5, 3, 96), fps=9, num_frames=9)
+    edit(folder / "processor_config.json", image_seq_len=4)
+    assert settings(folder) == (32, 96, 4, 0.5, 3)
+
+
+def test_without_a_section_for_sampling_its_numbers_stand_at_the_top(folder):
+    edit(folder / "preprocessor_config.json", video_sampling=..., size={"longest_edge": 128}, fps=3,
+         num_frames=7)
+    assert settings(folder) == (64, 128, 16, 3, 7)
+    edit(folder / "preprocessor_config.json", num_frames=...)
+    assert "preprocessor_config.json: num_frames = None must be" in message(folder)
+    edit(folder / "preprocessor_config.json", size={"height": 64, "width": 64})
+    assert "preprocessor_config.json: size.longest_edge = None must be" in message(folder)
+
+
+def test_what_transformers_5_writes_is_read_and_gives_the_same_pixels(folder, processor):
+    """One file with three sections; the settings for images do not count for a video."""
+    saved = json.loads((folder / "preprocessor_config.json").read_text())
+    images = {"image_mean": [0, 0, 0], "resample": 3, "size": None}
+    video_settings = HUB | saved | {
+        "do_sample_frames": False, "fps": 1, "num_frames": 64, "return_metadata": False,
+        "video_processor_type": "SmolVLMVideoProcessor", "default_to_square": True, "device": None}
+    del video_settings["do_image_splitting"], video_settings["image_processor_type"]
+    edit(folder / "processor_config.json", image_processor=images, video_processor=video_settings)
+    (folder / "preprocessor_config.json").unlink()
+    assert settings(folder) == settings(TOY)
+    clip = Video([Image.effect_mandelbrot((50, 40), (-2, -1.5, 1, 1.5), 90)], [0.0], 1.0, 1)
+    ours, new = processor(clip, "What?"), Processor.from_pretrained(folder)(clip, "What?")
+    assert ours.pixel_values.equal(new.pixel_values) and ours.input_ids.equal(new.input_ids)
+    # where both are there the new section counts, as in transformers
+    edit(folder / "processor_config.json", video_processor=video_settings | {"video_sampling": sampling()})
+    (folder / "preprocessor_config.json").write_text(json.dumps(saved))
+    assert settings(folder) == (64, 96, 16, 2, 4)
+    edit(folder / "processor_config.json", video_processor=video_settings | {"resample": 3})
+    assert "processor_config.json, video_processor: resample = 3 is not implemented" in message(folder)
+    edit(folder / "processor_config.json", video_processor=[])
+    assert "processor_config.json, video_processor is [], not an object" in message(folder)
+
+
+def test_a_file_of_settings_for_videos_goes_before_that_for_images(folder):
+    shutil.copy(folder / "preprocessor_config.json", folder / "video_preprocessor_config.json")
+    edit(folder / "video_preprocessor_config.json", video_sampling=sampling())
+    assert settings(folder) == (64, 96, 16, 2, 4)
+    edit(folder / "video_preprocessor_config.json", video_sampling=None)
+    assert "video_preprocessor_config.json: video_sampling.video_size.longest_edge = None" in message(folder)
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("image_mean", [0.48, 0.46, 0.41]), ("image_std", [0.27, 0.26, 0.28]), ("image_mean", 0.5),
+    ("image_std", [0.5, 0.5]), ("do_normalize", False), ("do_rescale", False), ("do_resize", False),
+    ("rescale_factor", 1.0), ("resample", 3), ("resample", "1"), ("do_center_crop", True),
+    ("do_flip_channel_order", True), ("do_normalize", "no"), ("image_std", float("nan"))])
+def test_a_setting_that_would_change_pixels_is_refused_by_name(folder, setting, value):
+    edit(folder / "preprocessor_config.json", **{setting: value})
+    text = message(folder)
+    assert f"/preprocessor_config.json: {setting} = {shown(value)} is not implemented" in text
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("image_mean", None), ("do_resize", True), ("do_pad", True), ("do_image_splitting", True),
+    ("do_pad", False), ("do_center_crop", None), ("do_center_crop", False), ("rescale_factor", 1 / 255),
+    ("resample", 1), ("do_convert_rgb", True), ("do_sample_frames", True), ("default_to_square", True),
+    ("crop_size", {"height": 8}), ("size", "any"), ("fps", 2), ("num_frames", 9), ("return_metadata", True),
+    ("return_row_col_info", True), ("data_format", "channels_first"), ("input_data_format", "none"),
+    ("return_tensors", "pt"), ("processor_class", "SmolVLMProcessor"),
+    ("image_processor_type", "SmolVLMImageProcessor"), ("feature_extractor_type", "x"),
+    ("video_processor_type", "SmolVLMVideoProcessor"), ("auto_map", {"AutoProcessor": "x"}),
+    ("model_input_names", ["pixel_values"]), ("_valid_processor_keys", ["images"])])
+def test_a_setting_that_changes_no_pixels_is_accepted(folder, setting, value):
+    edit(folder / "preprocessor_config.json", **{setting: value})
+    assert settings(folder) == settings(TOY)
+
+
+BAD_SIDES = ["64", None, 20000, 4097, 0, -64, 64.0, True, [64], {}, float("inf"), 10**400]
+
+
+@pytest.mark.parametrize("value", BAD_SIDES, ids=shown)
+def test_sizes_that_make_no_sense_are_refused(folder, value):
+    edit(folder / "preprocessor_config.json", video_sampling=sampling(longest_edge=value))
+    assert (f"/preprocessor_config.json: video_sampling.video_size.longest_edge = {shown(value)} must be "
+            f"a whole number from 1 to 4096") in message(folder)
+    edit(folder / "preprocessor_config.json", max_image_size={"longest_edge": value})
+    assert f"max_image_size.longest_edge = {shown(value)} must be a whole number" in message(folder)
+
+
+@pytest.mark.parametrize("value", ["16", None, 10**9, 4097, 0, -1, 16.0, True, [16]], ids=shown)
+def test_a_number_of_tokens_that_makes_no_sense_is_refused(folder, value):
+    edit(folder / "processor_config.json", image_seq_len=value)
+    assert (f"/processor_config.json: image_seq_len = {shown(value)} must be a whole number from 1 to 4096"
+            ) in message(folder)
+
+
+@pytest.mark.parametrize("fps", ["1", None, 0, -1, 1001, True, float("nan"), 10**400], ids=shown)
+def test_a_sampling_rate_that_makes_no_sense_is_refused(folder, fps):
+    edit(folder / "preprocessor_config.json", video_sampling=sampling(fps=fps))
+    assert f"video_sampling.fps = {shown(fps)} must be a number from 0.001 to 1000" in message(folder)
+
+
+@pytest.mark.parametrize("frames", ["4", None, 0, 1000, 4.0, True], ids=shown)
+def test_a_number_of_frames_that_makes_no_sense_is_refused(folder, frames):
+    edit(folder / "preprocessor_config.json", video_sampling=sampling(max_frames=frames))
+    assert (f"video_sampling.max_frames = {shown(frames)} must be a whole number from 1 to 999"
+            ) in message(folder)
+
+
+def test_the_limits_themselves_are_accepted(folder):
+    for fps, frames, edge in ((0.001, 1, 1), (1000, 999, 4096)):
+        edit(folder / "preprocessor_config.json", video_sampling=sampling(fps, frames, edge),
+             max_image_size={"longest_edge": edge})
+        edit(folder / "processor_config.json", image_seq_len=edge)
+        assert settings(folder) == (edge, edge, edge, fps, frames)
+
+
+@pytest.mark.parametrize("section", [None, [], "64", 64], ids=shown)
+def test_a_section_of_another_type_is_refused_by_the_setting_that_it_lacks(folder, section):
+    edit(folder / "preprocessor_config.json", max_image_size=section)
+    assert "max_image_size.longest_edge = None" in message(folder)
+    edit(folder / "preprocessor_config.json", video_sampling=section)
+    assert "max_image_size.longest_edge = None" in message(folder)
+
+
+def test_a_processor_without_its_files_says_which(folder):
+    assert "has no preprocessor_config.json" in message_without(folder, "preprocessor_config.json")
+    assert "has no processor_config.json" in message_without(folder, "processor_config.json")
+    assert "has no tokenizer.json" in message_without(folder, "tokenizer.json")
+
+
+def message_without(folder, name) -> str:
+    (folder / name).unlink()
+    return message(folder)
+
+
+# ---- the tokenizer ----
+
+
+def sequence(name, *parts):
+    return {"type": "Sequence", name: list(parts)}
+
+
+@pytest.mark.parametrize("name, part, kind", [
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "Precompiled"),
+    ("normalizer", {"type": "Prepend", "prepend": ""}, "Prepend"),
+    ("normalizer", {"type": "Replace", "pattern": {"Regex": "a*"}, "content": "x"}, "Replace"),
+    ("normalizer", sequence("normalizers", {"type": "NFC"}, {"type": "Prepend", "prepend": ""}), "Prepend"),
+    ("normalizer", sequence("normalizers", sequence("normalizers")), "Sequence"),
+    ("normalizer", {"type": ["NFC"]}, ["NFC"]), ("normalizer", [], []),
+    ("normalizer", {"prepend": ""}, {"prepend": ""}), ("decoder", {"type": None}, None),
+    ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "FixedLength"),
+    ("pre_tokenizer", sequence("pretokenizers", {"type": "FixedLength", "length": 0}), "FixedLength"),
+    ("decoder", {"type": "Strip", "content": "o", "start": 1, "stop": 1}, "Strip"),
+    ("pre_tokenizer", None, None), ("decoder", None, None), ("model", None, None),
+    ("model", {"type": "WordLevel", "vocab": {}}, "WordLevel")])
+def test_a_tokenizer_of_parts_that_may_panic_is_refused(folder, capfd, name, part, kind):
+    edit(folder / "tokenizer.json", **{name: part})
+    text = message(folder)
+    assert f"tokenizer.json: {name} {shown(kind)} is not supported, only " in text
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("field, value", [("dropout", 0.5), ("continuing_subword_prefix", "##"),
+                                          ("end_of_word_suffix", "</w>")])
+def test_a_tokenizer_that_varies_or_marks_words_is_refused(folder, field, value):
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    edit(folder / "tokenizer.json", model=model | {field: value})
+    assert f"tokenizer.json: {field} = {value!r} is not supported" in message(folder)
+
+
+def test_a_tokenizer_that_normalizes_or_splits_a_text_is_accepted(folder, processor):
+    parts = [{"type": kind} for kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")]
+    split = {"type": "Split", "pattern": {"Regex": "\\\\d"}, "behavior": "Isolated", "invert": False}
+    before = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
+    edit(folder / "tokenizer.json", normalizer=sequence("normalizers", *parts),
+         pre_tokenizer=sequence("pretokenizers", split, *before))
+    assert Processor.from_pretrained(folder).tokenize(["WHAT 12"]) == processor.tokenize(["what 12"])
+    edit(folder / "tokenizer.json", normalizer=parts[-1], pre_tokenizer=before[-1])
+    assert Processor.from_pretrained(folder).tokenize(["WHAT"]) == processor.tokenize(["what"])
+
+
+def test_a_tokenizer_that_is_none_or_lacks_a_special_token_is_refused(folder):
+    for token in (START, END, IMAGE, FAKE, GLOBAL):
+        text = (TOY / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text.replace(token, "<another>"))
+        assert f"tokenizer.json has no token {token}" in message(folder)
+    shutil.copy(TOY / "tokenizer.json", folder)
+    edit(folder / "tokenizer.json", added_tokens="none")
+    assert "tokenizer.json is no tokenizer (" in message(folder)
+    (folder / "tokenizer.json").write_text("{")
+    assert "tokenizer.json cannot be read as JSON" in message(folder)
