@@ -333,6 +333,6 @@ def test_sound_alone_and_frames_that_do_not_decode_are_refused(tmp_path):
         frame.planes[0].update(bytes(1600))
         frame.sample_rate = 8000
         file.mux(stream.encode(frame))
-    assert "no video stream, only audio" in refused(tmp_path / "sound.wav")
+    assert "no video stream that can be decoded, only audio" in refused(tmp_path / "sound.wav")
     spoil(write(tmp_path / "a.mkv", n=5, codec="mpeg4", g="1"), 0, 5)
     assert "no frame of it can be decoded" in refused(tmp_path / "a.mkv")
