@@ -25,9 +25,9 @@ CONTAINERS = ("apng asf av1 avi avs2 avs3 cavsvideo dirac dnxhd dv flic flv gif 
               "hevc ico ivf jpegxl_anim m4v matroska mjpeg mov mpeg mpegts mpegvideo mxf nsv nut "
               "obu ogg rm roq swf vc1 vvc wtv yuv4mpegpipe "
               "aac flac mp3 wav")               # sound: opened to say so
-MAX_PIXELS = 2 ** 26                            # of a video's frame, twice 8K; Pillow's is its own
 OPTIONS = {"format_whitelist": ",".join([f"{s}_pipe" for s in STILLS.split()] + CONTAINERS.split()),
-           "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
+           "protocol_whitelist": "file"}
+MAX_PIXELS = 2 ** 26                            # of a video's frame, twice 8K; Pillow's is its own
 MAX_SECONDS = 10 ** 8                           # three years; a clock that says more is broken
 
 
@@ -133,9 +133,10 @@ def picture_timeline(path: Path) -> tuple[list[int], list[float], float, list[in
     starts = [0]                                    # in milliseconds
     try:
         with open_picture(path) as image:
-            for index in range(image.n_frames if image.format in ANIMATIONS else 1):
+            total = image.n_frames if image.format in ANIMATIONS else 1
+            for index in range(total):
                 image.seek(index)
-                if index > 0:
+                if total > 1:
                     image.load()                    # in some formats the duration is known then
                 shown = image.info.get("duration") or 0
                 # up to 10 ms stand for "not stated": 0.1 s, as in browsers and FFmpeg
@@ -193,7 +194,7 @@ def open_video(path: Path) -> Iterator[av.VideoStream]:
             if stream.width * stream.height > MAX_PIXELS:
                 raise ValueError(f"{path} has {stream.width} x {stream.height} pixels, too many "
                                  f"for a video; scale it down")
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # headers may be wrong
             yield stream
     except av.FFmpegError as error:
         raise ValueError(f"{path} is not a video or picture that can be read ({error.strerror}); "
@@ -219,7 +220,7 @@ def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
                 latest, decoded = max(latest, pts), max(decoded, dts)
                 if shift:
                     packet.pts += shift
-                    packet.opaque = "shifted"       # cannot be sought: the file's clock is another
+                    packet.dts = None               # of the file's own clock, by which FFmpeg seeks
             yield packet
     except (av.FFmpegError, OverflowError):         # the latter: a time beyond 64 bits
         return
@@ -235,9 +236,13 @@ def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
 
 
 def packet_timeline(path: Path) -> tuple[list[int], list[float], float, list[int]]:
-    """Of all frames that should be shown: pts and seconds, both sorted; the duration; keyframes."""
+    """Of all frames that should be shown: pts and seconds, both sorted; the duration; keyframes.
+
+    Only such keyframes as can be sought.
+    """
     with open_video(path) as stream:
-        packets = sorted((p.pts, p.duration, p.is_keyframe and not p.opaque) for p in demux(stream)
+        packets = sorted((p.pts, p.duration, p.is_keyframe and p.dts is not None)
+                         for p in demux(stream)
                          if p.size and not p.is_discard and p.pts is not None)
         keys = [i for i, (_, _, is_key) in enumerate(packets) if is_key]
         return *timeline([p[0] for p in packets], packets[-1][1] if packets else 0, stream), keys
@@ -274,10 +279,7 @@ def take_frames(path: Path, indices: list[int], pts: list[int | None], keys: lis
     """Decode the frames with these indices, upright, until one has not the pts that is stated."""
     keys = [0, *keys]
     starts = [keys[bisect(keys, wanted) - 1] for wanted in indices]     # the last keyframe up to it
-    needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
-    # Between seeks, threads that take a frame each only fill and empty, and broken packets stay
-    # unseen: worth it only where most of a long video is passed over (4 and 1000 are ours).
-    seeks = 4 * needed + 1000 < indices[-1]
+    seeks = is_worth_seeking(indices, starts)
     images = []
     with open_video(path) as stream, ThreadPoolExecutor(1) as worker:
         stream.thread_type = "SLICE" if seeks else "AUTO"
@@ -288,6 +290,16 @@ def take_frames(path: Path, indices: list[int], pts: list[int | None], keys: lis
     if seeks and len(images) < len(indices):
         return take_frames(path, indices, pts, [], longest_edge)
     return images
+
+
+def is_worth_seeking(indices: list[int], starts: list[int]) -> bool:
+    """Whether most of a long video is passed over.
+
+    Between seeks, threads that take a frame each only fill and empty, and broken packets stay
+    unseen, so seeking has to save a lot (4 and 1000 are ours).
+    """
+    needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
+    return 4 * needed + 1000 < indices[-1]
 
 
 def find_frames(stream: av.VideoStream, indices: list[int], starts: list[int],
