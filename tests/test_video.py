@@ -583,7 +583,7 @@ def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(tmp_path, mo
 
 
 def test_large_canvases_are_refused_before_a_frame_is_decoded(tmp_path, monkeypatch, decoded, recwarn):
-    """42 bytes of GIF, 100 of VP8. Pillow warns above its limit, here in silence, and stops above twice that."""
+    """42 bytes of GIF, 100 of VP8. Pillow warns above its limit, here in silence, and stops at its double."""
     encoded = encode(Image.new("P", (8, 8)), "GIF")
     (tmp_path / "a.gif").write_bytes(encoded[:6] + 4 * b"\xff" + encoded[10:])
     assert "(Image size (4294836225 pixels) exceeds limit" in refused(tmp_path / "a.gif")
@@ -634,7 +634,8 @@ def test_damaged_files_are_shown_or_refused_by_name_and_nothing_else_is_printed(
             except (ValueError, OSError) as error:
                 assert str(tmp_path / name) in str(error)
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"):
-        (tmp_path / "a").write_bytes(encode(picture(90), kind)[:-20])
+        data = encode(picture(90), kind)
+        (tmp_path / "a").write_bytes(data[:len(data) // 2])
         refused(tmp_path / "a")
     assert capfd.readouterr() == ("", "")
 
