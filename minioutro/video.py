@@ -17,16 +17,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What is opened, by the libraries' names. Without such a list FFmpeg draws text files as pictures,
 # and follows playlists to the files and networks that they name.
-PICTURES = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "PNG", "TIFF", "WEBP")                  # by Pillow
+PICTURES = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "PNG", "TIFF", "WEBP")     # by Pillow
 ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")     # further frames of the others: pages, previews
-STILLS = ("bmp dds dpx exr hdr j2k jpeg jpegls jpegxl pam pbm pcx pfm pgm png ppm psd qoi sgi "
-          "sunrast tiff webp")                                                           # by FFmpeg
-CONTAINERS = ("apng asf av1 avi avs2 avs3 cavsvideo dirac dnxhd dv flic flv gif gxf h261 h263 h264 "
-              "hevc ico ivf jpegxl_anim m4v matroska mjpeg mov mpeg mpegts mpegvideo mxf nsv nut "
-              "obu ogg rm roq swf vc1 vvc wtv yuv4mpegpipe "
-              "aac flac mp3 wav")               # sound: opened to say so
-OPTIONS = {"format_whitelist": ",".join([f"{s}_pipe" for s in STILLS.split()] + CONTAINERS.split()),
-           "protocol_whitelist": "file"}
+STILLS = "ppm pgm pbm pam pfm dds dpx exr hdr j2k jpegls jpegxl pcx psd qoi sgi sunrast tiff"
+CONTAINERS = ("mov matroska avi mpegts mpeg flv asf ogg mxf nut av1 avs2 avs3 cavsvideo dirac "
+              "dnxhd dv flic gxf h261 h263 h264 hevc ivf jpegxl_anim m4v mjpeg mpegvideo nsv obu "
+              "rm roq swf vc1 vvc wtv yuv4mpegpipe wav aac flac mp3")       # sound: to say so
+FFMPEG_FORMATS = CONTAINERS.split() + [f"{name}_pipe" for name in STILLS.split()]
+OPTIONS = {"format_whitelist": ",".join(FFMPEG_FORMATS), "protocol_whitelist": "file"}
 MAX_PIXELS = 2 ** 26                            # of a video's frame, twice 8K; Pillow's is its own
 MAX_SECONDS = 10 ** 8                           # three years; a clock that says more is broken
 
@@ -50,8 +48,7 @@ def sample_indices(total_frames: int, native_fps: float, duration: float, fps: f
     Example: sample_indices(32, 10.0, 3.2) -> [0, 15, 31]
     """
     if not (0 < fps <= 10 ** 9 and 1 <= max_frames <= 10 ** 9):
-        raise ValueError(f"fps {fps} and max_frames {max_frames}: both must be positive, and at "
-                         f"most 10^9")
+        raise ValueError(f"fps {fps}, max_frames {max_frames}: both must be positive, at most 1e9")
     wanted = max(1, round(min(fps * duration, max_frames)))
     first, last = 0, total_frames - 1
     if duration - 2 > max_frames * fps:
@@ -100,8 +97,7 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
                                 (packet_timeline, take_frames), (frame_timeline, take_frames)):
         pts, seconds, duration, keys = read_timeline(path)
         if duration > MAX_SECONDS:
-            raise ValueError(f"{path} lasts {duration:.0f} seconds by its clock, which is broken; "
-                             f"convert it to mp4")
+            raise ValueError(f"{path} lasts {duration:.0f} s by its clock; convert it to mp4")
         if pts:
             indices = sample_indices(len(pts), len(pts) / duration, duration, fps, max_frames)
             frames = take(path, indices, pts, keys, longest_edge)
@@ -192,8 +188,8 @@ def open_video(path: Path) -> Iterator[av.VideoStream]:
             best = container.streams.best("video")
             stream = best if best in streams else streams[0]
             if stream.width * stream.height > MAX_PIXELS:
-                raise ValueError(f"{path} has {stream.width} x {stream.height} pixels, too many "
-                                 f"for a video; scale it down")
+                size = f"{stream.width} x {stream.height}"
+                raise ValueError(f"{path} has {size} pixels, too many for a video; scale it down")
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # headers may be wrong
             yield stream
     except av.FFmpegError as error:
@@ -293,11 +289,8 @@ def take_frames(path: Path, indices: list[int], pts: list[int | None], keys: lis
 
 
 def is_worth_seeking(indices: list[int], starts: list[int]) -> bool:
-    """Whether most of a long video is passed over.
-
-    Between seeks, threads that take a frame each only fill and empty, and broken packets stay
-    unseen, so seeking has to save a lot (4 and 1000 are ours).
-    """
+    """Whether most of a long video is passed over (4 and 1000 are ours): between seeks, threads that
+    take a frame each only fill and empty, and broken packets stay unseen."""
     needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
     return 4 * needed + 1000 < indices[-1]
 
