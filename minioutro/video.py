@@ -289,8 +289,10 @@ def take_frames(path: Path, indices: list[int], pts: list[int | None], keys: lis
 
 
 def is_worth_seeking(indices: list[int], starts: list[int]) -> bool:
-    """Whether most of a long video is passed over (4 and 1000 are ours): between seeks, threads that
-    take a frame each only fill and empty, and broken packets stay unseen."""
+    """Whether most of a long video is passed over (4 and 1000 are ours).
+
+    Between seeks, threads that take a frame each only fill and empty, and broken packets stay unseen.
+    """
     needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
     return 4 * needed + 1000 < indices[-1]
 
