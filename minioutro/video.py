@@ -138,7 +138,7 @@ def picture_timeline(path: Path) -> tuple[list[int], list[float], float, list[in
                 # up to 10 ms stand for "not stated": 0.1 s, as in browsers and FFmpeg
                 starts.append(starts[-1] + (shown if shown > 10 else 100))
     except UnidentifiedImageError:
-        return [], [], 0.0, []
+        pass
     seconds = [start / 1000 for start in starts]
     return list(range(len(seconds) - 1)), seconds[:-1], seconds[-1], []
 
@@ -291,7 +291,7 @@ def take_frames(path: Path, indices: list[int], pts: list[int | None], keys: lis
 def is_worth_seeking(indices: list[int], starts: list[int]) -> bool:
     """Whether most of a long video is passed over (4 and 1000 are ours).
 
-    Between seeks, threads that take a frame each only fill and empty, and broken packets stay unseen.
+    Between seeks, threads that take a frame each fill and empty, and broken packets stay unseen.
     """
     needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
     return 4 * needed + 1000 < indices[-1]
