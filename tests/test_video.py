@@ -347,7 +347,7 @@ def test_what_is_called_best_and_is_a_cover_is_not_shown(monkeypatch, tmp_path):
                                codec_context=SimpleNamespace(options={}))
 
     def opened(best, *streams):
-        found = SimpleNamespace(streams=FoundStreams(streams))
+        found = SimpleNamespace(streams=FoundStreams(streams + others))
         found.streams.video, found.streams.best = streams, {"video": best}.get
         monkeypatch.setattr(av, "open", lambda *_, **__: nullcontext(found))
         with video_module.open_video(tmp_path / "a") as stream:
@@ -355,6 +355,7 @@ def test_what_is_called_best_and_is_a_cover_is_not_shown(monkeypatch, tmp_path):
 
     class FoundStreams(tuple):
         pass
+    others = ()
     cover, one, two, unknown = stream(Disposition.attached_pic), stream(), stream(), stream()
     unknown.codec_context = None
     assert opened(cover, cover, one, two) is one and opened(two, cover, one, two) is two
@@ -365,6 +366,9 @@ def test_what_is_called_best_and_is_a_cover_is_not_shown(monkeypatch, tmp_path):
                              ([stream(width=2 ** 21 + 1)], "2097153 x 32 pixels, too many")):
         with pytest.raises(ValueError, match=message):
             opened(streams[0], *streams)
+    others = (SimpleNamespace(type="subtitle"), SimpleNamespace(type="audio"), SimpleNamespace(type="audio"))
+    with pytest.raises(ValueError, match="only audio, subtitle; give a video"):
+        opened(cover, cover)
     assert opened(largest := stream(width=2 ** 21), largest) is largest
     assert largest.codec_context.options == {"max_pixels": str(2 ** 26)}
 
@@ -403,8 +407,8 @@ def animate(path, count, milliseconds):
                                                        ("a.webp", 11, 0.011), ("a.gif", 20, 0.02)])
 def test_frames_of_an_animation_without_durations_are_shown_for_0_1_seconds(tmp_path, name, milliseconds,
                                                                             shown):
-    video = read_video(animate(tmp_path / name, 3, milliseconds), fps=100)
-    assert video.seconds == [0.0, shown, 2 * shown] and video.duration == pytest.approx(3 * shown)
+    video = read_video(animate(tmp_path / name, 2, milliseconds), fps=100)
+    assert video.seconds == [0.0, shown] and video.duration == pytest.approx(2 * shown)
 
 
 def test_64_frames_are_shown_at_most(tmp_path):
@@ -515,6 +519,9 @@ def test_where_the_clock_steps_back_it_goes_on_from_the_last_frame():
                    (0, 0, True), (0, -9, True), (-3, None, True))
     assert joined == [(0, -10), (20, 0), (10, 10), (30, None), (40, None), (50, None),
                       (60, None), (60, None), (61, None)]
+    assert clock((30, 5, True), (20, 5, True)) == [(30, 5), (31, None)]
+    assert clock((30, 5, True), (0, -9, True), (30, 0, True), (20, 5, True)) == [
+        (30, 5), (31, None), (61, None), (51, None)]            # all called keyframes again
 
 
 @pytest.mark.parametrize("packets", [
@@ -527,6 +534,26 @@ def test_what_looks_like_a_step_back_and_is_none(packets):
     """Frames that are shown later are stored first. If a keyframe is shown before the last, then its decoding
     time must step back as well, or be later than its showing."""
     assert clock(*packets) == [(pts, dts) for pts, dts, _ in packets]
+
+
+def test_where_reading_fails_the_file_ends():
+    def demux(_):
+        yield av.Packet(b"x")
+        raise av.error.InvalidDataError(1, "no more")
+    assert len(list(video_module.demux(SimpleNamespace(container=SimpleNamespace(demux=demux))))) == 1
+
+
+def test_the_timeline_is_of_packets_that_are_shown_or_of_frames(tmp_path, monkeypatch):
+    """Not of packets that are empty, discarded or without time; the last in time says how long it is shown,
+    here 9 thousandths of a second."""
+    made = [SimpleNamespace(pts=pts, dts=pts, duration=duration, size=size, is_discard=pts == 4,
+                            is_keyframe=pts != 1)
+            for pts, duration, size in ((0, 5, 1), (2, 9, 1), (3, 6, 0), (4, 8, 1), (1, 7, 1), (None, 4, 1))]
+    path, expected = write(tmp_path / "a.mkv", n=1), ([0, 1, 2], [0.0, 0.001, 0.002], 0.011)
+    monkeypatch.setattr(video_module, "demux", lambda _: iter(made))
+    assert video_module.packet_timeline(path) == (*expected, [0, 2])
+    monkeypatch.setattr(video_module, "decode", lambda _: iter([made[0], made[4], made[1]]))
+    assert video_module.frame_timeline(path) == (*expected, [])
 
 
 def test_a_clock_that_comes_to_its_end_ends_the_file():
