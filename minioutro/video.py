@@ -210,7 +210,7 @@ def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
                 # B-frames step back too, but are no keyframes. A file may call all its frames that:
                 # then the decoding time still grows, up to the time at which the frame is shown.
                 if packet.is_keyframe and pts < latest and not decoded < dts <= pts:
-                    shift += latest - pts + (median_step(times) or 1)
+                    shift += latest - pts + median_step(times)
                     times, latest, decoded = [], -math.inf, -math.inf
                 times.append(pts)
                 latest, decoded = max(latest, pts), max(decoded, dts)
@@ -219,7 +219,7 @@ def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
                     packet.dts = None               # of the file's own clock, by which FFmpeg seeks
             yield packet
     except (av.FFmpegError, OverflowError):         # the latter: a time beyond 64 bits
-        return
+        pass
 
 
 def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
@@ -264,10 +264,10 @@ def timeline(pts: list, last: int | None, stream: av.VideoStream):
 
 
 def median_step(times: list[int]) -> int:
-    """From one time to the next; 0 if there are no two."""
+    """From one time to the next; at least 1."""
     times = sorted(times)
-    steps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
-    return steps[len(steps) // 2] if steps else 0
+    steps = sorted(later - earlier for earlier, later in zip(times, times[1:])) or [1]
+    return max(1, steps[len(steps) // 2])
 
 
 def take_frames(path: Path, indices: list[int], pts: list[int | None], keys: list[int],
