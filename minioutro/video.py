@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from bisect import bisect
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -11,7 +12,21 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-from PIL import Image
+from av.stream import Disposition
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# What is opened, by the libraries' names. Without such a list FFmpeg draws text files as pictures,
+# and follows playlists to the files and networks that they name.
+PICTURES = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "PNG", "TIFF", "WEBP")     # by Pillow
+ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")     # further frames of the others: pages, previews
+STILLS = "ppm pgm pbm pam pfm dds dpx exr hdr j2k jpegls jpegxl pcx psd qoi sgi sunrast tiff"
+CONTAINERS = ("mov matroska avi mpegts mpeg flv asf ogg mxf nut av1 avs2 avs3 cavsvideo dirac "
+              "dnxhd dv flic gxf h261 h263 h264 hevc ivf jpegxl_anim m4v mjpeg mpegvideo nsv obu "
+              "rm roq swf vc1 vvc wtv yuv4mpegpipe wav aac flac mp3")       # sound: to say so
+FFMPEG_FORMATS = CONTAINERS.split() + [f"{name}_pipe" for name in STILLS.split()]
+OPTIONS = {"format_whitelist": ",".join(FFMPEG_FORMATS), "protocol_whitelist": "file"}
+MAX_PIXELS = 2 ** 26                            # of a video's frame, twice 8K; Pillow's is its own
+MAX_SECONDS = 10 ** 8                           # three years; a clock that says more is broken
 
 
 @dataclass
@@ -28,18 +43,19 @@ def sample_indices(total_frames: int, native_fps: float, duration: float, fps: f
 
     The first and the last frame are among them; where not every second fits, the first and the last
     second of the video are left out, which are often titles.
-    Raises: ValueError if fps or max_frames is not positive.
+    Raises: ValueError if fps or max_frames is not positive, or is absurd.
     Source: the video sampling of SmolVLM's processor in transformers.
     Example: sample_indices(32, 10.0, 3.2) -> [0, 15, 31]
     """
-    if not 0 < fps < math.inf or max_frames < 1:
-        raise ValueError(f"fps {fps} and max_frames {max_frames}: both must be positive numbers")
+    if not (0 < fps <= 10 ** 9 and 1 <= max_frames <= 10 ** 9):
+        raise ValueError(f"fps {fps}, max_frames {max_frames}: both must be positive, at most 1e9")
     wanted = max(1, round(min(fps * duration, max_frames)))
     first, last = 0, total_frames - 1
     if duration - 2 > max_frames * fps:
         first, last = int(native_fps), min(int(total_frames - native_fps), last)
         if first >= last:
             first, last = 0, total_frames - 1
+    wanted = min(wanted, last - first + 1)
     if wanted == 1:
         return [first]
     step = (last - first) / (wanted - 1)            # in this order, rounding is that of np.linspace
@@ -77,8 +93,11 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
         raise ValueError(f"{path} is a pipe or a device; save it as a file first")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; copy or download it again")
-    for read_timeline in (packet_timeline, frame_timeline):
+    for read_timeline, take in ((picture_timeline, take_pictures),
+                                (packet_timeline, take_frames), (frame_timeline, take_frames)):
         pts, seconds, duration, keys = read_timeline(path)
+        if duration > MAX_SECONDS:
+            raise ValueError(f"{path} lasts {duration:.0f} s by its clock; convert it to mp4")
         if pts:
             indices = sample_indices(len(pts), len(pts) / duration, duration, fps, max_frames)
             frames = take(path, indices, pts, keys, longest_edge)
@@ -87,30 +106,120 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
     raise ValueError(f"{path}: no frame of it can be decoded; try to play it, or convert it to mp4")
 
 
+# ---- pictures and animations ----
+
+
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Raises: UnidentifiedImageError if Pillow does not know it; ValueError if it is broken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # such as damaged metadata
+        try:
+            with Image.open(path, formats=PICTURES) as image:
+                yield image
+        except UnidentifiedImageError:
+            raise
+        except Exception as error:                  # its readers raise whatever they stumble over
+            raise ValueError(f"{path} is a picture that cannot be read ({error}); save it again as "
+                             f"png or jpg, or give another") from None
+
+
+def picture_timeline(path: Path) -> tuple[list[int], list[float], float, list[int]]:
+    """As packet_timeline, with the frames' numbers as pts; empty if the file is no picture."""
+    starts = [0]                                    # in milliseconds
+    try:
+        with open_picture(path) as image:
+            total = image.n_frames if image.format in ANIMATIONS else 1
+            for index in range(total):
+                image.seek(index)
+                if total > 1:
+                    image.load()                    # in some formats the duration is known then
+                shown = image.info.get("duration") or 0
+                # up to 10 ms stand for "not stated": 0.1 s, as in browsers and FFmpeg
+                starts.append(starts[-1] + (shown if shown > 10 else 100))
+    except UnidentifiedImageError:
+        pass
+    seconds = [start / 1000 for start in starts]
+    return list(range(len(seconds) - 1)), seconds[:-1], seconds[-1], []
+
+
+def take_pictures(path: Path, indices: list[int], pts: list[int], keys: list[int],
+                  longest_edge: int | None) -> list[Image.Image]:
+    """The frames with these indices, upright."""
+    images = []
+    with open_picture(path) as image:
+        for index in indices:
+            image.seek(index)
+            frame = to_rgb(ImageOps.exif_transpose(image))
+            images.append(resize_longest_edge(frame, longest_edge) if longest_edge else frame)
+    return images
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """What is transparent is shown on white, as by SmolVLM's processor in transformers."""
+    if image.mode.startswith("I;16"):               # grey up to 65535, which Pillow would clip
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel, and no word on which number is white")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
+
+
+# ---- videos ----
+
+
 @contextmanager
 def open_video(path: Path) -> Iterator[av.VideoStream]:
-    """The first stream of video that is not the cover of an album."""
+    """The default stream of video; the cover of an album is none."""
     try:
-        # as an open file: FFmpeg reads some names as patterns or addresses
-        with path.open("rb") as file, av.open(file, metadata_errors="replace") as container:
+        # "file:", since FFmpeg reads some names as patterns or addresses
+        with av.open(f"file:{path}", options=OPTIONS, metadata_errors="replace") as container:
             streams = [s for s in container.streams.video
-                       if not s.disposition & av.stream.Disposition.attached_pic]
+                       if s.codec_context and not s.disposition & Disposition.attached_pic]
             if not streams:
                 kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"}))
-                raise ValueError(f"{path} has no video stream, only {kinds or 'a header'}; "
-                                 f"give a video")
-            yield streams[0]
+                raise ValueError(f"{path} has no video stream that can be decoded, only "
+                                 f"{kinds or 'a header'}; give a video")
+            if any(s.disposition & Disposition.dependent for s in streams):
+                raise ValueError(f"{path} is a picture in tiles (HEIC); save it as jpg or png")
+            best = container.streams.best("video")
+            stream = best if best in streams else streams[0]
+            if stream.width * stream.height > MAX_PIXELS:
+                size = f"{stream.width} x {stream.height}"
+                raise ValueError(f"{path} has {size} pixels, too many for a video; scale it down")
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # headers may be wrong
+            yield stream
     except av.FFmpegError as error:
-        raise ValueError(f"{path} is not a video that can be read ({error.strerror}); try to play "
-                         f"it, or convert it to mp4") from None
+        raise ValueError(f"{path} is not a video or picture that can be read ({error.strerror}); "
+                         f"try to play it, or convert it to mp4") from None
 
 
 def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The packets of a stream; a file that is cut off ends where it is cut."""
+    """The packets of a stream, on one clock; a file that is cut off ends where it is cut.
+
+    Where the clock steps back, another recording begins: it goes on from the last frame.
+    """
+    times, latest, decoded, shift = [], -math.inf, -math.inf, 0
     try:
-        yield from stream.container.demux(stream)
-    except av.FFmpegError:
-        return
+        for packet in stream.container.demux(stream):
+            if packet.pts is not None:
+                pts, dts = packet.pts, packet.pts if packet.dts is None else packet.dts
+                # B-frames step back too, but are no keyframes. A file may call all its frames that:
+                # then the decoding time still grows, up to the time at which the frame is shown.
+                if packet.is_keyframe and pts < latest and not decoded < dts <= pts:
+                    shift += latest - pts + median_step(times)
+                    times, latest, decoded = [], -math.inf, -math.inf
+                times.append(pts)
+                latest, decoded = max(latest, pts), max(decoded, dts)
+                if shift:
+                    packet.pts += shift
+                    packet.dts = None               # of the file's own clock, by which FFmpeg seeks
+            yield packet
+    except (av.FFmpegError, OverflowError):         # the latter: a time beyond 64 bits
+        pass
 
 
 def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
@@ -123,9 +232,13 @@ def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
 
 
 def packet_timeline(path: Path) -> tuple[list[int], list[float], float, list[int]]:
-    """Of all frames that should be shown: pts and seconds, both sorted; the duration; keyframes."""
+    """Of all frames that should be shown: pts and seconds, both sorted; the duration; keyframes.
+
+    Only such keyframes as can be sought.
+    """
     with open_video(path) as stream:
-        packets = sorted((p.pts, p.duration, p.is_keyframe) for p in demux(stream)
+        packets = sorted((p.pts, p.duration, p.is_keyframe and p.dts is not None)
+                         for p in demux(stream)
                          if p.size and not p.is_discard and p.pts is not None)
         keys = [i for i, (_, _, is_key) in enumerate(packets) if is_key]
         return *timeline([p[0] for p in packets], packets[-1][1] if packets else 0, stream), keys
@@ -145,47 +258,82 @@ def timeline(pts: list, last: int | None, stream: av.VideoStream):
     times = sorted(p for p in pts if p is not None)
     if len(times) < len(pts):                   # without clock: count frames at the stated rate
         times, unit, last = list(range(len(pts))), 1 / Fraction(stream.average_rate or 25), 1
-    steps = sorted(b - a for a, b in zip(times, times[1:]))
-    last = last or (steps[len(steps) // 2] if steps else 0) or 1
     seconds = [float((t - times[0]) * unit) for t in times]
+    last = max(last or median_step(times), 1)
     return pts, seconds, float((times[-1] - times[0] + last) * unit) if times else 0.0
 
 
-def take(path: Path, indices: list[int], pts: list[int | None], keys: list[int],
-         longest_edge: int | None) -> list[Image.Image]:
+def median_step(times: list[int]) -> int:
+    """From one time to the next; at least 1."""
+    times = sorted(times)
+    steps = sorted(later - earlier for earlier, later in zip(times, times[1:])) or [1]
+    return max(1, steps[len(steps) // 2])
+
+
+def take_frames(path: Path, indices: list[int], pts: list[int | None], keys: list[int],
+                longest_edge: int | None) -> list[Image.Image]:
     """Decode the frames with these indices, upright, until one has not the pts that is stated."""
-    starts = [[0, *keys][bisect(keys, wanted)] for wanted in indices]   # the last keyframe up to it
-    needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
-    # Between seeks, threads that take a frame each only fill and empty, and broken packets stay
-    # unseen: worth it only where most of a long video is passed over (4 and 1000 are ours).
-    seeks = 4 * needed + 1000 < indices[-1]
+    keys = [0, *keys]
+    starts = [keys[bisect(keys, wanted) - 1] for wanted in indices]     # the last keyframe up to it
+    seeks = is_worth_seeking(indices, starts)
     images = []
     with open_video(path) as stream, ThreadPoolExecutor(1) as worker:
         stream.thread_type = "SLICE" if seeks else "AUTO"
-        frames, index = decode(stream), -1                              # index of the last frame
-        for wanted, start in zip(indices, starts):
-            if seeks and start > index + 1:
-                try:
-                    stream.container.seek(pts[start], stream=stream)
-                except av.FFmpegError:
-                    break
-                frames, index = decode(stream), start - 1
-            for index, frame in enumerate(frames, start=index + 1):
-                wrong_key = seeks and index == start and not frame.key_frame
-                if index == wanted or wrong_key:
-                    break
-            if index != wanted or wrong_key or frame.pts != pts[index]:
-                break
-            wait(images[:-3])                                           # three at most are left
+        for frame in find_frames(stream, indices, starts if seeks else [0] * len(indices), pts):
+            wait(images[:-3])                       # three at most are left to be scaled
             images.append(worker.submit(upright, frame, longest_edge))  # while decoding goes on
         images = [image.result() for image in images]
     if seeks and len(images) < len(indices):
-        return take(path, indices, pts, [], longest_edge)
+        return take_frames(path, indices, pts, [], longest_edge)
     return images
 
 
+def is_worth_seeking(indices: list[int], starts: list[int]) -> bool:
+    """Whether most of a long video is passed over (4 and 1000 are ours).
+
+    Between seeks, threads that take a frame each fill and empty, and broken packets stay unseen.
+    """
+    needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
+    return 4 * needed + 1000 < indices[-1]
+
+
+def find_frames(stream: av.VideoStream, indices: list[int], starts: list[int],
+                pts: list[int | None]) -> Iterator[av.VideoFrame]:
+    """The frames with these indices; passes over what lies before each one's start, a keyframe.
+
+    Ends early where a frame has not its pts, or what should be a keyframe is none.
+    """
+    frames, index = decode(stream), -1              # index: of the last frame that was decoded
+    for wanted, start in zip(indices, starts):
+        if start > index + 1:
+            try:
+                stream.container.seek(pts[start], stream=stream)
+            except av.FFmpegError:
+                return
+            frames, index = decode(stream), start - 1
+        for frame in frames:
+            index += 1
+            if index == start > 0 and not frame.key_frame:
+                return
+            if index == wanted:
+                break
+        if index < wanted or frame.pts != pts[wanted]:
+            return
+        yield frame
+
+
 def upright(frame: av.VideoFrame, longest_edge: int | None) -> Image.Image:
+    """Mirrored and turned, by quarters, as the display matrix says: x' = ax + cy, y' = bx + dy."""
     image = frame.to_image()
-    if frame.rotation % 90 == 0:                # degrees; a damaged header may hold any number
-        image = image.rotate(frame.rotation, expand=True)
+    try:
+        a, b, _, c, d = memoryview(frame.side_data["DISPLAYMATRIX"]).cast("i")[:5]
+    except (KeyError, ValueError):      # there is none; or EXIF beside it, at which PyAV 18.1 fails
+        angle = math.radians(frame.rotation)        # counter-clockwise
+        a, b, c, d = math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    if abs(b) + abs(c) > abs(a) + abs(d):           # x and y change places
+        image, a, d = image.transpose(Image.Transpose.TRANSPOSE), c, b
+    if a < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if d < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return resize_longest_edge(image, longest_edge) if longest_edge else image

@@ -1,12 +1,17 @@
 """Which frames are shown, and when: on videos made here, whole, awkward and broken."""
 
+import io
 import os
+import random
 from concurrent.futures import Future
+from contextlib import nullcontext
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import pytest
-from PIL import Image
+from av.stream import Disposition
+from PIL import Image, ImageOps
 
 from minioutro import read_video
 from minioutro import video as video_module
@@ -25,18 +30,19 @@ def number(image):
     return image.getpixel((image.width // 2, image.height // 2))[1]
 
 
-def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=lambda k: 6 * k, all_keys=False,
-          **options):
+def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=lambda k: 6 * k,
+          all_keys=False, matrix=None, draw=picture, **options):
     """n frames, the k-th with brightness 6 k; pts are in hundredths of a second if given.
 
-    all_keys: the file says that every frame is a keyframe.
+    all_keys: the file says that every frame is a keyframe. matrix: how the frames are to be turned.
     """
     with av.open(str(path), "w", options=muxer) as file:
         stream = file.add_stream(codec, rate=fps, options={"crf": "5", **options})
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, 100)
+        stream.set_display_matrix(matrix)
         for k in range(n):
-            frame = av.VideoFrame.from_image(picture(brightness(k)))
+            frame = av.VideoFrame.from_image(draw(brightness(k)))
             frame.pts, frame.time_base = pts[k] if pts else 100 * k // fps, Fraction(1, 100)
             for packet in stream.encode(frame):
                 packet.is_keyframe |= all_keys
@@ -65,7 +71,16 @@ def test_sampling_by_hand():
     assert (len(long), long[0], long[-1]) == (64, 25, 2975)
     assert sample_indices(5, 10.0, 10.0) == [0, 1, 2, 3, 4]         # never more than there are
     assert sample_indices(100, 10.0, 2.0, max_frames=1) == [0]
-    assert sample_indices(100, 10.0, 10.0, max_frames=1) == [10]    # 10 s are more than 1: a second is left out
+    assert sample_indices(100, 10.0, 10.0, max_frames=1) == [10]    # 10 s are more than 1: without a second
+    assert sample_indices(100, 10.0, 10.0, max_frames=2, fps=4.0) == [0, 99]        # 8 s are not more than 8
+    assert sample_indices(101, 10.0, 10.1, max_frames=2, fps=4.0) == [10, 91]
+
+
+def test_where_two_seconds_are_all_there_is_none_is_left_out():
+    """3 frames in 2.5 s: the second is the first of second 1 and the last before the last second."""
+    assert sample_indices(3, 1.2, 2.5, fps=0.1, max_frames=1) == [0]
+    assert sample_indices(10, 25.0, 100.0, max_frames=4) == [0, 3, 6, 9]    # a header that is wrong
+    assert sample_indices(10, 0.0, 100.0, max_frames=4) == [0, 3, 6, 9]
 
 
 def test_sampling_rounds_as_numpy_does():
@@ -73,10 +88,16 @@ def test_sampling_rounds_as_numpy_does():
     assert sample_indices(123, 123 / 15, 15.0)[7] == 60
 
 
-@pytest.mark.parametrize("wrong", [dict(fps=0), dict(fps=-1.0), dict(max_frames=0)])
+@pytest.mark.parametrize("wrong", [
+    dict(fps=0), dict(fps=-1.0), dict(fps=float("inf")), dict(fps=float("nan")), dict(fps=10 ** 400),
+    dict(fps=10 ** 9 + 1), dict(max_frames=0), dict(max_frames=10 ** 400), dict(max_frames=10 ** 9 + 1)])
 def test_sampling_refuses_what_makes_no_sense(wrong):
     with pytest.raises(ValueError, match="positive"):
         sample_indices(10, 10.0, 1.0, **wrong)
+
+
+def test_the_most_that_may_be_asked_for_is_all_frames_at_once():
+    assert sample_indices(5, 10.0, 0.5, fps=10 ** 9, max_frames=10 ** 9) == [0, 1, 2, 3, 4]
 
 
 def test_frames_and_times_of_a_plain_video(tmp_path):
@@ -166,6 +187,13 @@ def test_where_nothing_can_be_passed_over_all_is_decoded(tmp_path, decoded):
         assert len(decoded) == 2 and decoded[-1] > 800
 
 
+def test_seeking_has_to_save_a_lot():
+    """Only where four times the frames to decode and 1000 more are fewer than those up to the last."""
+    worth = video_module.is_worth_seeking
+    assert worth([1005], [1005]) and not worth([1004], [1004])                      # 1 frame
+    assert worth([3, 1037], [0, 1033]) and not worth([4, 1037], [0, 1033])          # 9 frames, and 10
+
+
 def test_a_frame_that_is_called_a_keyframe_and_is_none_is_not_believed(tmp_path, decoded):
     """After seeking to one, frames would show what is between it and the last; so all are decoded."""
     video = read_video(long_video(tmp_path / "a.mp4", codec="mpeg4", qscale="2", all_keys=True), max_frames=3)
@@ -193,12 +221,14 @@ def test_decoded_frames_do_not_pile_up(tmp_path, monkeypatch):
     monkeypatch.setattr(video_module, "ThreadPoolExecutor", Idle)
     monkeypatch.setattr(video_module, "wait", work)
     monkeypatch.setattr(Future, "result", lambda self, result=Future.result: (work([self]), result(self))[1])
-    assert_shows(read_video(write(tmp_path / "a.mp4"), fps=10.0), list(range(40)), [k / 10 for k in range(40)])
+    video = read_video(write(tmp_path / "a.mp4"), fps=10.0)
+    assert_shows(video, list(range(40)), [k / 10 for k in range(40)])
     assert lengths == [1, 2, 3] + [4] * 37
 
 
 def test_frames_are_scaled_as_they_are_decoded_as_the_processor_would(tmp_path):
-    whole, small = (read_video(write(tmp_path / "a.mp4"), longest_edge=edge) for edge in (None, 30))
+    write(tmp_path / "a.mp4")
+    whole, small = (read_video(tmp_path / "a.mp4", longest_edge=edge) for edge in (None, 30))
     assert small.frames[0].size == (30, 20)
     for frame, scaled in zip(whole.frames, small.frames):
         assert scaled.tobytes() == resize_longest_edge(frame, 30).tobytes()
@@ -214,14 +244,133 @@ def test_the_shorter_side_is_cut_to_an_integer_and_made_even(size, edge, expecte
     assert expected[1] == 1 or resize_longest_edge(once, edge) is once
 
 
-def test_a_turned_picture_is_shown_upright(tmp_path):
-    """EXIF orientation 6: turn clockwise by 90 degrees, so the red left edge comes to the top."""
+# EXIF's orientation, and the display matrix that says the same: where right and down are shown
+ORIENTATIONS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
+                5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
+
+
+def cornered(_=None):
+    """A picture of which no two of the eight views are the same."""
+    image = picture(200)
+    image.paste((0, 0, 255), (0, 0, 24, 16))
+    return image
+
+
+def oriented(orientation):
     exif = Image.Exif()
-    exif[0x112] = 6
-    picture(200).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    frame = read_video(tmp_path / "a.jpg").frames[0]
-    assert frame.size == (32, 48)
-    assert frame.getpixel((16, 2))[1] < 60 and frame.getpixel((2, 40))[1] > 150
+    exif[0x112] = orientation
+    return exif
+
+
+def encode(image, kind, **options):
+    image.save(data := io.BytesIO(), kind, **options)
+    return data.getvalue()
+
+
+def same_view(one, other):
+    return one.size == other.size and all(
+        abs(a - b) < 60 for place in ((6, 6), (-7, 6), (6, -7), (-7, -7))
+        for a, b in zip(*(image.getpixel([p % side for p, side in zip(place, image.size)])
+                          for image in (one, other))))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_pictures_and_videos_are_turned_and_mirrored_as_they_say(tmp_path, orientation):
+    upright = [ImageOps.exif_transpose(Image.open(io.BytesIO(encode(cornered(), "PNG", exif=oriented(k)))))
+               for k in ORIENTATIONS]
+    assert [same_view(a, b) for a in upright for b in upright].count(True) == 8
+    expected = upright[orientation - 1]
+    cornered().save(tmp_path / "a.png", exif=oriented(orientation))
+    assert read_video(tmp_path / "a.png").frames[0].tobytes() == expected.tobytes()
+    a, b, c, d = ORIENTATIONS[orientation]
+    for scale in (1, 65536, 3 << 15):
+        matrix = [a * scale, b * scale, 0, c * scale, d * scale, 0, 0, 0, 1 << 30]
+        video = read_video(write(tmp_path / "a.mp4", n=2, matrix=matrix, draw=cornered))
+        assert same_view(video.frames[0], expected)
+
+
+@pytest.mark.parametrize("matrix, orientation", [
+    ((0, 0, 0, 0), 1), ((60000, 20000, -20000, 60000), 1), ((-20000, 60000, -60000, -20000), 6),
+    ((46341, 46341, -46341, 46341), 1), ((-60000, 30000, -30000, -60000), 3)])
+def test_odd_angles_are_turned_to_the_nearest_quarter(tmp_path, matrix, orientation):
+    """A matrix of zeros is found in damaged files; 45 degrees have no nearest and stay."""
+    a, b, c, d = matrix
+    write(tmp_path / "a.mp4", n=2, matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30], draw=cornered)
+    expected = {1: cornered(), 3: cornered().transpose(Image.Transpose.ROTATE_180),
+                6: cornered().transpose(Image.Transpose.ROTATE_270)}[orientation]
+    assert same_view(read_video(tmp_path / "a.mp4").frames[0], expected)
+
+
+def mux(path, streams):
+    """Packets as they are, without an encoder; of each stream: codec, disposition, settings, packets."""
+    with av.open(str(path), "w") as file:
+        opened = [file.add_mux_stream(codec, rate=10, **settings) for codec, _, settings, _ in streams]
+        for stream, (_, disposition, _, packets) in zip(opened, streams):
+            stream.disposition = disposition
+        for stream, (_, _, _, packets) in zip(opened, streams):
+            for k, data in enumerate(packets):
+                packet = av.Packet(data)
+                packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 10), k, k
+                packet.is_keyframe = True
+                file.mux(packet)
+    return path
+
+
+SMALL = {"width": 48, "height": 32}
+
+
+@pytest.mark.parametrize("orientation", (1, 3, 6, 8))
+def test_frames_with_exif_are_turned_too(tmp_path, orientation):
+    data = encode(cornered(), "JPEG", exif=oriented(orientation), quality=95)
+    video = read_video(mux(tmp_path / "a.mkv", [("mjpeg", Disposition.default, SMALL, 3 * [data])]))
+    assert same_view(video.frames[0], ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+
+
+def jpegs(n, size=(48, 32), count=2):
+    return count * [encode(Image.new("RGB", size, (n, n, n)), "JPEG")]
+
+
+def test_of_several_streams_the_default_one_is_shown_and_never_a_cover(tmp_path):
+    path = mux(tmp_path / "a.mp4", [("mjpeg", Disposition(0), SMALL, jpegs(40)),
+                                    ("mjpeg", Disposition.default, SMALL, jpegs(90, count=4)),
+                                    ("mjpeg", Disposition.attached_pic, SMALL, jpegs(200, count=1))])
+    video = read_video(path)
+    assert number(video.frames[0]) == 90 and video.total_frames == 4
+    cover = [("mjpeg", Disposition.attached_pic, SMALL, jpegs(200, count=1))]
+    assert "no video stream that can be decoded, only a header" in refused(mux(path, cover))
+
+
+def test_what_is_called_best_and_is_a_cover_is_not_shown(monkeypatch, tmp_path):
+    """Without packets, as far as open_video looks."""
+    def stream(disposition=Disposition(0), width=48):
+        return SimpleNamespace(disposition=disposition, width=width, height=32, type="video",
+                               codec_context=SimpleNamespace(options={}))
+
+    def opened(best, *streams):
+        found = SimpleNamespace(streams=FoundStreams(streams + others))
+        found.streams.video, found.streams.best = streams, {"video": best}.get
+        monkeypatch.setattr(av, "open", lambda *_, **__: nullcontext(found))
+        with video_module.open_video(tmp_path / "a") as stream:
+            return stream
+
+    class FoundStreams(tuple):
+        pass
+    others = ()
+    cover, one, two, unknown = stream(Disposition.attached_pic), stream(), stream(), stream()
+    unknown.codec_context = None
+    assert opened(cover, cover, one, two) is one and opened(two, cover, one, two) is two
+    assert opened(unknown, unknown, two) is two
+    tile = stream(Disposition.dependent)
+    for streams, message in (([tile, tile], "in tiles"), ([one, tile], "in tiles"),
+                             ([unknown], "only a header"),
+                             ([stream(width=2 ** 21 + 1)], "2097153 x 32 pixels, too many")):
+        with pytest.raises(ValueError, match=message):
+            opened(streams[0], *streams)
+    others = (SimpleNamespace(type="subtitle"), SimpleNamespace(type="audio"), SimpleNamespace(type="audio"))
+    with pytest.raises(ValueError, match="only audio, subtitle; give a video"):
+        opened(cover, cover)
+    assert opened(largest := stream(width=2 ** 21), largest) is largest
+    assert largest.codec_context.options == {"max_pixels": str(2 ** 26)}
 
 
 def test_pictures_and_animations_are_videos(tmp_path):
@@ -229,13 +378,76 @@ def test_pictures_and_animations_are_videos(tmp_path):
     picture(90).convert("RGBA").save(tmp_path / "50%02d: a.png")
     for name in ("a.png", "50%02d: a.png"):
         video = read_video(tmp_path / name)
-        assert (len(video.frames), video.seconds, video.total_frames) == (1, [0.0], 1)
+        assert (len(video.frames), video.seconds, video.total_frames, video.duration) == (1, [0.0], 1, 0.1)
         assert number(video.frames[0]) == 90
     frames = [picture(n) for n in (0, 60, 120)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=[500, 2000, 500])
-    video = read_video(tmp_path / "a.gif")
-    assert video.seconds == [0.0, 0.5, 2.5] and video.duration == 3.0
-    assert [number(frame) for frame in video.frames] == [0, 60, 120]
+    for name, options in (("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True}),
+                          ("a.avif", {"quality": 100})):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=[500, 2000, 500],
+                       **options)
+        video = read_video(tmp_path / name)
+        assert video.seconds == [0.0, 0.5, 2.5] and video.duration == 3.0
+        assert [number(frame) for frame in video.frames] == pytest.approx([0, 60, 120], abs=2)
+        assert [frame.size for frame in read_video(tmp_path / name, longest_edge=30).frames] == 3 * [(30, 20)]
+
+
+def test_pictures_that_pillow_is_not_asked_for_are_read_by_ffmpeg(tmp_path):
+    for name in ("a.ppm", "a.jp2", "a.qoi", "a.sgi"):
+        picture(90).save(tmp_path / name)
+        assert number(read_video(tmp_path / name).frames[0]) == 90
+
+
+def animate(path, count, milliseconds):
+    frames = [picture(60 * n % 251) for n in range(count)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds)
+    return path
+
+
+@pytest.mark.parametrize("name, milliseconds, shown", [("a.gif", 0, 0.1), ("a.gif", 10, 0.1),
+                                                       ("a.webp", 11, 0.011), ("a.gif", 20, 0.02)])
+def test_frames_of_an_animation_without_durations_are_shown_for_0_1_seconds(tmp_path, name, milliseconds,
+                                                                            shown):
+    video = read_video(animate(tmp_path / name, 2, milliseconds), fps=100)
+    assert video.seconds == [0.0, shown] and video.duration == pytest.approx(2 * shown)
+
+
+def test_64_frames_are_shown_at_most(tmp_path):
+    assert len(read_video(animate(tmp_path / "a.gif", 70, 1000)).frames) == 64
+
+
+def test_pages_and_previews_are_no_frames_and_of_an_icon_the_largest_is_shown(tmp_path):
+    picture(90).save(tmp_path / "a.tiff", save_all=True, append_images=[picture(120)])
+    picture(90).save(tmp_path / "a.mpo", save_all=True, append_images=[picture(120)])
+    picture(90, (64, 64)).save(tmp_path / "a.ico", sizes=[(16, 16), (64, 64), (32, 32)])
+    for name, size in (("a.tiff", (48, 32)), ("a.mpo", (48, 32)), ("a.ico", (64, 64))):
+        video = read_video(tmp_path / name)
+        assert (video.total_frames, video.frames[0].size, number(video.frames[0])) == (1, size, 90)
+
+
+@pytest.mark.parametrize("kind", ("png", "tiff"))
+def test_grey_of_16_bits_keeps_its_upper_8(tmp_path, kind):
+    values = [256 * (k % 256) + 255 - k // 8 for k in range(48 * 32)]
+    data = b"".join(value.to_bytes(2, "little") for value in values)
+    Image.frombytes("I;16", (48, 32), data).save(tmp_path / f"a.{kind}")
+    frame = read_video(tmp_path / f"a.{kind}").frames[0]
+    assert list(frame.get_flattened_data()) == [3 * (value // 256,) for value in values]
+
+
+def test_32_bits_a_pixel_are_refused(tmp_path):
+    for mode in "IF":
+        Image.new(mode, (48, 32)).save(tmp_path / "a.tiff")
+        assert "32 bits" in refused(tmp_path / "a.tiff")
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    image = Image.new("RGBA", (48, 32), (90, 90, 90, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 8, 32))
+    image.paste((0, 0, 0, 51), (40, 0, 48, 32))             # a fifth of black
+    for name in ("a.png", "a.webp", "a.gif"):
+        image.save(tmp_path / name, lossless=True)
+        frame = read_video(tmp_path / name).frames[0]
+        assert frame.getpixel((2, 2)) == (255, 255, 255) and frame.getpixel((20, 2)) == (90, 90, 90)
+        assert frame.getpixel((45, 2)) == (204, 204, 204) or name == "a.gif"
 
 
 def test_a_stream_without_a_clock_counts_its_frames(tmp_path):
@@ -244,6 +456,33 @@ def test_a_stream_without_a_clock_counts_its_frames(tmp_path):
     video = read_video(tmp_path / "raw.h264", fps=2.0)
     assert video.duration == pytest.approx(1.6) and video.total_frames == 40
     assert_shows(video, [0, 19, 39], [0.0, 0.76, 1.56])
+
+
+def times(pts, last, rate=None):
+    stream = SimpleNamespace(time_base=Fraction(1, 100), average_rate=rate)
+    return video_module.timeline(pts, last, stream)[1:]
+
+
+def test_how_long_the_last_frame_is_shown():
+    """As long as it says; else as long as most; else one unit of the clock, here 1/100 s."""
+    assert times([50, 60, 80, 90], 5) == ([0.0, 0.1, 0.3, 0.4], 0.45)
+    assert times([50, 60, 80, 90], None) == times([90, 80, 60, 50], 0) == ([0.0, 0.1, 0.3, 0.4], 0.5)
+    assert times([50, 60, 80], 0) == ([0.0, 0.1, 0.3], 0.5)             # of two steps, the longer
+    assert times([50], 0) == times([50], -7) == ([0.0], 0.01)
+    assert times([], None) == ([], 0.0)
+
+
+def test_without_a_clock_or_a_rate_25_frames_are_a_second():
+    assert times([None, 7, None], 3) == ([0.0, 0.04, 0.08], 0.12)
+    assert times([None, None], None, Fraction(10)) == ([0.0, 0.1], 0.2)
+
+
+@pytest.mark.parametrize("name", ["http:a.mp4", "concat:a|b.mp4", "50%02d: a.mp4", "-i", "a\nb", b"\xff.mp4"])
+def test_a_name_is_nothing_but_a_name(tmp_path, monkeypatch, name):
+    """FFmpeg reads some as addresses, and some as patterns of many names."""
+    monkeypatch.chdir(tmp_path)
+    os.rename(write(tmp_path / "a.mp4", n=5), name)
+    assert read_video(os.fsdecode(name)).total_frames == 5
 
 
 def test_a_title_in_another_encoding_does_not_matter(tmp_path):
@@ -259,17 +498,97 @@ def test_a_title_in_another_encoding_does_not_matter(tmp_path):
     assert len(read_video(tmp_path / "a.avi").frames) == 1
 
 
+# ---- a clock that steps back ----
+
+
+def clock(*packets):
+    """The pts and dts of packets (pts, dts, is a keyframe) after demux."""
+    made = []
+    for pts, dts, is_key in packets:
+        made.append(packet := av.Packet(b"x"))
+        packet.pts, packet.dts, packet.is_keyframe = pts, dts, is_key
+    stream = SimpleNamespace(container=SimpleNamespace(demux=lambda _: iter(made)))
+    return [(packet.pts, packet.dts) for packet in video_module.demux(stream)]
+
+
+def test_where_the_clock_steps_back_it_goes_on_from_the_last_frame():
+    """0 20 10 | 5 15 25 | 0 | 0 | -3: between the parts the part's median step, or 1; no dts is left, for
+    FFmpeg seeks by it, on the file's own clock."""
+    joined = clock((0, -10, True), (20, 0, False), (10, 10, False),
+                   (5, -5, True), (15, 5, False), (25, 15, False),
+                   (0, 0, True), (0, -9, True), (-3, None, True))
+    assert joined == [(0, -10), (20, 0), (10, 10), (30, None), (40, None), (50, None),
+                      (60, None), (60, None), (61, None)]
+    assert clock((30, 5, True), (20, 5, True)) == [(30, 5), (31, None)]
+    assert clock((30, 5, True), (0, -9, True), (30, 0, True), (20, 5, True)) == [
+        (30, 5), (31, None), (61, None), (51, None)]            # all called keyframes again
+
+
+@pytest.mark.parametrize("packets", [
+    [(0, -20, True), (40, -10, False), (20, 0, False), (10, 10, False), (30, 20, False)],   # B-frames
+    [(0, -20, True), (40, -10, True), (20, 0, True), (10, 10, True), (30, 20, True)],       # called keyframes
+    [(0, None, False), (40, None, False), (20, None, False)],
+    [(0, 0, True), (10, 0, True), (None, None, True), (20, 10, True)],
+    [(30, 0, True), (20, 20, True)]])
+def test_what_looks_like_a_step_back_and_is_none(packets):
+    """Frames that are shown later are stored first. If a keyframe is shown before the last, then its decoding
+    time must step back as well, or be later than its showing."""
+    assert clock(*packets) == [(pts, dts) for pts, dts, _ in packets]
+
+
+def test_where_reading_fails_the_file_ends():
+    def demux(_):
+        yield av.Packet(b"x")
+        raise av.error.InvalidDataError(1, "no more")
+    assert len(list(video_module.demux(SimpleNamespace(container=SimpleNamespace(demux=demux))))) == 1
+
+
+def test_the_timeline_is_of_packets_that_are_shown_or_of_frames(tmp_path, monkeypatch):
+    """Not of packets that are empty, discarded or without time; the last in time says how long it is shown,
+    here 9 thousandths of a second."""
+    made = [SimpleNamespace(pts=pts, dts=pts, duration=duration, size=size, is_discard=pts == 4,
+                            is_keyframe=pts != 1)
+            for pts, duration, size in ((0, 5, 1), (2, 9, 1), (3, 6, 0), (4, 8, 1), (1, 7, 1), (None, 4, 1))]
+    path, expected = write(tmp_path / "a.mkv", n=1), ([0, 1, 2], [0.0, 0.001, 0.002], 0.011)
+    monkeypatch.setattr(video_module, "demux", lambda _: iter(made))
+    assert video_module.packet_timeline(path) == (*expected, [0, 2])
+    monkeypatch.setattr(video_module, "decode", lambda _: iter([made[0], made[4], made[1]]))
+    assert video_module.frame_timeline(path) == (*expected, [])
+
+
+def test_a_clock_that_comes_to_its_end_ends_the_file():
+    assert clock((2 ** 63 - 1, 5, True), (0, 0, True), (9, 9, True)) == [(2 ** 63 - 1, 5)]
+
+
+@pytest.mark.parametrize("suffix, codec", [("ts", "libx264"), ("mkv", "libx264"), ("mkv", "mpeg4")])
+@pytest.mark.parametrize("start", (0, 15))
+def test_recordings_that_are_joined_are_shown_one_after_the_other(tmp_path, suffix, codec, start):
+    """The second begins at 0 again, or 0.5 s before the first ends."""
+    settings = dict(n=20, codec=codec, bf="2", g="6", qscale="2", b_strategy="0")
+    first = write(tmp_path / f"a.{suffix}", **settings)
+    second = write(tmp_path / f"b.{suffix}", pts=[10 * (start + k) for k in range(20)],
+                   brightness=lambda k: 6 * (k + 20), **settings)
+    (tmp_path / f"joined.{suffix}").write_bytes(first.read_bytes() + second.read_bytes())
+    video = read_video(tmp_path / f"joined.{suffix}")
+    assert video.total_frames == 40 and video.duration == pytest.approx(4.0, abs=0.1)
+    assert_shows(video, [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
+    assert max(video_module.packet_timeline(tmp_path / f"joined.{suffix}")[3]) < 20         # of 40 frames
+
+
 # ---- what is broken ----
 
 
 def test_a_file_that_is_cut_off_shows_what_is_there(tmp_path):
-    """Half of a transport stream: fewer frames, and the last of those that are there is shown."""
-    whole = write(tmp_path / "a.ts").read_bytes()
-    (tmp_path / "half.ts").write_bytes(whole[:len(whole) // 2])
-    video = read_video(tmp_path / "half.ts")
-    assert 1 < video.total_frames < 40
-    assert round(number(video.frames[-1]) / 6) == video.total_frames - 1
-    assert video.duration == pytest.approx(video.total_frames / 10, abs=0.11)
+    """A transport stream without what comes after 20 frames, or after one more that is not whole."""
+    whole = write(tmp_path / "a.ts", bf="0").read_bytes()
+    with av.open(str(tmp_path / "a.ts")) as file:
+        end = [packet.pos for packet in file.demux(video=0)][20]
+    (tmp_path / "cut.ts").write_bytes(whole[:end])
+    video = read_video(tmp_path / "cut.ts")
+    assert_shows(video, [0, 19], [0.0, 1.9])
+    assert video.total_frames == 20 and video.duration == pytest.approx(2.0, abs=0.1)
+    (tmp_path / "cut.ts").write_bytes(whole[:end + 100])
+    assert read_video(tmp_path / "cut.ts").total_frames in (20, 21)
 
 
 def spoil(path, first, last):
@@ -308,6 +627,75 @@ def test_a_frame_that_no_picture_can_be_made_of_names_its_file(tmp_path, monkeyp
     assert "no such colours" in refused(write(tmp_path / "a.mp4"))
 
 
+@pytest.mark.parametrize("limit, found", [(None, 1), (60 * 40 - 1, 0)])
+def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(tmp_path, monkeypatch, limit, found):
+    path = mux(tmp_path / "a.mkv", [("mjpeg", Disposition.default, SMALL, jpegs(90, (60, 40)))])
+    monkeypatch.setattr(video_module, "MAX_PIXELS", limit or video_module.MAX_PIXELS)
+    if found:
+        assert read_video(path).frames[0].size == (60, 40)
+    else:
+        assert "pixels" in refused(path)
+
+
+def test_large_canvases_are_refused_before_a_frame_is_decoded(tmp_path, monkeypatch, decoded, recwarn):
+    """42 bytes of GIF, 100 of VP8. Pillow warns above its limit, here in silence, and stops at its double."""
+    encoded = encode(Image.new("P", (8, 8)), "GIF")
+    (tmp_path / "a.gif").write_bytes(encoded[:6] + 4 * b"\xff" + encoded[10:])
+    assert "(Image size (4294836225 pixels) exceeds limit" in refused(tmp_path / "a.gif")
+    huge = {"width": 8192, "height": 8193}
+    path = mux(tmp_path / "a.mkv", [("vp8", Disposition.default, huge, [bytes(100)])])
+    assert "8192 x 8193 pixels, too many for a video" in refused(path)
+    assert sum(decoded) == 0
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)
+    picture(90).save(tmp_path / "a.png")
+    assert read_video(tmp_path / "a.png").frames[0].size == (48, 32) and not recwarn.list
+
+
+def test_a_clock_that_says_more_than_three_years_is_refused(tmp_path):
+    pts = [0, 4 * 10 ** 9, 9 * 10 ** 9]                         # hundredths of a second
+    write(tmp_path / "a.mkv", n=3, pts=pts)
+    assert read_video(tmp_path / "a.mkv", max_frames=2).total_frames == 3
+    write(tmp_path / "a.mkv", n=3, pts=[2 * p for p in pts])
+    assert "lasts 180000000 s by its clock" in refused(tmp_path / "a.mkv")
+
+
+@pytest.mark.parametrize("name, text", [
+    ("notes.txt", "A list of clips to watch.\n" * 40), ("a.nfo", "\x1b[31mRED\x1b[0m\r\n" * 90),
+    ("a.ans", "\x1b[2J\x1b[1;1H" * 90), ("a.ffconcat", "ffconcat version 1.0\nfile clip.ts\n"),
+    ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\nclip.ts\n"),
+    ("b.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"),
+    ("a.sdp", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+              "a=rtpmap:96 H264/90000\n"),
+    ("a.xbm", "#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {0x00};\n"),
+    ("a.srt", "1\n00:00:00,000 --> 00:00:01,000\nHello\n"), ("a.svg", "<svg width='9' height='9'></svg>")])
+def test_texts_and_playlists_are_refused_at_once(tmp_path, name, text):
+    """A live playlist would be read for ever, a session description wait for the network."""
+    write(tmp_path / "clip.ts")
+    (tmp_path / name).write_text(text)
+    assert "not a video or picture that can be read" in refused(tmp_path / name)
+
+
+def test_damaged_files_are_shown_or_refused_by_name_and_nothing_else_is_printed(tmp_path, capfd):
+    """A few bytes of each header are others; some then send FFmpeg to places that there are not."""
+    dice = random.Random(0)
+    for name, codec in (("a.wmv", "wmv2"), ("a.nut", "mpeg4"), ("a.mp4", "mpeg4"), ("a.mkv", "mpeg4")):
+        whole = write(tmp_path / name, n=5, codec=codec).read_bytes()
+        for _ in range(100):
+            data = bytearray(whole)
+            for place in dice.sample(range(min(900, len(data))), 8):
+                data[place] = dice.choice((0, 127, 128, 255))
+            (tmp_path / name).write_bytes(data)
+            try:
+                assert read_video(tmp_path / name).frames
+            except (ValueError, OSError) as error:
+                assert str(tmp_path / name) in str(error)
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"):
+        data = encode(picture(90), kind)
+        (tmp_path / "a").write_bytes(data[:len(data) // 2])
+        refused(tmp_path / "a")
+    assert capfd.readouterr() == ("", "")
+
+
 def refused(path) -> str:
     with pytest.raises((ValueError, OSError)) as error:
         read_video(path)
@@ -333,6 +721,6 @@ def test_sound_alone_and_frames_that_do_not_decode_are_refused(tmp_path):
         frame.planes[0].update(bytes(1600))
         frame.sample_rate = 8000
         file.mux(stream.encode(frame))
-    assert "no video stream, only audio" in refused(tmp_path / "sound.wav")
+    assert "no video stream that can be decoded, only audio" in refused(tmp_path / "sound.wav")
     spoil(write(tmp_path / "a.mkv", n=5, codec="mpeg4", g="1"), 0, 5)
     assert "no frame of it can be decoded" in refused(tmp_path / "a.mkv")
