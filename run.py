@@ -68,9 +68,9 @@ def arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of weights and activations (default: %(default)s)")
-    add("--frames", type=count, default=64, metavar="N", help="at most (default: %(default)s)")
-    add("--fps", type=positive, default=1.0, metavar="F",
-        help="frames a second (default: %(default)s)")
+    add("--frames", type=count, metavar="N", help="at most (default: the checkpoint's, mostly 64)")
+    add("--fps", type=positive, metavar="F",
+        help="frames a second (default: the checkpoint's, mostly 1)")
     add("--max-new-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
     add = parser.add_argument_group("OutRo").add_argument
     add("--gamma", type=strength, default=3.0, metavar="G",
@@ -125,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
     read_video(path, max_frames=1)      # a wrong file is told before a model is downloaded
 
     model, processor = load(name, args.revision, args.device, getattr(torch, args.dtype))
-    video = read_video(path, args.fps, args.frames, processor.longest_edge)
+    video = read_video(path, args.fps or processor.fps, args.frames or processor.max_frames,
+                       processor.longest_edge)
     inputs = processor(video, question)
     S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
     check_fit(model, processor, video, question, inputs)

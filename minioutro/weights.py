@@ -368,7 +368,6 @@ def load_tensors(model: torch.nn.Module, folder: Path, stored: dict[str, Stored]
             f"0 missing, 0 unexpected, ignored: {', '.join(ignored) or 'none'}")
 
 
-
 def check_device(device) -> None:
     """Raise ValueError if there is no such device here."""
     try:
@@ -381,7 +380,7 @@ def check_device(device) -> None:
 @contextmanager
 def written_whole(path: Path):
     """A path to write to instead; what is there in the end is moved to `path`, or is removed."""
-    half = path.with_name(f"half_{path.name}")
+    half = path.with_name(f".{path.stem}.half{path.suffix}")
     try:
         yield half
         half.replace(path)

@@ -119,8 +119,13 @@ def places(value, path=()):
 
 def change_json(path, rng):
     content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, (dict, list)):
+        return
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        *way, last = rng.choice([p for p in places(content) if p] or [("x",)])
+        inside = [path for path in places(content) if path]
+        if not inside:
+            return
+        *way, last = rng.choice(inside)
         inner = content
         for key in way:
             inner = inner[key]
@@ -176,7 +181,7 @@ def question_case(folder, rng):
     question = "".join(rng.choice(PIECES) for _ in range(rng.randrange(9))) or "?"
     flags = []
     for flag in rng.sample(sorted(FLAGS), rng.randrange(4)):
-        flags += [flag, *[rng.choice(FLAGS[flag])] * bool(FLAGS[flag])]
+        flags += [flag, *rng.sample(FLAGS[flag], min(1, len(FLAGS[flag])))]
     return [str(TOY / "clip.mp4"), question.lstrip("-") or "?", "--model", str(TOY), *flags]
 
 
