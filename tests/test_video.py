@@ -86,6 +86,7 @@ def test_where_two_seconds_are_all_there_is_none_is_left_out():
 def test_sampling_rounds_as_numpy_does():
     """122 / 14 * 7 is 61, but in floating point, in this order, 60.999..., which numpy cuts to 60."""
     assert sample_indices(123, 123 / 15, 15.0)[7] == 60
+    assert sample_indices(62, 62 / 8, 8.0)[-2:] == [52, 61]             # 61 / 7 * 7 is 60.999... as well
 
 
 @pytest.mark.parametrize("wrong", [
@@ -666,7 +667,7 @@ def test_a_clock_that_says_more_than_three_years_is_refused(tmp_path):
     ("b.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"),
     ("a.sdp", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
               "a=rtpmap:96 H264/90000\n"),
-    ("a.xbm", "#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {0x00};\n"),
+    ("a.xbm", "#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {\n0x00\n};\n"),
     ("a.srt", "1\n00:00:00,000 --> 00:00:01,000\nHello\n"), ("a.svg", "<svg width='9' height='9'></svg>")])
 def test_texts_and_playlists_are_refused_at_once(tmp_path, name, text):
     """A live playlist would be read for ever, a session description wait for the network."""
