@@ -146,8 +146,8 @@ def test_fields_that_the_hub_and_other_versions_write_are_accepted_in_their_sect
     edit_config(folder, None, _pad_token_id=128002, image_seq_len=64, video_token_id=3, vocab_size=49280,
                 use_reentrant_checkpointing=True, **everywhere)
     edit_config(folder, "text_config", neftune_noise_alpha=0.1, is_llama_config=True, pretraining_tp=2,
-                attention_dropout=0.1, _flash_attn_2_enabled=True, perceiver_config={"num_key_value_heads": 1},
-                pixel_shuffle_factor=3, tie_word_embeddings=True, **everywhere,
+                attention_dropout=0.1, _flash_attn_2_enabled=True, pixel_shuffle_factor=3,
+                perceiver_config={"num_key_value_heads": 1}, tie_word_embeddings=True, **everywhere,
                 **{"transformers.js_config": {"kv_cache_dtype": "x"}})
     edit_config(folder, "vision_config", max_image_size={"longest_edge": 48}, size={"longest_edge": 96},
                 use_base_siglip=True, tie_word_embeddings=True, **everywhere)
