@@ -198,12 +198,11 @@ def make(seed, number, folder):
     return kind, [*KINDS[kind](folder, rng), "--json", *["--max-new-tokens", "2"] * (kind != "question")]
 
 
-def ask(connection):
+def ask(connection, root):
     """Answer what comes through a pipe: for (folder, arguments) exit code, stdout, stderr and MB."""
-    sys.path.insert(0, str(ROOT))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(root))
     import run
-    import torch
-    torch.set_num_threads(1)
     while True:
         folder, arguments = connection.recv()
         os.chdir(folder)
@@ -228,11 +227,11 @@ class Worker:
     """A process that answers; its own stderr, where C libraries write, is watched as well."""
 
     def __init__(self):
-        self.log = tempfile.TemporaryFile()
-        ours, theirs = multiprocessing.get_context("fork").Pipe()
-        self.connection, saved = ours, os.dup(2)
+        self.log, spawn = tempfile.TemporaryFile(), multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        saved = os.dup(2)
         os.dup2(self.log.fileno(), 2)
-        self.process = multiprocessing.get_context("fork").Process(target=ask, args=(theirs,), daemon=True)
+        self.process = spawn.Process(target=ask, args=(theirs, ROOT), daemon=True)
         self.process.start()
         os.dup2(saved, 2)
         os.close(saved)

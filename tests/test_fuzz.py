@@ -19,7 +19,7 @@ def test_damaged_and_senseless_inputs_end_in_an_answer_or_in_one_line(tmp_path):
     ("raise RuntimeError('deep inside')", "deep inside"), ("os.write(2, b'from C')", "from C"),
     ("print('two\\nlines', file=sys.stderr); sys.exit(2)", "two"), ("time.sleep(60)", "no end within")])
 def test_what_is_neither_is_saved_with_its_number(tmp_path, monkeypatch, code, said):
-    monkeypatch.setattr(fuzz, "SECONDS", 10 if "sleep" not in code else 0.1)
+    monkeypatch.setattr(fuzz, "SECONDS", 60 if "sleep" not in code else 0.1)
     (tmp_path / "run.py").write_text(f"import os, sys, time\ndef main():\n    {code}\n")
     monkeypatch.setattr(fuzz, "ROOT", tmp_path)
     report, wrong = fuzz.fuzz(7, 3, 9, time.monotonic() + 60, tmp_path / "finds")
