@@ -150,7 +150,7 @@ def checkpoint_case(folder, rng):
             if path.exists():
                 try:
                     change_json(path, rng)
-                except ValueError:                          # damaged before
+                except (ValueError, RecursionError):        # damaged before
                     path.unlink()
         elif kind == 8 and path.exists():
             path.write_bytes(damage(path.read_bytes(), rng))
