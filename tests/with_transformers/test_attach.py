@@ -161,3 +161,220 @@ def test_with_nothing_on_or_nothing_found_it_is_eager_attention(tiny, name):
                 assert bool(seen.is_sink) == (outro.median_multiple < 1e9) and not seen.opened
     finally:
         case.model.set_attn_implementation(before)
+
+
+# ---- how a prompt is told from what follows, on one class ----
+
+
+def answer(case, inputs, **options):
+    """The new ids of each row."""
+    return case.model.generate(**inputs, **GREEDY, **options)[:, inputs["input_ids"].shape[1]:].tolist()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2"])
+def test_a_static_cache_answers_as_one_that_grows(tiny, name):
+    case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
+    with attach(case.model, OutRo()):
+        assert answer(case, inputs, cache_implementation="static") == answer(case, inputs)
+
+
+def test_beams_are_scored_as_their_tokens_one_by_one(llama):
+    inputs = llama.prompt(LONG, SHORT)
+    with attach(llama.model, OutRo()):
+        found = llama.model.generate(**inputs, **GREEDY, num_beams=3, length_penalty=0.0, output_scores=True,
+                                     return_dict_in_generate=True)
+        for b, prompt in enumerate((LONG, SHORT)):
+            cache, score = DynamicCache(), 0.0
+            tokens = llama.prompt(prompt)["input_ids"]
+            for token in found.sequences[b, inputs["input_ids"].shape[1]:]:
+                logits = llama.model(input_ids=tokens, past_key_values=cache).logits[0, -1]
+                score, tokens = score + logits.log_softmax(-1)[token].item(), token[None, None]
+            assert score == pytest.approx(found.sequences_scores[b].item(), abs=1e-4)
+
+
+def test_each_cache_keeps_its_own_prompt_and_a_second_turn_counts_as_generated(llama):
+    """Two conversations in turn, each with a second turn, equal each alone; no row is opened for that."""
+    def converse(*prompts):
+        caches, logits = [DynamicCache() for _ in prompts], [[] for _ in prompts]
+        with attach(llama.model, OutRo()) as seen:
+            for cache, prompt in zip(caches, prompts, strict=True):
+                llama.model(**llama.prompt(prompt), past_key_values=cache)
+            before = dict(seen.is_sink)
+            for turn in ([40, PLANTED, 41], [42]):
+                for cache, own in zip(caches, logits, strict=True):
+                    own.append(llama.model(torch.tensor([turn]), past_key_values=cache).logits)
+            assert seen.is_sink == before
+        return logits
+    together = converse(LONG, SHORT)
+    for prompt, own in zip((LONG, SHORT), together, strict=True):
+        alone, = converse(prompt)
+        assert all(a.equal(b) for a, b in zip(own, alone, strict=True))
+
+
+def test_a_new_prompt_begins_anew_and_one_without_sinks_leaves_nothing(llama):
+    with attach(llama.model, OutRo()) as seen:
+        answer(llama, llama.prompt(LONG))
+        assert seen.is_sink and seen.opened
+        assert answer(llama, llama.prompt([1, 2, 3])) and not (seen.is_sink or seen.opened or seen.v_sink)
+        assert answer(llama, llama.prompt(SHORT)) and seen.opened[4].shape == (1, 5)
+
+
+def test_a_static_cache_that_is_emptied_takes_a_new_prompt(llama):
+    cache, inputs = StaticCache(config=llama.model.config, max_cache_len=32), llama.prompt(SHORT)
+    with attach(llama.model, OutRo()) as seen:
+        first = llama.model(**llama.prompt(LONG), past_key_values=cache).logits
+        cache.reset()
+        assert_close(llama.model(**inputs, past_key_values=cache).logits, llama.model(**inputs).logits)
+        assert list(seen.opened) == [4] and first.shape[1] == len(LONG)
+
+
+def test_a_mask_of_the_users_own_is_edited_whether_it_is_added_or_boolean(llama):
+    inputs, S = llama.prompt(LONG), len(LONG)
+    with attach(llama.model, OutRo()):
+        expected = llama.model(**inputs).logits
+        may_attend = torch.ones(1, 1, S, S, dtype=torch.bool).tril()
+        for mask in (may_attend, torch.zeros(1, 1, S, S).masked_fill(~may_attend, -1e9),
+                     torch.zeros(1, 1, S, S).masked_fill(~may_attend, torch.finfo(torch.float32).min)):
+            assert_close(llama.model(input_ids=inputs["input_ids"], attention_mask=mask).logits, expected)
+
+
+def test_a_compiled_model_does_the_same(llama):
+    """Also one that was compiled, and has run, before the block, and with other constants after it."""
+    inputs, fresh = llama.prompt(LONG, SHORT), TINY["Llama"]().model
+    outros = (OutRo(), OutRo(align=False), OutRo())
+    expected = [llama.model(**inputs).logits]
+    for outro in outros:
+        with attach(llama.model, outro):
+            expected.append(llama.model(**inputs).logits)
+    fresh.compile(backend="eager")
+    compiled = [fresh(**inputs).logits]
+    for outro in outros:
+        with attach(fresh, outro):
+            compiled.append(fresh(**inputs).logits)
+    for ours, theirs in zip(compiled, expected, strict=True):
+        assert_close(ours, theirs, 1e-5)
+    assert not torch.allclose(expected[1], expected[2], atol=1e-3)
+
+
+def test_layers_of_a_hybrid_without_attention_are_passed_over(recwarn):
+    """Qwen3-Next: attention in every fourth layer, 3, 7 and 11 of 15; rows would be opened in 0, 2, 4, ..."""
+    case = text("Qwen3Next", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
+                linear_key_head_dim=8, linear_value_head_dim=8)
+    inputs, every = case.prompt(LONG), r"of the layers \[3, 7, 11\].*another relax_every"
+    with attach(case.model, OutRo()) as seen, pytest.warns(UserWarning, match=every):
+        case.model(**inputs)
+    assert list(seen.is_sink) == [3, 7, 11] and not seen.opened
+    recwarn.clear()
+    with attach(case.model, OutRo(relax_every=7)) as seen:
+        case.model(**inputs)
+    assert list(seen.opened) == [7] and not [w for w in recwarn if "no row" in str(w.message)]
+
+
+# ---- what is refused ----
+
+SMALL = dict(hidden_size=48, intermediate_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+             vocab_size=128)
+
+
+def built(model, config, **sizes):
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
+
+
+def gemma3n(**sizes):
+    return built("Gemma3nForCausalLM", "Gemma3nTextConfig", **{**SMALL, "intermediate_size": [64] * 5},
+                 num_hidden_layers=5, layer_types=["full_attention"] * 5, vocab_size_per_layer_input=128,
+                 hidden_size_per_layer_input=8, laurel_rank=4, activation_sparsity_pattern=[0.0] * 5, **sizes)
+
+
+@pytest.mark.parametrize("model, why", [
+    (lambda: built("T5ForConditionalGeneration", "T5Config", d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2,
+                   vocab_size=32), "T5ForConditionalGeneration: it attends to a second"),
+    (lambda: built("BartForConditionalGeneration", "BartConfig", d_model=16, vocab_size=32, encoder_layers=1,
+                   decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+                   decoder_ffn_dim=16, pad_token_id=0), "BartForConditionalGeneration: it attends to a second"),
+    (lambda: built("MllamaForCausalLM", "MllamaTextConfig", **SMALL, num_hidden_layers=4, cross_attention_layers=[1],
+                   pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+     "MllamaForCausalLM: it attends to a second"),
+    (lambda: built("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=2, n_head=2, vocab_size=32),
+     "GPT2LMHeadModel: it has no decoder"),
+    (lambda: gemma3n(num_kv_shared_layers=2),
+     "Gemma3nForCausalLM: some of its layers"),
+    (lambda: nn.Linear(2, 2), "Linear: it is no model of transformers"),
+    (lambda: torch.compile(nn.Linear(2, 2), backend="eager"), "OptimizedModule: it is no model of transformers"),
+])
+def test_models_that_are_refused_by_name(model, why):
+    model = model()
+    before = [len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(ValueError, match=f"OutRo cannot be in {why}.*the README says"), attach(model, OutRo()):
+        pass
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == before
+
+
+def test_a_model_whose_layers_have_another_input_is_refused_when_it_runs():
+    model = gemma3n(num_kv_shared_layers=0)
+    with attach(model, OutRo()), pytest.raises(ValueError, match=r"Gemma3n\w+: its input is \(\d, 1, 3, 48\)"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
+def test_a_second_block_on_the_same_model_is_refused_and_the_first_goes_on(llama):
+    with attach(llama.model, OutRo()) as seen:
+        with pytest.raises(ValueError, match="LlamaForCausalLM has OutRo already"), attach(llama.model, OutRo()):
+            pass
+        llama.model(**llama.prompt(LONG))
+        assert seen.opened
+
+
+@pytest.mark.parametrize("options", [
+    dict(prefill_chunk_size=4), dict(generation_config=GenerationConfig(prefill_chunk_size=4)),
+    dict(prompt_lookup_num_tokens=3), dict(assistant_model="llama"), dict(use_cache=False),
+    dict(generation_config=GenerationConfig(use_cache=False)), dict(custom_generate=print)],
+    ids=lambda options: " ".join(options))
+def test_generation_that_does_not_read_the_prompt_whole_is_refused(llama, options):
+    options = {name: llama.model if value == "llama" else value for name, value in options.items()}
+    named = next(name for config in (*map(vars, [c for c in options.values() if isinstance(c, GenerationConfig)]),
+                                     options) for name in ("prefill_chunk_size", "prompt_lookup_num_tokens",
+                                                           "assistant_model", "custom_generate", "use_cache")
+                 if config.get(name) is not None)
+    with attach(llama.model, OutRo()), pytest.raises(ValueError, match=f"{named}.*generate without it"):
+        llama.model.generate(**llama.prompt(LONG), **options)
+
+
+def test_an_option_that_the_model_brings_along_is_refused_too(llama, monkeypatch):
+    monkeypatch.setattr(llama.model.generation_config, "prompt_lookup_num_tokens", 3)
+    with attach(llama.model, OutRo()), pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
+        llama.model.generate(**llama.prompt(LONG))
+
+
+def test_a_cache_that_was_filled_elsewhere_is_refused(llama):
+    """Before the block, in another, by a copy, or with a prompt that was not read to its end."""
+    model, inputs, step = llama.model, llama.prompt(LONG), torch.tensor([[5]])
+    caches = [DynamicCache() for _ in range(3)]
+    model(**inputs, past_key_values=caches[0])
+    with attach(model, OutRo()):
+        model(**inputs, past_key_values=caches[1])
+    stop = model.model.layers[6].register_forward_hook(lambda *_: 1 / 0)
+    with attach(model, OutRo()):
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs, past_key_values=caches[2])
+        stop.remove()
+        model(**inputs)
+        for cache in caches:
+            with pytest.raises(ValueError, match="begin with an empty cache"):
+                model(step, past_key_values=cache)
+
+
+def test_a_missing_mask_is_an_error_and_never_means_that_all_see_all(llama, monkeypatch):
+    with attach(llama.model, OutRo()):
+        monkeypatch.delitem(AttentionMaskInterface._global_mapping, llama.model.config._attn_implementation)
+        with pytest.raises(ValueError, match="LlamaAttention: it gets no mask"):
+            llama.model(**llama.prompt(LONG))
+        monkeypatch.undo()
+
+
+def test_attention_that_cannot_be_chosen_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(type(llama.model.model), "_can_set_attn_implementation", lambda *_: False)
+    before = state(llama.model)
+    with pytest.raises(ValueError, match="its attention is no function"), attach(llama.model, OutRo()):
+        pass
+    assert state(llama.model) == before
