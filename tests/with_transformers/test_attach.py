@@ -1,14 +1,12 @@
 """OutRo in models of transformers: equal to ours where ours is the model, and itself everywhere else."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import transformers
 from conftest import assert_close
 from tiny import PLANTED, TEXT, TINY, text
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, StaticCache
+from transformers import AttentionMaskInterface, DynamicCache, GenerationConfig, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -34,7 +32,7 @@ def llama(tiny):
 
 # ---- SmolVLM: ours and theirs on the same weights ----
 
-GIVEN = dict(abs_threshold=0.0, median_multiple=4.0)         # dev_a and dev_c are no OutRo cases: any sinks do
+GIVEN = dict(abs_threshold=0.0, median_multiple=4.0)    # dev_a and dev_c have no constants: any sinks do
 
 
 @pytest.mark.parametrize("switches", [{}, {"relax": False}, {"align": False}])
@@ -50,9 +48,8 @@ def test_smolvlm_equals_our_model(golden, case, switches, attention):
     with attach(theirs, outro) as seen:
         assert_close(theirs(**inputs).logits, logits)
         for name, found in (("is_sink", seen.is_sink), ("relaxed", seen.opened)):
-            ours = {l: trace[f"layers.{l}.{name}"] for l in range(g.model.config.text_config.num_hidden_layers)}
-            assert found.keys() == {l for l, tokens in ours.items() if tokens.any()}
-            assert all(tokens.equal(ours[l]) for l, tokens in found.items())
+            ours = {int(key.split(".")[1]): x for key, x in trace.items() if key.endswith(name) and x.any()}
+            assert found.keys() == ours.keys() and all(found[l].equal(ours[l]) for l in ours)
         assert seen.is_sink and bool(seen.opened) == outro.relax
         token_ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=12)[0, g.input_ids.shape[1]:]
     assert token_ids.tolist() == g.model.generate(g.input_ids, g.pixels, outro=outro, max_new_tokens=12)
@@ -73,12 +70,11 @@ def test_sinks_are_where_they_were_planted_and_their_rows_are_opened_once(tiny, 
     assert all(tokens.equal(planted) for tokens in [*seen.is_sink.values(), *seen.opened.values()])
 
 
-def heads_of(model, layer, kind, **call):
-    """What goes into o_proj, or out of v_proj, of a layer, in each call of the model: list of (B,H,S,D)."""
-    module, kept = model.get_submodule(next(n for n, _ in model.named_modules() if "vi" not in n and n.endswith(
-        f"layers.{layer}.self_attn.{kind}"))), []
-    hook = module.register_forward_hook(lambda m, args, out: kept.append(args[0] if kind == "o_proj" else out))
-    model.generate(**call)
+def heads_of(case, layer, kind, call):
+    """What goes into o_proj, or out of v_proj, of a layer while it generates: a (B,H,S,D) for each call."""
+    module, kept = getattr(case.layers[layer].self_attn, kind), []
+    hook = module.register_forward_hook(lambda _, x, y: kept.append(x[0] if kind == "o_proj" else y))
+    case.model.generate(**call)
     hook.remove()
     return [x.unflatten(-1, (-1, TEXT["head_dim"])).transpose(1, 2) for x in kept]
 
@@ -92,9 +88,9 @@ def test_the_outputs_of_prompt_and_answer_are_turned_towards_the_sinks_value(tin
     out = {}
     for align in (False, True):
         with attach(case.model, OutRo(align=align)):
-            out[align] = heads_of(case.model, 3, "o_proj", **call)
+            out[align] = heads_of(case, 3, "o_proj", call)
     with attach(case.model, OutRo(align=False)) as seen:
-        values = heads_of(case.model, 3, "v_proj", **call)[0]
+        values = heads_of(case, 3, "v_proj", call)[0]
     v_sink = values[:, :, planted[0]].mean(2)
     assert torch.allclose(seen.v_sink[3], v_sink, atol=1e-6) and len(out[True]) == 4
     moved = [not torch.allclose(*pair, atol=1e-3) for pair in zip(out[False], out[True], strict=True)]
@@ -128,7 +124,8 @@ def test_a_batch_padded_on_the_left_equals_its_prompts_alone(tiny, name):
 
 def state(model):
     """All that attach touches."""
-    return ([(type(m).__name__, m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")],
+    parts = [m for m in model.modules() if hasattr(m, "config")]
+    return ([(type(m).__name__, m.config._attn_implementation) for m in parts],
             [len(m._forward_pre_hooks) for m in model.modules()], model.generation_config.to_dict(),
             "generate" in vars(model), list(ALL_ATTENTION_FUNCTIONS), list(ALL_MASK_ATTENTION_FUNCTIONS))
 
@@ -139,7 +136,7 @@ def test_everything_is_put_back_also_after_an_error(tiny, name):
     before, logits = state(case.model), case.model(**inputs).logits
     with attach(case.model, OutRo()):
         changed = [now for was, now in zip(before[0], state(case.model)[0], strict=True) if was != now]
-        assert changed and not any("Vision" in module for module, _ in changed)
+        assert changed and not any("Vision" in module or "Audio" in module for module, _ in changed)
         assert not case.model(**inputs).logits.equal(logits)
     assert state(case.model) == before and case.model(**inputs).logits.equal(logits)
     with pytest.raises(KeyError, match="of the user"), attach(case.model, OutRo()):
@@ -239,19 +236,19 @@ def test_a_mask_of_the_users_own_is_edited_whether_it_is_added_or_boolean(llama)
 
 
 def test_a_compiled_model_does_the_same(llama):
-    """Also one that was compiled, and has run, before the block, and with other constants after it."""
-    inputs, fresh = llama.prompt(LONG, SHORT), TINY["Llama"]().model
-    outros = (OutRo(), OutRo(align=False), OutRo())
-    expected = [llama.model(**inputs).logits]
-    for outro in outros:
-        with attach(llama.model, outro):
-            expected.append(llama.model(**inputs).logits)
-    fresh.compile(backend="eager")
-    compiled = [fresh(**inputs).logits]
-    for outro in outros:
-        with attach(fresh, outro):
-            compiled.append(fresh(**inputs).logits)
-    for ours, theirs in zip(compiled, expected, strict=True):
+    """Also one that was compiled, and has run, before the block, and with other constants in a second."""
+    inputs, model = llama.prompt(LONG, SHORT), text("Llama", num_hidden_layers=6).model
+
+    def run():
+        logits = [model(**inputs, use_cache=False).logits]          # a cache would be compiled for each layer
+        for outro in (OutRo(), OutRo(align=False)):
+            with attach(model, outro) as seen:
+                logits.append(model(**inputs, use_cache=False).logits)
+            assert list(seen.opened) == [3]
+        return logits
+    expected = run()
+    model.compile(backend="eager")
+    for ours, theirs in zip(run(), expected, strict=True):
         assert_close(ours, theirs, 1e-5)
     assert not torch.allclose(expected[1], expected[2], atol=1e-3)
 
@@ -274,70 +271,73 @@ def test_layers_of_a_hybrid_without_attention_are_passed_over(recwarn):
 # ---- what is refused ----
 
 SMALL = dict(hidden_size=48, intermediate_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
-             vocab_size=128)
+             num_hidden_layers=5, vocab_size=128, pad_token_id=0)
+T5 = dict(d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=32)
+BART = dict(d_model=16, vocab_size=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0)
+GEMMA3N = {**SMALL, "intermediate_size": [64] * 5, "layer_types": ["full_attention"] * 5, "laurel_rank": 4,
+           "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
+           "activation_sparsity_pattern": [0.0] * 5}
+GEMMA4 = {**SMALL, "layer_types": ["full_attention"] * 5, "vocab_size_per_layer_input": 128,
+          "hidden_size_per_layer_input": 8, "global_head_dim": 8}
 
 
-def built(model, config, **sizes):
-    return getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
+def small(name, config, **sizes):
+    return getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
 
 
-def gemma3n(**sizes):
-    return built("Gemma3nForCausalLM", "Gemma3nTextConfig", **{**SMALL, "intermediate_size": [64] * 5},
-                 num_hidden_layers=5, layer_types=["full_attention"] * 5, vocab_size_per_layer_input=128,
-                 hidden_size_per_layer_input=8, laurel_rank=4, activation_sparsity_pattern=[0.0] * 5, **sizes)
-
-
-@pytest.mark.parametrize("model, why", [
-    (lambda: built("T5ForConditionalGeneration", "T5Config", d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2,
-                   vocab_size=32), "T5ForConditionalGeneration: it attends to a second"),
-    (lambda: built("BartForConditionalGeneration", "BartConfig", d_model=16, vocab_size=32, encoder_layers=1,
-                   decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
-                   decoder_ffn_dim=16, pad_token_id=0), "BartForConditionalGeneration: it attends to a second"),
-    (lambda: built("MllamaForCausalLM", "MllamaTextConfig", **SMALL, num_hidden_layers=4, cross_attention_layers=[1],
-                   pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
-     "MllamaForCausalLM: it attends to a second"),
-    (lambda: built("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=2, n_head=2, vocab_size=32),
-     "GPT2LMHeadModel: it has no decoder"),
-    (lambda: gemma3n(num_kv_shared_layers=2),
-     "Gemma3nForCausalLM: some of its layers"),
-    (lambda: nn.Linear(2, 2), "Linear: it is no model of transformers"),
-    (lambda: torch.compile(nn.Linear(2, 2), backend="eager"), "OptimizedModule: it is no model of transformers"),
+@pytest.mark.parametrize("name, config, sizes, why", [
+    ("T5ForConditionalGeneration", "T5Config", T5, "it attends to a second sequence"),
+    ("BartForConditionalGeneration", "BartConfig", BART, "it attends to a second sequence"),
+    ("MllamaForCausalLM", "MllamaTextConfig", dict(cross_attention_layers=[1], **SMALL, rope_parameters=dict(
+        rope_type="default", rope_theta=1e4)), "it attends to a second sequence"),
+    ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=16, n_layer=2, n_head=2), "it has no decoder with a list"),
+    ("Gemma3nForCausalLM", "Gemma3nTextConfig", dict(num_kv_shared_layers=2, **GEMMA3N), "some of its lay"),
+    ("Gemma4ForCausalLM", "Gemma4TextConfig", dict(num_kv_shared_layers=2, **GEMMA4), "some of its layers"),
 ])
-def test_models_that_are_refused_by_name(model, why):
-    model = model()
-    before = [len(m._forward_pre_hooks) for m in model.modules()]
-    with pytest.raises(ValueError, match=f"OutRo cannot be in {why}.*the README says"), attach(model, OutRo()):
+def test_models_that_are_refused_by_name(name, config, sizes, why):
+    model = small(name, config, **sizes)
+    before = state(model)
+    with pytest.raises(ValueError, match=f"in {name}: {why}.*the README says"), attach(model, OutRo()):
         pass
-    assert [len(m._forward_pre_hooks) for m in model.modules()] == before
+    assert state(model) == before
+
+
+def test_what_holds_a_model_is_refused(llama):
+    for holder in (nn.Sequential(llama.model), torch.compile(llama.model, backend="eager")):
+        with pytest.raises(ValueError, match=f"{type(holder).__name__}: it is no model of transformers, but"):
+            attach(holder, OutRo()).__enter__()
 
 
 def test_a_model_whose_layers_have_another_input_is_refused_when_it_runs():
-    model = gemma3n(num_kv_shared_layers=0)
-    with attach(model, OutRo()), pytest.raises(ValueError, match=r"Gemma3n\w+: its input is \(\d, 1, 3, 48\)"):
+    model = small("Gemma3nForCausalLM", "Gemma3nTextConfig", num_kv_shared_layers=0, **GEMMA3N)
+    why = r"Gemma3nTextDecoderLayer: its input is \(4, 1, 3, 48\)"
+    with attach(model, OutRo()), pytest.raises(ValueError, match=why):
         model(torch.tensor([[3, 4, 5]]))
 
 
 def test_a_second_block_on_the_same_model_is_refused_and_the_first_goes_on(llama):
     with attach(llama.model, OutRo()) as seen:
-        with pytest.raises(ValueError, match="LlamaForCausalLM has OutRo already"), attach(llama.model, OutRo()):
-            pass
+        with pytest.raises(ValueError, match="LlamaForCausalLM has OutRo already"):
+            attach(llama.model, OutRo()).__enter__()
         llama.model(**llama.prompt(LONG))
         assert seen.opened
 
 
-@pytest.mark.parametrize("options", [
-    dict(prefill_chunk_size=4), dict(generation_config=GenerationConfig(prefill_chunk_size=4)),
-    dict(prompt_lookup_num_tokens=3), dict(assistant_model="llama"), dict(use_cache=False),
-    dict(generation_config=GenerationConfig(use_cache=False)), dict(custom_generate=print)],
-    ids=lambda options: " ".join(options))
-def test_generation_that_does_not_read_the_prompt_whole_is_refused(llama, options):
-    options = {name: llama.model if value == "llama" else value for name, value in options.items()}
-    named = next(name for config in (*map(vars, [c for c in options.values() if isinstance(c, GenerationConfig)]),
-                                     options) for name in ("prefill_chunk_size", "prompt_lookup_num_tokens",
-                                                           "assistant_model", "custom_generate", "use_cache")
-                 if config.get(name) is not None)
-    with attach(llama.model, OutRo()), pytest.raises(ValueError, match=f"{named}.*generate without it"):
-        llama.model.generate(**llama.prompt(LONG), **options)
+@pytest.mark.parametrize("option, value", [("prefill_chunk_size", 4), ("prompt_lookup_num_tokens", 3),
+                                           ("assistant_early_exit", 2), ("use_cache", False)])
+def test_generation_that_does_not_read_the_prompt_whole_is_refused(llama, option, value):
+    with attach(llama.model, OutRo()):
+        for options in ({option: value}, {"generation_config": GenerationConfig(**{option: value})}):
+            with pytest.raises(ValueError, match=f"{option}.*generate without it"):
+                llama.model.generate(**llama.prompt(LONG), **options)
+
+
+def test_generation_by_another_model_or_loop_is_refused(llama):
+    with attach(llama.model, OutRo()):
+        for option, value in (("assistant_model", llama.model), ("custom_generate", print)):
+            with pytest.raises(ValueError, match=f"{option}.*generate without it"):
+                llama.model.generate(**llama.prompt(LONG), **{option: value})
 
 
 def test_an_option_that_the_model_brings_along_is_refused_too(llama, monkeypatch):

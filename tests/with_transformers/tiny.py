@@ -1,10 +1,11 @@
 """Models of transformers, tiny and with random weights, and prompts for them, with images or a video.
 
-In each, tokens with the id PLANTED get a massive activation behind layer 2, as real models give one.
+In each, tokens with the id PLANTED get a massive activation behind layer 2, as in models that were trained.
 """
 
 import torch
 import transformers
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 
 # 15 layers: rows are opened in layers 0, 2, 4, ...
 TEXT = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=15, num_attention_heads=6,
@@ -18,28 +19,22 @@ def pixels(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def plant(model):
-    """A mark in the embedding of PLANTED becomes massive behind a layer; no other token has the mark."""
-    table = model.get_input_embeddings()
-    table.weight[:, 0] = 0
-    table.weight[PLANTED, 0] = 12
-    layers = next(m.layers for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens"))
-
-    def grow(layer, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        marked = hidden[..., 0].abs() > 6
-        hidden[..., 0] = torch.where(marked, 20_000.0, hidden[..., 0])
-    layers[PLANTED_BEHIND].register_forward_hook(grow)
+def grow(layer, args, output):
+    """Forward hook: what has the mark of PLANTED, which no other embedding has, becomes massive."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    hidden[..., 0] = torch.where(hidden[..., 0].abs() > 6, 20_000.0, hidden[..., 0])
 
 
 class Tiny:
-    """A model; `media`, the tokens of an image or a video, with the pixels that stand behind them."""
+    """A model, its decoder's layers, and `media`: the tokens of an image or a video before each text."""
 
     def __init__(self, config, model, media=(), types=None, **given):
         torch.manual_seed(3)
-        with torch.no_grad():
-            self.model = getattr(transformers, model)(config).eval()
-            plant(self.model)
+        self.model = getattr(transformers, model)(config).eval().requires_grad_(False)
+        self.layers = next(m.layers for m in self.model.modules() if hasattr(m, "embed_tokens"))
+        self.layers[PLANTED_BEHIND].register_forward_hook(grow)
+        table = self.model.get_input_embeddings().weight
+        table[:, 0], table[PLANTED, 0] = 0, 12
         self.media, self.types, self.given = list(media), types, given
 
     def prompt(self, *texts):
@@ -49,8 +44,8 @@ class Tiny:
         ids = torch.tensor([[PAD] * (S - len(row)) + row for row in rows])
         inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
         for name, value in self.given.items():
-            of_each = [value * (1 - b / 4) if value.is_floating_point() else value for b in range(len(texts))]
-            inputs[name] = torch.cat(of_each)
+            shades = [1 - b / 4 for b in range(len(texts))] if value.is_floating_point() else []
+            inputs[name] = torch.cat([value * shade for shade in shades] or [value] * len(texts))
         if self.types:
             inputs[self.types] = 1 * (ids == IMAGE) + 2 * (ids == VIDEO)
         return inputs
@@ -63,46 +58,45 @@ def text(name, **more):
 def composed(name, media, given, vision=(), text=(), types=None, **more):
     """Its own encoder, two layers of it, and its own decoder or the one that `text` names."""
     config = getattr(transformers, f"{name}Config")(
-        text_config={**TEXT, **dict(text)}, vision_config={**VISION, **dict(vision)}, tie_word_embeddings=False,
-        image_token_id=IMAGE, video_token_id=VIDEO, **more)
+        text_config={**TEXT, **dict(text)}, vision_config={**VISION, **dict(vision)},
+        tie_word_embeddings=False, image_token_id=IMAGE, video_token_id=VIDEO, **more)
     return Tiny(config, f"{name}ForConditionalGeneration", media, types, **given)
 
 
 def qwen(name, vision, frames=None):
     """An image, or a video of so many frames; 2 x 2 patches of 4 x 4 pixels, in 2 frames, are a token."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    T = (frames or 2) // 2
     token, of_pixels, of_grid = (VIDEO, "pixel_values_videos", "video_grid_thw") if frames else \
         (IMAGE, "pixel_values", "image_grid_thw")
-    T = (frames or 2) // 2
-    return composed(name, [START, *[token] * (4 * T), END], vision={**VISION, "depth": 2, "num_heads": 2, **vision},
-                    given={of_pixels: pixels(16 * T, 2 * 3 * 4 * 4), of_grid: torch.tensor([[T, 4, 4]])},
-                    text={"rope_parameters": rope}, types="mm_token_type_ids",
+    return composed(name, [START, *[token] * (4 * T), END],
+                    {of_pixels: pixels(16 * T, 2 * 3 * 4 * 4), of_grid: torch.tensor([[T, 4, 4]])},
+                    {**QWEN, **vision}, {"rope_parameters": MROPE}, types="mm_token_type_ids",
                     vision_start_token_id=START, vision_end_token_id=END)
 
 
 def omni():
-    """The part of it that reads and answers; no sound."""
-    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    """The part of Qwen2.5-Omni that reads and answers, without sound."""
     config = Qwen2_5OmniThinkerConfig(
-        text_config={**TEXT, "rope_parameters": rope},
-        vision_config=dict(depth=2, num_heads=2, patch_size=4, hidden_size=16, intermediate_size=32, **QWEN25),
-        audio_config=dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, output_dim=48),
-        image_token_index=IMAGE, video_token_index=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
-        audio_start_token_id=124, audio_end_token_id=125, audio_token_index=126)
+        text_config={**TEXT, "rope_parameters": MROPE}, vision_config={**VISION, **QWEN, **QWEN25},
+        audio_config=dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
+                          output_dim=48),
+        image_token_index=IMAGE, video_token_index=VIDEO, vision_start_token_id=START,
+        vision_end_token_id=END, audio_start_token_id=124, audio_end_token_id=125, audio_token_index=126)
     return Tiny(config, "Qwen2_5OmniThinkerForConditionalGeneration", [START, *[VIDEO] * 8, END],
                 pixel_values_videos=pixels(32, 2 * 3 * 4 * 4), video_grid_thw=torch.tensor([[2, 4, 4]]),
                 video_second_per_grid=torch.tensor([1.0]))
 
 
 def llava(media, **given):
-    return composed("LlavaOnevision", media, given, dict(model_type="siglip_vision_model", vision_use_head=False),
-                    dict(model_type="qwen2"), image_token_index=IMAGE, video_token_index=VIDEO,
-                    image_grid_pinpoints=[[16, 16]])
+    return composed("LlavaOnevision", media, given, SIGLIP, dict(model_type="qwen2"),
+                    image_token_index=IMAGE, video_token_index=VIDEO, image_grid_pinpoints=[[16, 16]])
 
 
 VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
               patch_size=4)
+SIGLIP = dict(model_type="siglip_vision_model", vision_use_head=False)
+QWEN = dict(depth=2, num_heads=2)
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 QWEN25 = dict(out_hidden_size=48, fullatt_block_indexes=[1], window_size=16)
 WINDOW = dict(sliding_window=6)
 TINY = {
@@ -123,8 +117,7 @@ TINY = {
     "Idefics3": lambda: composed("Idefics3", [IMAGE] * 4, dict(pixel_values=pixels(1, 1, 3, 16, 16)),
                                  text=dict(model_type="llama")),
     "Gemma 3": lambda: composed("Gemma3", [START, *[IMAGE] * 4, END], dict(pixel_values=pixels(1, 3, 16, 16)),
-                                dict(model_type="siglip_vision_model", vision_use_head=False),
-                                dict(**WINDOW, query_pre_attn_scalar=8), "token_type_ids",
+                                SIGLIP, dict(**WINDOW, query_pre_attn_scalar=8), "token_type_ids",
                                 mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=START,
                                 eoi_token_index=END),
     "InternVL": lambda: composed("InternVL", [IMAGE] * 4, dict(pixel_values=pixels(1, 3, 16, 16)),
