@@ -80,6 +80,19 @@ def heads_of(case, layer, kind, call):
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_an_opened_row_takes_in_what_comes_later_and_no_other_row_changes(tiny, name):
+    """What goes into o_proj of layer 4. What comes into the layer is the same, its rows open or closed."""
+    case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
+    heads = []
+    for relax in (False, True):
+        with attach(case.model, OutRo(relax=relax, align=False)):
+            heads.append(heads_of(case, 4, "o_proj", dict(**inputs, max_new_tokens=1))[0])
+    differs = (heads[1] - heads[0]).abs().amax((1, 3))                                          # (B,S)
+    planted = inputs["input_ids"] == PLANTED
+    assert (differs[planted] > 1e-2).all() and not differs[~planted & inputs["attention_mask"].bool()].any()
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_the_outputs_of_prompt_and_answer_are_turned_towards_the_sinks_value(tiny, name):
     """In layer 3, the first with sinks, what comes in is the same with and without alignment."""
     case, inputs = tiny(name), tiny(name).prompt(LONG)
