@@ -6,7 +6,8 @@ import transformers
 from conftest import assert_close
 from tiny import PLANTED, TEXT, TINY, text
 from torch import nn
-from transformers import AttentionMaskInterface, DynamicCache, GenerationConfig, StaticCache
+from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig,
+                          StaticCache)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -239,13 +240,49 @@ def test_a_static_cache_that_is_emptied_takes_a_new_prompt(llama):
 
 
 def test_a_mask_of_the_users_own_is_edited_whether_it_is_added_or_boolean(llama):
-    inputs, S = llama.prompt(LONG), len(LONG)
-    with attach(llama.model, OutRo()):
-        expected = llama.model(**inputs).logits
-        may_attend = torch.ones(1, 1, S, S, dtype=torch.bool).tril()
-        for mask in (may_attend, torch.zeros(1, 1, S, S).masked_fill(~may_attend, -1e9),
-                     torch.zeros(1, 1, S, S).masked_fill(~may_attend, torch.finfo(torch.float32).min)):
-            assert_close(llama.model(input_ids=inputs["input_ids"], attention_mask=mask).logits, expected)
+    inputs = llama.prompt(LONG, SHORT)
+    may_attend = torch.ones(10, 10, dtype=torch.bool).tril() & inputs["attention_mask"].bool()[:, None, None]
+    real = inputs.pop("attention_mask").bool()
+    with attach(llama.model, OutRo()) as seen:
+        expected = llama.model(**inputs, attention_mask=real).logits[real]
+        for mask in (may_attend, torch.zeros(2, 1, 10, 10).masked_fill(~may_attend, -1e9),
+                     torch.zeros(2, 1, 10, 10).masked_fill(~may_attend, torch.finfo(torch.float32).min)):
+            assert_close(llama.model(**inputs, attention_mask=mask).logits[real], expected)
+            assert list(seen.opened) == [4]
+
+
+@pytest.mark.parametrize("cache", ["growing", "static"])
+def test_the_mask_with_opened_rows_by_hand(tiny, monkeypatch, cache):
+    """A window of 6, two prompts, one padded: what a window or padding closes stays closed."""
+    case, masks, sdpa = tiny("Mistral"), {}, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    inputs = case.prompt([PLANTED, 3, 4, 5, 9, 8, 16, 17, PLANTED, 11, 12], SHORT)
+
+    def record(module, query, key, value, mask, **kwargs):
+        masks[module.layer_idx] = mask == 0
+        return sdpa(module, query, key, value, mask, **kwargs)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", record)
+    if cache == "static":
+        inputs["past_key_values"] = StaticCache(config=case.model.config, max_cache_len=20)
+    with attach(case.model, OutRo()):
+        case.model(**inputs)
+    for b, row in enumerate(inputs["input_ids"].tolist()):
+        for i in (i for i, token in enumerate(row) if token != 0):
+            sees = [j for j, token in enumerate(row) if token != 0 and i - 6 < j <= i]
+            later = [j for j in range(i + 1, len(row))] if row[i] == PLANTED else []
+            assert masks[3][b, 0, i].nonzero().flatten().tolist() == sees
+            assert masks[4][b, 0, i].nonzero().flatten().tolist() == sees + later
+
+
+def test_padding_counts_neither_for_the_median_nor_as_a_sink(llama):
+    """With low thresholds, so that the median decides, and with the tokens that are padding's equal."""
+    outro, both = OutRo(abs_threshold=0.0, median_multiple=3.3), llama.prompt(LONG + [31] * 9, SHORT)
+    with attach(llama.model, outro) as seen:
+        llama.model(**both)
+        together = {l: tokens[1, -len(SHORT):] for l, tokens in seen.is_sink.items() if tokens[1].any()}
+        assert not any(tokens[1, :-len(SHORT)].any() for tokens in seen.is_sink.values())
+        llama.model(**llama.prompt(SHORT))
+    assert together.keys() == seen.is_sink.keys() and len({tuple(t.tolist()) for t in together.values()}) > 2
+    assert all(tokens.equal(seen.is_sink[l][0]) for l, tokens in together.items())
 
 
 def test_a_compiled_model_does_the_same(llama):
