@@ -64,7 +64,8 @@ class Seen:
         cache = next((x for x in given if isinstance(x, Cache)), None)     # its name may be any
         self.hidden = args[0] if args else kwargs["hidden_states"]
         if self.hidden.dim() != 3:
-            raise refusal(type(layer).__name__, f"its input is {tuple(self.hidden.shape)}")
+            raise refusal(type(layer).__name__,
+                          f"its input is {tuple(self.hidden.shape)}, not (B,S,C)")
         if l == 0:
             self.is_prompt = cache is None or int(cache.get_seq_length()) == 0
             if self.is_prompt:
@@ -84,7 +85,8 @@ class Seen:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
                attention_mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Steps 1, 3 and 5; the model's own softmax(q k^T) v; step 6."""
-        l, (B, H, S, D) = self.layer_of.get(module, self.n_layers), query.shape
+        B, _, S, _ = query.shape
+        l = self.layer_of.get(module, self.n_layers)     # there may be another model of this config
         touched = l < self.n_layers - self.outro.skip_last
         if attention_mask is None:
             raise refusal(type(module).__name__, "it gets no mask that says what is causal")
@@ -142,7 +144,7 @@ def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList
     for module in model.modules():
         layers = getattr(module, "layers", None)
         if getattr(module, "config", None) is config and isinstance(layers, nn.ModuleList):
-            return module, layers[:config.num_hidden_layers]
+            return module, layers
     raise refusal(name, "it has no decoder with a list of layers as Llama's")
 
 

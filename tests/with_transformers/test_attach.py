@@ -318,6 +318,16 @@ def test_layers_of_a_hybrid_without_attention_are_passed_over(recwarn):
     assert list(seen.opened) == [7] and not [w for w in recwarn if "no row" in str(w.message)]
 
 
+def test_another_model_of_the_same_config_goes_its_own_way(llama):
+    other = transformers.LlamaForCausalLM(llama.model.config).eval()
+    plain, inputs = other(**llama.prompt(LONG)).logits, llama.prompt(LONG)
+    with attach(llama.model, OutRo()) as seen:
+        expected = llama.model(**inputs).logits
+        found = dict(seen.is_sink)
+        assert_close(other(**llama.prompt(LONG)).logits, plain, 1e-5)
+        assert found == seen.is_sink and llama.model(**inputs).logits.equal(expected)
+
+
 # ---- what is refused ----
 
 SMALL = dict(hidden_size=48, intermediate_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
