@@ -312,6 +312,12 @@ def test_two_descriptions_of_the_positions_are_refused(folder):
     assert "rope_parameters = {" in message(folder)
 
 
+def test_a_switch_is_true_or_false(folder):
+    edit_config(folder, None, tie_word_embeddings=0)
+    assert message(folder) == \
+        "config.json, top level: tie_word_embeddings = 0 must be true or false; correct it"
+
+
 def test_a_section_that_is_missing_is_named(folder):
     edit_config(folder, None, vision_config=...)
     assert "has no section vision_config" in message(folder)
@@ -319,16 +325,20 @@ def test_a_section_that_is_missing_is_named(folder):
     assert "has no section text_config" in message(folder)
 
 
-@pytest.mark.parametrize("section, field, value", [
-    ("text_config", "num_key_value_heads", 4), ("text_config", "num_key_value_heads", 12),
-    ("text_config", "head_dim", 15), ("text_config", "head_dim", 1),
-    ("vision_config", "num_attention_heads", 5), ("vision_config", "num_attention_heads", 64),
-    (None, "scale_factor", 4), (None, "scale_factor", 100), ("vision_config", "patch_size", 49)])
-def test_sizes_that_do_not_divide_are_refused(folder, section, field, value):
+@pytest.mark.parametrize("section, field, value, says", [
+    ("text_config", "num_key_value_heads", 4,
+     "num_attention_heads = 6 is no multiple of 4 (num_key_value_heads)"),
+    ("text_config", "num_key_value_heads", 12, "num_attention_heads = 6 is no multiple of 12"),
+    ("text_config", "head_dim", 15, "head_dim = 15 is no multiple of 2 (positions turn pairs)"),
+    ("text_config", "head_dim", 1, "head_dim = 1 is no multiple of 2"),
+    ("vision_config", "num_attention_heads", 5, "hidden_size = 32 is no multiple of 5 (num_attention_heads)"),
+    ("vision_config", "num_attention_heads", 64, "hidden_size = 32 is no multiple of 64"),
+    (None, "scale_factor", 4, "image_size // patch_size = 6 is no multiple of 4 (scale_factor)"),
+    (None, "scale_factor", 100, "image_size // patch_size = 6 is no multiple of 100"),
+    ("vision_config", "patch_size", 49, "image_size // patch_size = 0 is no multiple of 3")])
+def test_sizes_that_do_not_divide_are_refused(folder, section, field, value, says):
     edit_config(folder, section, **{field: value})
-    text = message(folder)
-    assert "is no multiple of" in text and field in text
-    assert str(48 // value if field == "patch_size" else value) in text
+    assert message(folder).startswith(f"config.json: {says}")
 
 
 def test_an_image_token_that_is_no_token_is_refused(folder):
