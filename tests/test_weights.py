@@ -90,6 +90,31 @@ def test_every_dtype_of_the_file_becomes_the_one_asked_for(folder, stored, asked
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("dtype, files_per_tensor", [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_memory_is_given_back_while_reading(folder, monkeypatch, dtype, files_per_tensor):
+    """What was read and converted leaves with its file; the largest tensor is read while little is held."""
+    opened, read = [], []
+
+    class Recorder:
+        def __init__(self, path, framework):
+            self.file = original(path, framework)
+            opened.append(path)
+
+        def get_tensor(self, name):
+            tensor = self.file.get_tensor(name)
+            read.append(tensor.numel())
+            return tensor
+
+    stored = weights.read_headers(folder)
+    with torch.device("meta"):
+        model = VideoLM(read_config(folder))
+    original = weights.safe_open
+    monkeypatch.setattr(weights, "safe_open", Recorder)
+    weights.load_tensors(model, folder, stored, "cpu", dtype)
+    assert read == sorted(read, reverse=True) and len(read) == len(stored)
+    assert len(opened) == (files_per_tensor * len(stored) or 1)
+
+
 def test_a_tied_head_is_the_embedding_table_and_a_stored_copy_must_be_equal(tmp_path, golden):
     folder, g = shutil.copytree(FIXTURES / "dev_a", tmp_path / "dev_a"), golden("dev_a")
     assert "lm_head.weight" not in g.model.state_dict()
@@ -263,7 +288,8 @@ def test_generation_settings_that_a_greedy_answer_does_not_depend_on_are_accepte
 
 
 @pytest.mark.parametrize("section, field, value", [
-    (None, "model_type", "llava"), (None, "model_type", "idefics3"), ("text_config", "model_type", "qwen2"),
+    (None, "model_type", None), (None, "model_type", "llava"), (None, "model_type", "idefics3"),
+    ("text_config", "model_type", "qwen2"),
     ("text_config", "hidden_act", "gelu"), ("text_config", "attention_bias", True),
     ("text_config", "mlp_bias", True),
     ("text_config", "sliding_window", 512), ("text_config", "rope_interleaved", True),
@@ -428,6 +454,8 @@ def test_five_names_are_all_of_them(folder):
     edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
     text = message(folder)
     assert "5 missing: " in text and all(name in text for name in names) and "..." not in text
+    edit_tensors(folder, lambda tensors: tensors.pop("model.vision_model.post_layernorm.bias"))
+    assert "6 missing: " in message(folder) and ", ...;" in message(folder)
 
 
 def test_files_that_are_missing_or_cut_off(folder):
