@@ -1,5 +1,6 @@
 """A video file -> a few frames, evenly spread, and the time at which each is shown."""
 
+import logging
 import math
 import os
 import warnings
@@ -25,6 +26,7 @@ CONTAINERS = ("mov matroska avi mpegts mpeg flv asf ogg mxf nut av1 avs2 avs3 ca
               "rm roq swf vc1 vvc wtv yuv4mpegpipe wav aac flac mp3")       # sound: to say so
 FFMPEG_FORMATS = CONTAINERS.split() + [f"{name}_pipe" for name in STILLS.split()]
 OPTIONS = {"format_whitelist": ",".join(FFMPEG_FORMATS), "protocol_whitelist": "file"}
+logging.getLogger("PIL").addHandler(logging.NullHandler())      # else its errors are printed
 MAX_PIXELS = 2 ** 26                            # of a video's frame, twice 8K; Pillow's is its own
 MAX_SECONDS = 10 ** 8                           # three years; a clock that says more is broken
 

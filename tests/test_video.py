@@ -1,6 +1,7 @@
 """Which frames are shown, and when: on videos made here, whole, awkward and broken."""
 
 import io
+import logging
 import os
 import random
 from concurrent.futures import Future
@@ -702,6 +703,16 @@ def refused(path) -> str:
         read_video(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_what_pillow_logs_of_a_damaged_picture_is_not_printed(tmp_path, monkeypatch, capfd):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
+    data, samples = (tmp_path / "a.tiff").read_bytes(), bytes.fromhex("1501 0300 01000000")     # tag 277
+    assert data.count(samples + b"\x03\x00") == 1
+    (tmp_path / "a.tiff").write_bytes(data.replace(samples + b"\x03\x00", samples + b"\x03\xb5"))
+    monkeypatch.setattr(logging.root, "handlers", [])                       # as without pytest
+    refused(tmp_path / "a.tiff")
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_no_video_is_refused_by_name_and_reason(tmp_path):
