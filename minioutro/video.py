@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -327,8 +328,8 @@ def find_frames(stream: av.VideoStream, indices: list[int], starts: list[int],
 def upright(frame: av.VideoFrame, longest_edge: int | None) -> Image.Image:
     """Mirrored and turned, by quarters, as the display matrix says: x' = ax + cy, y' = bx + dy."""
     image = frame.to_image()
-    try:
-        a, b, _, c, d = memoryview(frame.side_data["DISPLAYMATRIX"]).cast("i")[:5]
+    try:                # not frame.side_data, which keeps the frame until garbage is collected
+        a, b, _, c, d = memoryview(SideDataContainer(frame)["DISPLAYMATRIX"]).cast("i")[:5]
     except (KeyError, ValueError):      # there is none; or EXIF beside it, at which PyAV 18.1 fails
         angle = math.radians(frame.rotation)        # counter-clockwise
         a, b, c, d = math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)

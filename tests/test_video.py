@@ -1,5 +1,6 @@
 """Which frames are shown, and when: on videos made here, whole, awkward and broken."""
 
+import gc
 import io
 import logging
 import os
@@ -226,6 +227,18 @@ def test_decoded_frames_do_not_pile_up(tmp_path, monkeypatch):
     video = read_video(write(tmp_path / "a.mp4"), fps=10.0)
     assert_shows(video, list(range(40)), [k / 10 for k in range(40)])
     assert lengths == [1, 2, 3] + [4] * 37
+
+
+def test_no_decoded_frame_outlives_its_picture(tmp_path):
+    """Even if the garbage collector does not come: a frame of 1280 x 720 is 1.4 MB."""
+    write(tmp_path / "a.mp4", matrix=[0, 1, 0, 1, 0, 0, 0, 0, 1])
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(read_video(tmp_path / "a.mp4", fps=10.0).frames) == 40
+        assert not [thing for thing in gc.get_objects() if type(thing) is av.VideoFrame]
+    finally:
+        gc.enable()
 
 
 def test_frames_are_scaled_as_they_are_decoded_as_the_processor_would(tmp_path):
