@@ -244,7 +244,7 @@ def packet_timeline(path: Path) -> tuple[list[int], list[float], float, list[int
                          for p in demux(stream)
                          if p.size and not p.is_discard and p.pts is not None)
         keys = [i for i, (_, _, is_key) in enumerate(packets) if is_key]
-        return *timeline([p[0] for p in packets], packets[-1][1] if packets else 0, stream), keys
+        return *timeline([p[0] for p in packets], [p[1] for p in packets], stream), keys
 
 
 def frame_timeline(path: Path) -> tuple[list[int | None], list[float], float, list[int]]:
@@ -252,17 +252,18 @@ def frame_timeline(path: Path) -> tuple[list[int | None], list[float], float, li
     with open_video(path) as stream:
         stream.thread_type = "AUTO"
         frames = [(frame.pts, frame.duration) for frame in decode(stream)]
-        return *timeline([pts for pts, _ in frames], frames[-1][1] if frames else 0, stream), []
+        return *timeline([frame[0] for frame in frames], [frame[1] for frame in frames], stream), []
 
 
-def timeline(pts: list, last: int | None, stream: av.VideoStream):
-    """Add seconds and duration to the pts of frames; last is how long the last one is shown."""
-    unit = stream.time_base
-    times = sorted(p for p in pts if p is not None)
-    if len(times) < len(pts):                   # without clock: count frames at the stated rate
-        times, unit, last = list(range(len(pts))), 1 / Fraction(stream.average_rate or 25), 1
+def timeline(pts: list, shown: list[int | None], stream: av.VideoStream):
+    """Add seconds and duration to the pts of frames; shown: how long each is, by what it says."""
+    unit, times = stream.time_base, sorted(p for p in pts if p is not None)
+    if not times or len(times) < len(pts):      # without clock: count frames at the stated rate
+        times, unit, shown = list(range(len(pts))), 1 / Fraction(stream.average_rate or 25), [1]
     seconds = [float((t - times[0]) * unit) for t in times]
-    last = max(last or median_step(times), 1)
+    step, last = median_step(times), shown[-1] or 0
+    if last < 1 or 2 * sorted(d or 0 for d in shown)[len(shown) // 2] < step:       # a wrong guess
+        last = step
     return pts, seconds, float((times[-1] - times[0] + last) * unit) if times else 0.0
 
 
