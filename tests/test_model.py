@@ -268,6 +268,22 @@ def test_a_step_of_decoding_copies_no_keys_until_the_buffer_is_full():
     assert len(set(places[:257])) == 1 and places[257] != places[256]
 
 
+def test_the_trace_of_a_batch_has_the_frames_of_the_first_item_first(golden):
+    g, both, alone = golden("dev_a"), {}, {}
+    g.model.encode(torch.cat([g.pixels, 0.5 * g.pixels]), trace=both)
+    g.model.encode(0.5 * g.pixels, trace=alone)
+    F = g.pixels.shape[1]
+    assert_close(both["vision.features"], torch.cat([g.tensors["vision.features"], alone["vision.features"]]))
+    assert both["vision.features"].shape == (2 * F, *alone["vision.features"].shape[1:])
+
+
+def test_a_prompt_of_one_token_has_a_trace(golden):
+    g, trace = golden("dev_a"), {}
+    logits = g.model(g.input_ids[:, :1], trace=trace)
+    assert_close(logits, g.model(g.input_ids)[:, :1], 1e-5)
+    assert trace["layers.0.out"].shape[2] == 1 and not trace["layers.0.v_sink"].any()
+
+
 def test_vision_frames_do_not_see_each_other(golden):
     g = golden("dev_a")
     together, alone = g.model.encode(g.pixels), g.model.encode(g.pixels[:, 1:])
