@@ -105,7 +105,7 @@ class Seen:
         """Steps 1, 3 and 5 in a prompt. Returns: the mask, with the rows of new sinks opened."""
         hidden = self.hidden.to(value.device)            # the layer before may be on another device
         self.searched.add(l)
-        may_attend = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        may_attend = mask if mask.dtype == torch.bool else mask == 0
         # Padding is what may not even attend to itself. A static cache has more keys than tokens.
         is_token = may_attend[:, 0, :, :S].diagonal(dim1=1, dim2=2).expand(hidden.shape[:2])
         is_sink = torch.zeros_like(is_token)

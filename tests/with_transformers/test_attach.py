@@ -239,15 +239,19 @@ def test_a_static_cache_that_is_emptied_takes_a_new_prompt(llama):
         assert list(seen.opened) == [4] and first.shape[1] == len(LONG)
 
 
-def test_a_mask_of_the_users_own_is_edited_whether_it_is_added_or_boolean(llama):
-    inputs = llama.prompt(LONG, SHORT)
-    may_attend = torch.ones(10, 10, dtype=torch.bool).tril() & inputs["attention_mask"].bool()[:, None, None]
-    real = inputs.pop("attention_mask").bool()
+def test_padding_on_the_right_is_no_later_token_whatever_mask_says_so():
+    """As 0 and 1 a token, or as a mask of the user's own, added or boolean. Kernels round apart: float64."""
+    llama = TINY["Llama"]()
+    llama.model.double()
+    ids = torch.tensor([LONG, SHORT + [0] * (len(LONG) - len(SHORT))])
+    real, S = ids != 0, len(LONG)
+    may_attend = torch.ones(S, S, dtype=torch.bool).tril() & real[:, None, None]
+    added = [torch.zeros(2, 1, S, S, dtype=torch.float64).masked_fill(~may_attend, low)
+             for low in (-1e9, -torch.inf, torch.finfo(torch.float64).min)]
     with attach(llama.model, OutRo()) as seen:
-        expected = llama.model(**inputs, attention_mask=real).logits[real]
-        for mask in (may_attend, torch.zeros(2, 1, 10, 10).masked_fill(~may_attend, -1e9),
-                     torch.zeros(2, 1, 10, 10).masked_fill(~may_attend, torch.finfo(torch.float32).min)):
-            assert_close(llama.model(**inputs, attention_mask=mask).logits[real], expected)
+        alone = torch.cat([llama.model(**llama.prompt(text)).logits[0] for text in (LONG, SHORT)])
+        for mask in (real, may_attend, *added):
+            assert_close(llama.model(input_ids=ids, attention_mask=mask).logits[real], alone, 1e-9)
             assert list(seen.opened) == [4]
 
 
