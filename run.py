@@ -125,11 +125,12 @@ def run(args: argparse.Namespace) -> None:
     read_video(path, max_frames=1)      # a wrong file is told before a model is downloaded
 
     model, processor = load(name, args.revision, args.device, getattr(torch, args.dtype))
+    check_pair(model, processor)
     video = read_video(path, args.fps or processor.fps, args.frames or processor.max_frames,
                        processor.longest_edge)
     inputs = processor(video, question)
     S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
-    check_fit(model, processor, video, question, inputs)
+    check_length(model, processor, video, question, inputs)
 
     say = (lambda *_, **__: None) if args.json else print
     times = [f"{seconds:.1f}" for seconds in video.seconds]
@@ -206,8 +207,8 @@ def progress(items, what: str, args: argparse.Namespace):
     return tqdm(items, desc=what, leave=False)
 
 
-def check_fit(model, processor, video, question: str, inputs) -> None:
-    """Raise ValueError if processor and model do not fit together, or the prompt is too long."""
+def check_pair(model, processor) -> None:
+    """Raise ValueError if processor and model do not fit together."""
     config, vision = model.config, model.config.vision_config
     per_frame = (vision.image_size // vision.patch_size // config.scale_factor)**2
     for what, ours, theirs in (
@@ -217,13 +218,17 @@ def check_fit(model, processor, video, question: str, inputs) -> None:
         if ours != theirs:
             raise ValueError(f"{what}: the processor's files say {ours}, config.json {theirs}; "
                              f"take all files from one checkpoint")
-    largest, V = inputs.input_ids.max().item(), config.text_config.vocab_size
+
+
+def check_length(model, processor, video, question: str, inputs) -> None:
+    """Raise ValueError if the prompt has tokens that the model lacks, or is too long for it."""
+    text = model.config.text_config
+    largest, V = inputs.input_ids.max().item(), text.vocab_size
     if largest >= V:
         raise ValueError(f"tokenizer.json gives token id {largest}, config.json has {V} tokens; "
                          f"take all files from one checkpoint")
-
     S, F = inputs.input_ids.shape[1], len(video.frames)
-    context = config.text_config.max_position_embeddings
+    context = text.max_position_embeddings
     if S <= context:
         return
 

@@ -359,7 +359,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor,
     else:
         k, v = repeat_heads(k, H), repeat_heads(v, H)                   # (B,G,K,D) -> (B,H,K,D)
     # By name, a kernel skips the masked half. Not on MPS, where that has leaked in half precision.
-    by_name = is_causal and 1 < Q == k.shape[2] and q.device.type != "mps"
+    by_name = is_causal and Q == k.shape[2] and q.device.type != "mps"
     mask = None if by_name or (is_causal and Q == 1) else mask          # the last token sees all
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=by_name)
     return out.reshape(B, H, Q, D)              # not view: kernels differ in the layout they return

@@ -1,5 +1,6 @@
 """A video file -> a few frames, evenly spread, and the time at which each is shown."""
 
+import logging
 import math
 import os
 import warnings
@@ -12,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -25,6 +27,7 @@ CONTAINERS = ("mov matroska avi mpegts mpeg flv asf ogg mxf nut av1 avs2 avs3 ca
               "rm roq swf vc1 vvc wtv yuv4mpegpipe wav aac flac mp3")       # sound: to say so
 FFMPEG_FORMATS = CONTAINERS.split() + [f"{name}_pipe" for name in STILLS.split()]
 OPTIONS = {"format_whitelist": ",".join(FFMPEG_FORMATS), "protocol_whitelist": "file"}
+logging.getLogger("PIL").addHandler(logging.NullHandler())      # else its errors are printed
 MAX_PIXELS = 2 ** 26                            # of a video's frame, twice 8K; Pillow's is its own
 MAX_SECONDS = 10 ** 8                           # three years; a clock that says more is broken
 
@@ -241,7 +244,7 @@ def packet_timeline(path: Path) -> tuple[list[int], list[float], float, list[int
                          for p in demux(stream)
                          if p.size and not p.is_discard and p.pts is not None)
         keys = [i for i, (_, _, is_key) in enumerate(packets) if is_key]
-        return *timeline([p[0] for p in packets], packets[-1][1] if packets else 0, stream), keys
+        return *timeline([p[0] for p in packets], [p[1] for p in packets], stream), keys
 
 
 def frame_timeline(path: Path) -> tuple[list[int | None], list[float], float, list[int]]:
@@ -249,17 +252,18 @@ def frame_timeline(path: Path) -> tuple[list[int | None], list[float], float, li
     with open_video(path) as stream:
         stream.thread_type = "AUTO"
         frames = [(frame.pts, frame.duration) for frame in decode(stream)]
-        return *timeline([pts for pts, _ in frames], frames[-1][1] if frames else 0, stream), []
+        return *timeline([frame[0] for frame in frames], [frame[1] for frame in frames], stream), []
 
 
-def timeline(pts: list, last: int | None, stream: av.VideoStream):
-    """Add seconds and duration to the pts of frames; last is how long the last one is shown."""
-    unit = stream.time_base
-    times = sorted(p for p in pts if p is not None)
-    if len(times) < len(pts):                   # without clock: count frames at the stated rate
-        times, unit, last = list(range(len(pts))), 1 / Fraction(stream.average_rate or 25), 1
+def timeline(pts: list, shown: list[int | None], stream: av.VideoStream):
+    """Add seconds and duration to the pts of frames; shown: how long each is, by what it says."""
+    unit, times = stream.time_base, sorted(p for p in pts if p is not None)
+    if not times or len(times) < len(pts):      # without clock: count frames at the stated rate
+        times, unit, shown = list(range(len(pts))), 1 / Fraction(stream.average_rate or 25), [1]
     seconds = [float((t - times[0]) * unit) for t in times]
-    last = max(last or median_step(times), 1)
+    step, last = median_step(times), shown[-1] or 0
+    if last < 1 or 2 * sorted(d or 0 for d in shown)[len(shown) // 2] < step:       # a wrong guess
+        last = step
     return pts, seconds, float((times[-1] - times[0] + last) * unit) if times else 0.0
 
 
@@ -325,8 +329,8 @@ def find_frames(stream: av.VideoStream, indices: list[int], starts: list[int],
 def upright(frame: av.VideoFrame, longest_edge: int | None) -> Image.Image:
     """Mirrored and turned, by quarters, as the display matrix says: x' = ax + cy, y' = bx + dy."""
     image = frame.to_image()
-    try:
-        a, b, _, c, d = memoryview(frame.side_data["DISPLAYMATRIX"]).cast("i")[:5]
+    try:                # not frame.side_data, which keeps the frame until garbage is collected
+        a, b, _, c, d = memoryview(SideDataContainer(frame)["DISPLAYMATRIX"]).cast("i")[:5]
     except (KeyError, ValueError):      # there is none; or EXIF beside it, at which PyAV 18.1 fails
         angle = math.radians(frame.rotation)        # counter-clockwise
         a, b, c, d = math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)

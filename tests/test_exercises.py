@@ -325,6 +325,8 @@ def test_sink_value_by_hand(impl):
     v = torch.tensor([[1.0, 2.0], [100.0, 100.0], [5.0, 10.0]])[None, None]
     assert_values(impl.sink_value(v, torch.tensor([[True, False, True]])), [[[3, 6]]],
                   "the mean over the sinks")
+    assert_values(impl.sink_value(v, torch.tensor([[False, False, True]])), [[[5, 10]]],
+                  "the value of the only sink")
 
 
 @pytest.mark.exercise_9
@@ -366,6 +368,17 @@ def test_alignment_by_hand(impl):
                   "o = (3, 4), v = (2, 0), gamma 3, temperature 0.6", 1e-3)
     assert_values(turned_in_a_plane(impl, [-3.0, 4.0], [2.0, 0.0]), [-3.0, 4.0],
                   "o points away from v and stays")
+
+
+@pytest.mark.exercise_10
+def test_alignment_of_small_numbers_by_hand(impl):
+    """o = (3e-4, 4e-4), v = (1e-4, 0): 1e-8 is as much as |v|^2, so p is half of what it was, 1.5e-4, and
+    o + 3p = (7.5e-4, 4e-4), of length 8.5e-4, is scaled to 5e-4. o = (3e-8, 4e-8), v = (2, 0): o + 3p is
+    (12e-8, 4e-8), of length 12.65e-8; with 1e-8 more it is scaled by 5 / 13.65."""
+    assert_values(1e4 * turned_in_a_plane(impl, [3e-4, 4e-4], [1e-4, 0.0]), [4.412, 2.353],
+                  "1e-8 is added to |v|^2, in units of 1e-4", 1e-3)
+    assert_values(1e8 * turned_in_a_plane(impl, [3e-8, 4e-8], [2.0, 0.0]), [4.396, 1.465],
+                  "1e-8 is added to |o'|, in units of 1e-8", 2e-3)
 
 
 @pytest.mark.exercise_10

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from conftest import assert_close
 
 from minioutro import Cache, OutRo, Trace, VideoLM
-from minioutro.model import causal_mask, open_sink_rows, show_mask
+from minioutro.model import (align_with_sink, causal_mask, find_sinks, open_sink_rows, show_mask,
+                             sink_value)
 
 CASES = ("dev_a", "dev_c")
 
@@ -108,6 +109,20 @@ def test_show_mask_draws_rows_with_labels():
     text = show_mask(open_sink_rows(causal_mask(5, 5), is_sink)[0], ["sink 0", "", "", "sink 3", ""])
     assert text == "■ ■ ■ ■ ■   <- sink 0\n■ ■ · · ·\n■ ■ ■ · ·\n■ ■ ■ ■ ■   <- sink 3\n■ ■ ■ ■ ■"
     assert show_mask(causal_mask(2, 3)) == "■ ■ ·\n■ ■ ■"
+    with pytest.raises(ValueError, match="shorter"):
+        show_mask(causal_mask(2, 3), ["one label"])
+
+
+def test_what_does_not_fit_together_is_an_assertion_with_its_shapes():
+    flags = torch.zeros(2, 3, dtype=torch.bool)
+    for call, shapes in ((lambda: causal_mask(3, 2), "3 queries .* 2 positions"),
+                         (lambda: open_sink_rows(causal_mask(4, 4), flags), r"4, 4.*2, 3"),
+                         (lambda: find_sinks(torch.zeros(3, 5), 1.0, 1.0), r"3, 5"),
+                         (lambda: sink_value(torch.zeros(2, 1, 4, 5), flags), r"2, 1, 4, 5.*2, 3"),
+                         (lambda: align_with_sink(torch.zeros(2, 1, 4, 5), torch.zeros(2, 1, 5), flags, 3.0, 0.1),
+                          r"2, 1, 4, 5.*2, 3")):
+        with pytest.raises(AssertionError, match=shapes):
+            call()
 
 
 # ---- attention: written out and fused ----
@@ -251,6 +266,22 @@ def test_a_step_of_decoding_copies_no_keys_until_the_buffer_is_full():
         assert all_k.equal(k[:, :, :cache.length]) and all_v.equal(v[:, :, :cache.length])
         places.append(all_k.data_ptr())
     assert len(set(places[:257])) == 1 and places[257] != places[256]
+
+
+def test_the_trace_of_a_batch_has_the_frames_of_the_first_item_first(golden):
+    g, both, alone = golden("dev_a"), {}, {}
+    g.model.encode(torch.cat([g.pixels, 0.5 * g.pixels]), trace=both)
+    g.model.encode(0.5 * g.pixels, trace=alone)
+    F = g.pixels.shape[1]
+    assert_close(both["vision.features"], torch.cat([g.tensors["vision.features"], alone["vision.features"]]))
+    assert both["vision.features"].shape == (2 * F, *alone["vision.features"].shape[1:])
+
+
+def test_a_prompt_of_one_token_has_a_trace(golden):
+    g, trace = golden("dev_a"), {}
+    logits = g.model(g.input_ids[:, :1], trace=trace)
+    assert_close(logits, g.model(g.input_ids)[:, :1], 1e-5)
+    assert trace["layers.0.out"].shape[2] == 1 and not trace["layers.0.v_sink"].any()
 
 
 def test_vision_frames_do_not_see_each_other(golden):

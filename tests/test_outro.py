@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import assert_close
 
-from minioutro import Cache, OutRo, Trace
+from minioutro import Cache, OutRo, Trace, VideoLM
 from minioutro import model as module
-from minioutro.model import (align_with_sink, attention, causal_mask, find_sinks, open_sink_rows, rotate,
-                             rope_tables)
+from minioutro.model import (Config, TextConfig, VisionConfig, align_with_sink, attention, causal_mask,
+                             find_sinks, open_sink_rows, rope_tables, rotate)
 
 CASES = ("dev_late", "dev_natural")
 
@@ -67,6 +67,24 @@ def test_the_defaults_are_those_of_the_release():
 def test_constants_that_the_formulas_cannot_take(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         OutRo(**wrong)
+
+
+def test_the_least_constants_that_the_formulas_take():
+    assert OutRo(abs_threshold=0, median_multiple=0, gamma=0, temperature=1e-9, relax_every=1, skip_last=0)
+
+
+@pytest.mark.parametrize("L, found_in, opened_in", [(13, 1, 1), (13, 4, 4), (20, 1, 2), (20, 3, 4), (27, 1, 3)])
+def test_a_row_is_opened_at_the_first_seventh_of_the_depth_with_the_sink(monkeypatch, L, found_in, opened_in):
+    """Sevenths in whole layers: every one of 13, every second of 20, every third of 27."""
+    text = TextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=L, num_attention_heads=2,
+                      num_key_value_heads=1, head_dim=4, vocab_size=10)
+    vision = VisionConfig(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
+                          image_size=8, patch_size=4)
+    ids, trace, layers = torch.tensor([[1, 2, 3]]), {}, iter(range(L))
+    monkeypatch.setattr(module, "find_sinks", lambda *_: (ids == 2) & (next(layers) >= found_in))
+    VideoLM(Config(vision, text))(ids, outro=OutRo(), trace=trace)
+    opened = torch.cat([trace[f"layers.{l}.relaxed"] for l in range(L)])
+    assert opened.nonzero().tolist() == [[opened_in, 1]]
 
 
 # ---- equal to the published code ----

@@ -1,6 +1,8 @@
 """Which frames are shown, and when: on videos made here, whole, awkward and broken."""
 
+import gc
 import io
+import logging
 import os
 import random
 from concurrent.futures import Future
@@ -180,7 +182,7 @@ def test_where_nothing_can_be_passed_over_all_is_decoded(tmp_path, decoded):
     """In a transport stream seeking ends behind the keyframe; with few keyframes, or in a short video, it is
     not worth it."""
     video = read_video(long_video(tmp_path / "a.ts"), max_frames=3)
-    assert_shows(video, [k % 40 for k in (25, 799, 1574)], [1.0, 31.96, 62.96])
+    assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
     assert decoded[-1] > 1500 and sum(decoded) < 1600
     for video in (dict(g="400"), dict(n=900)):
         decoded.clear()
@@ -225,6 +227,18 @@ def test_decoded_frames_do_not_pile_up(tmp_path, monkeypatch):
     video = read_video(write(tmp_path / "a.mp4"), fps=10.0)
     assert_shows(video, list(range(40)), [k / 10 for k in range(40)])
     assert lengths == [1, 2, 3] + [4] * 37
+
+
+def test_no_decoded_frame_outlives_its_picture(tmp_path):
+    """Even if the garbage collector does not come: a frame of 1280 x 720 is 1.4 MB."""
+    write(tmp_path / "a.mp4", matrix=[0, 1, 0, 1, 0, 0, 0, 0, 1])
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(read_video(tmp_path / "a.mp4", fps=10.0).frames) == 40
+        assert not [thing for thing in gc.get_objects() if type(thing) is av.VideoFrame]
+    finally:
+        gc.enable()
 
 
 def test_frames_are_scaled_as_they_are_decoded_as_the_processor_would(tmp_path):
@@ -459,23 +473,31 @@ def test_a_stream_without_a_clock_counts_its_frames(tmp_path):
     assert_shows(video, [0, 19, 39], [0.0, 0.76, 1.56])
 
 
-def times(pts, last, rate=None):
+def times(pts, shown, rate=None):
     stream = SimpleNamespace(time_base=Fraction(1, 100), average_rate=rate)
-    return video_module.timeline(pts, last, stream)[1:]
+    return video_module.timeline(pts, shown, stream)[1:]
 
 
 def test_how_long_the_last_frame_is_shown():
     """As long as it says; else as long as most; else one unit of the clock, here 1/100 s."""
-    assert times([50, 60, 80, 90], 5) == ([0.0, 0.1, 0.3, 0.4], 0.45)
-    assert times([50, 60, 80, 90], None) == times([90, 80, 60, 50], 0) == ([0.0, 0.1, 0.3, 0.4], 0.5)
-    assert times([50, 60, 80], 0) == ([0.0, 0.1, 0.3], 0.5)             # of two steps, the longer
-    assert times([50], 0) == times([50], -7) == ([0.0], 0.01)
-    assert times([], None) == ([], 0.0)
+    assert times([50, 60, 80, 90], [10, 20, 10, 3]) == ([0.0, 0.1, 0.3, 0.4], 0.43)
+    assert times([50, 60, 80, 90], [10, 20, 10, None]) == times([90, 80, 60, 50], [0] * 4) == \
+        ([0.0, 0.1, 0.3, 0.4], 0.5)
+    assert times([50, 60, 80], [0, 0, 0]) == ([0.0, 0.1, 0.3], 0.5)         # of two steps, the longer
+    assert times([50], [0]) == times([50], [-7]) == ([0.0], 0.01)
+    assert times([], []) == ([], 0.0)
+
+
+def test_how_long_frames_are_shown_is_not_believed_where_it_is_less_than_half_of_their_steps():
+    """As where a rate of 100 frames a second was guessed of a clip of ten. At half of them it may be a clip
+    of stills and pauses."""
+    assert times([0, 10, 20, 30], [4, 10, 1, 1])[1] == 0.4 == times([0, 10, 20, 30], [4, 4, 9, 4])[1]
+    assert times([0, 10, 20, 30], [1, 10, 5, 1])[1] == pytest.approx(0.31)
 
 
 def test_without_a_clock_or_a_rate_25_frames_are_a_second():
-    assert times([None, 7, None], 3) == ([0.0, 0.04, 0.08], 0.12)
-    assert times([None, None], None, Fraction(10)) == ([0.0, 0.1], 0.2)
+    assert times([None, 7, None], [3, 3, 3]) == ([0.0, 0.04, 0.08], 0.12)
+    assert times([None, None], [None, None], Fraction(10)) == ([0.0, 0.1], 0.2)
 
 
 @pytest.mark.parametrize("name", ["http:a.mp4", "concat:a|b.mp4", "50%02d: a.mp4", "-i", "a\nb", b"\xff.mp4"])
@@ -653,7 +675,7 @@ def test_large_canvases_are_refused_before_a_frame_is_decoded(tmp_path, monkeypa
 
 
 def test_a_clock_that_says_more_than_three_years_is_refused(tmp_path):
-    pts = [0, 4 * 10 ** 9, 9 * 10 ** 9]                         # hundredths of a second
+    pts = [0, 3 * 10 ** 9, 6 * 10 ** 9]                         # hundredths of a second
     write(tmp_path / "a.mkv", n=3, pts=pts)
     assert read_video(tmp_path / "a.mkv", max_frames=2).total_frames == 3
     write(tmp_path / "a.mkv", n=3, pts=[2 * p for p in pts])
@@ -702,6 +724,16 @@ def refused(path) -> str:
         read_video(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_what_pillow_logs_of_a_damaged_picture_is_not_printed(tmp_path, monkeypatch, capfd):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
+    data, samples = (tmp_path / "a.tiff").read_bytes(), bytes.fromhex("1501 0300 01000000")     # tag 277
+    assert data.count(samples + b"\x03\x00") == 1
+    (tmp_path / "a.tiff").write_bytes(data.replace(samples + b"\x03\x00", samples + b"\x03\xb5"))
+    monkeypatch.setattr(logging.root, "handlers", [])                       # as without pytest
+    refused(tmp_path / "a.tiff")
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_no_video_is_refused_by_name_and_reason(tmp_path):

@@ -90,6 +90,31 @@ def test_every_dtype_of_the_file_becomes_the_one_asked_for(folder, stored, asked
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("dtype, files_per_tensor", [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_memory_is_given_back_while_reading(folder, monkeypatch, dtype, files_per_tensor):
+    """What was read and converted leaves with its file; the largest tensor is read while little is held."""
+    opened, read = [], []
+
+    class Recorder:
+        def __init__(self, path, framework):
+            self.file = original(path, framework)
+            opened.append(path)
+
+        def get_tensor(self, name):
+            tensor = self.file.get_tensor(name)
+            read.append(tensor.numel())
+            return tensor
+
+    stored = weights.read_headers(folder)
+    with torch.device("meta"):
+        model = VideoLM(read_config(folder))
+    original = weights.safe_open
+    monkeypatch.setattr(weights, "safe_open", Recorder)
+    weights.load_tensors(model, folder, stored, "cpu", dtype)
+    assert read == sorted(read, reverse=True) and len(read) == len(stored)
+    assert len(opened) == (files_per_tensor * len(stored) or 1)
+
+
 def test_a_tied_head_is_the_embedding_table_and_a_stored_copy_must_be_equal(tmp_path, golden):
     folder, g = shutil.copytree(FIXTURES / "dev_a", tmp_path / "dev_a"), golden("dev_a")
     assert "lm_head.weight" not in g.model.state_dict()
@@ -263,7 +288,8 @@ def test_generation_settings_that_a_greedy_answer_does_not_depend_on_are_accepte
 
 
 @pytest.mark.parametrize("section, field, value", [
-    (None, "model_type", "llava"), (None, "model_type", "idefics3"), ("text_config", "model_type", "qwen2"),
+    (None, "model_type", None), (None, "model_type", "llava"), (None, "model_type", "idefics3"),
+    ("text_config", "model_type", "qwen2"),
     ("text_config", "hidden_act", "gelu"), ("text_config", "attention_bias", True),
     ("text_config", "mlp_bias", True),
     ("text_config", "sliding_window", 512), ("text_config", "rope_interleaved", True),
@@ -312,6 +338,12 @@ def test_two_descriptions_of_the_positions_are_refused(folder):
     assert "rope_parameters = {" in message(folder)
 
 
+def test_a_switch_is_true_or_false(folder):
+    edit_config(folder, None, tie_word_embeddings=0)
+    assert message(folder) == \
+        "config.json, top level: tie_word_embeddings = 0 must be true or false; correct it"
+
+
 def test_a_section_that_is_missing_is_named(folder):
     edit_config(folder, None, vision_config=...)
     assert "has no section vision_config" in message(folder)
@@ -319,16 +351,20 @@ def test_a_section_that_is_missing_is_named(folder):
     assert "has no section text_config" in message(folder)
 
 
-@pytest.mark.parametrize("section, field, value", [
-    ("text_config", "num_key_value_heads", 4), ("text_config", "num_key_value_heads", 12),
-    ("text_config", "head_dim", 15), ("text_config", "head_dim", 1),
-    ("vision_config", "num_attention_heads", 5), ("vision_config", "num_attention_heads", 64),
-    (None, "scale_factor", 4), (None, "scale_factor", 100), ("vision_config", "patch_size", 49)])
-def test_sizes_that_do_not_divide_are_refused(folder, section, field, value):
+@pytest.mark.parametrize("section, field, value, says", [
+    ("text_config", "num_key_value_heads", 4,
+     "num_attention_heads = 6 is no multiple of 4 (num_key_value_heads)"),
+    ("text_config", "num_key_value_heads", 12, "num_attention_heads = 6 is no multiple of 12"),
+    ("text_config", "head_dim", 15, "head_dim = 15 is no multiple of 2 (positions turn pairs)"),
+    ("text_config", "head_dim", 1, "head_dim = 1 is no multiple of 2"),
+    ("vision_config", "num_attention_heads", 5, "hidden_size = 32 is no multiple of 5 (num_attention_heads)"),
+    ("vision_config", "num_attention_heads", 64, "hidden_size = 32 is no multiple of 64"),
+    (None, "scale_factor", 4, "image_size // patch_size = 6 is no multiple of 4 (scale_factor)"),
+    (None, "scale_factor", 100, "image_size // patch_size = 6 is no multiple of 100"),
+    ("vision_config", "patch_size", 49, "image_size // patch_size = 0 is no multiple of 3")])
+def test_sizes_that_do_not_divide_are_refused(folder, section, field, value, says):
     edit_config(folder, section, **{field: value})
-    text = message(folder)
-    assert "is no multiple of" in text and field in text
-    assert str(48 // value if field == "patch_size" else value) in text
+    assert message(folder).startswith(f"config.json: {says}")
 
 
 def test_an_image_token_that_is_no_token_is_refused(folder):
@@ -418,6 +454,8 @@ def test_five_names_are_all_of_them(folder):
     edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
     text = message(folder)
     assert "5 missing: " in text and all(name in text for name in names) and "..." not in text
+    edit_tensors(folder, lambda tensors: tensors.pop("model.vision_model.post_layernorm.bias"))
+    assert "6 missing: " in message(folder) and ", ...;" in message(folder)
 
 
 def test_files_that_are_missing_or_cut_off(folder):
