@@ -5,6 +5,7 @@ be written are left out, and what is given is imported from there.
 """
 
 import ast
+import os
 import re
 import sys
 import textwrap
@@ -96,18 +97,24 @@ def main(arguments: list[str]) -> int:
         print("usage: python tests/starter.py my_module.py", file=sys.stderr)
         return 2
     path = Path(arguments[0])
+    half = path.with_name(f".{path.stem}.half.py")              # then moved: whole, or not there
     try:
         if path.suffix != ".py":
             raise ValueError(f"{path} is no Python module; call it my_module.py, or such")
-        name = make_importable(path)
-        with path.open("x", encoding="utf-8") as file:          # never over a student's work
-            file.write(starter(MODEL.read_text(encoding="utf-8"), name))
+        if os.path.lexists(path):                               # never over a student's work
+            raise ValueError(f"{path} is there already; give another name")
+        half.write_text(starter(MODEL.read_text(encoding="utf-8"), make_importable(path)), encoding="utf-8")
+        half.rename(path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{path} cannot be written ({error.strerror}); give another name", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        half.unlink(missing_ok=True)
     return 0
 
 

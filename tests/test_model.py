@@ -71,6 +71,13 @@ def test_arguments_that_would_go_wrong_later_are_refused_by_name(golden):
             call()
         assert "\n" not in str(error.value)
     assert cache.length == g.input_ids.shape[1]                             # a refused call changes nothing
+    g.model(torch.tensor([[0, 127]]))                                       # the first token and the last
+
+
+def test_an_answer_has_64_tokens_at_most_if_nothing_else_is_said(golden):
+    g = golden("dev_a")
+    answer = g.model.generate(g.input_ids, g.pixels)
+    assert len(answer) == 64 and answer[:12] == g.meta["generated_ids"] and answer[-1] != g.meta["eos_token_id"]
 
 
 @pytest.mark.parametrize("n_good", [0, 2])

@@ -128,6 +128,16 @@ def test_the_starter_is_never_written_over_a_module(tmp_path):
     assert (tmp_path / "my_module.py").read_text() == "my work"
 
 
+@pytest.mark.parametrize("trouble, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)])
+def test_half_a_starter_is_never_left(tmp_path, monkeypatch, trouble, code):
+    def write_text(path, text, encoding):
+        path.write_bytes(b"half of it")
+        raise trouble
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(starter.Path, "write_text", write_text)
+    assert starter.main(["my_module.py"]) == code and not list(tmp_path.iterdir())
+
+
 # ---- typical wrong solutions ----
 
 

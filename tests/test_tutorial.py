@@ -16,6 +16,9 @@ import torch
 from PIL import Image, ImageChops
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from minioutro.weights import written_whole  # noqa: E402
+
 TUTORIAL = ROOT / "tutorial.md"
 # code, the output behind it if there is one, and the picture behind that if there is one
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n"
@@ -31,7 +34,6 @@ def lesson() -> str:
 
 def run_blocks(text: str):
     """Run the blocks in one namespace: yields (match, what was printed, the picture that was made)."""
-    sys.path.insert(0, str(ROOT))
     namespace, before = {}, Path.cwd()
     os.chdir(ROOT)
     try:
@@ -68,12 +70,14 @@ def write() -> None:
         parts += [text[end:block.start()], f"```python\n{block['code']}```\n"]
         parts += [f"\n```\n{printed}```\n"] if printed else []
         if block["picture"]:
-            small(picture).save(ROOT / block["picture"], optimize=True)
+            with written_whole(ROOT / block["picture"]) as half:
+                small(picture).save(half, optimize=True)
             parts.append(f"\n![{block['alt']}]({block['picture']})\n")
         end = block.end()
     text = "".join([*parts, text[end:]])
     text = LINK.sub(lambda link: f"[`{link['name']}`]({home(link['name'], link['file'])})", text)
-    TUTORIAL.write_text(text, encoding="utf-8")
+    with written_whole(TUTORIAL) as half:
+        half.write_text(text, encoding="utf-8")
 
 
 def agree(printed: str, shown: str) -> bool:
