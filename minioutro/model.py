@@ -121,10 +121,9 @@ class OutRo:
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, not {self.temperature}")
-        for name, least in (("relax_every", 1), ("skip_last", 0)):
-            value = getattr(self, name)
-            is_count = type(value) is int and value >= least
-            if not is_count and (name, value) != ("relax_every", None):
+        every = 1 if self.relax_every is None else self.relax_every
+        for name, value, least in (("relax_every", every, 1), ("skip_last", self.skip_last, 0)):
+            if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number from {least} on, not {value}")
 
 
@@ -459,8 +458,8 @@ class Cache:
 class Trace(dict):
     """A trace that also keeps the attention weights of some layers; a plain {} keeps none.
 
-    Without weights a prompt costs up to 4 L B S (C + 2 H D + 2 H) bytes in float32, and 4 B S V for
-    the logits, if all are asked for; the weights of each layer named cost 4 B H S^2 more.
+    In float32 a prompt costs up to 4 L B S (C + 2 H D + 2 H) bytes, all its logits 4 B S V, and the
+    weights of each layer that is named 4 B H S^2.
     """
     def __init__(self, weights_of=()):
         super().__init__()
@@ -492,9 +491,8 @@ class DecoderLayer(nn.Module):
         hidden: float[B,S,C], a prompt if the cache is empty, else the tokens that follow it.
         cos, sin: float[B or 1,1,S,D] of their positions. may_attend: bool[S,K] or bool[B,S,K];
         is_causal says that it is the plain causal mask.
-        Returns: float[B,S,C], the input of the next layer.
-        Changes: the cache, which gets the keys and values, and cache.sinks (None: no OutRo), which
-        at a prompt gets what was found and opened; the trace, which gets this layer's entries.
+        Returns: float[B,S,C], the input of the next layer. Changes: the cache, which gets keys and
+        values, and in cache.sinks (None: no OutRo) what is found and opened; the trace.
         """
         B, S, _ = hidden.shape
         attn, l, L = self.self_attn, self.index, self.n_layers
@@ -619,10 +617,10 @@ class VideoLM(nn.Module):
             if not 0 <= token_id < text.vocab_size:
                 raise ValueError(f"input_ids has {token_id}, and this model's tokens are 0 to "
                                  f"{text.vocab_size - 1}")
-        if cache.length + S > text.max_position_embeddings:
-            raise ValueError(f"{cache.length + S} tokens do not fit into the model's context of "
-                             f"{text.max_position_embeddings}; use fewer frames or a shorter "
-                             f"question")
+        K, most = cache.length + S, text.max_position_embeddings
+        if K > most:
+            raise ValueError(f"{K} tokens do not fit into the model's context of {most}; use fewer "
+                             f"frames or a shorter question")
         if trace:
             raise ValueError("trace must be empty; give each call its own")
         if cache.length and cache.k[0].shape[0] != B:
@@ -686,11 +684,9 @@ class VideoLM(nn.Module):
         input_ids: int64[B,S], prompts of equal length; with a filled cache only the new tokens.
         pixel_values: float[B,F,3,size,size] in -1..1; or features: float[B,F*M,C] from `encode`,
         where several runs share a video. With neither, an image token is a token like any other.
-        outro: the method's constants, None for the baseline. cache: extended by these tokens; the
-        call that finds it empty must bring the whole prompt, with outro, which the cache keeps for
-        those that follow. trace: an empty dict, to be filled.
-        Returns: float[B,S,V].
-        Raises: ValueError, with its name, for an argument that does not fit model, cache or others.
+        outro: the constants, None for the baseline. cache: extended by these tokens; the call that
+        finds it empty brings the whole prompt, and outro for all that follow. trace: an empty dict.
+        Returns: float[B,S,V]. Raises: ValueError that names an argument which does not fit.
         """
         hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace)
         logits = self.head(hidden)
@@ -708,8 +704,7 @@ class VideoLM(nn.Module):
 
         One prompt, int64[1,S]. The trace is filled while the prompt is read, with the logits of its
         last position only, float[1,1,V]. The answer also ends where the model's context does.
-        Raises, at the first token: ValueError for more than one prompt, for max_new_tokens below 1,
-        and as `forward`; at any token: ValueError if the logits are not finite.
+        Raises: ValueError as `forward`, at the first token; if the logits are not finite, at any.
         """
         if input_ids.shape[0] != 1:
             raise ValueError(f"stream answers one prompt at a time, not {input_ids.shape[0]}")
@@ -745,8 +740,7 @@ class VideoLM(nn.Module):
                         dtype: torch.dtype = torch.float32) -> "VideoLM":
         """A model from a folder or from a repository of the Hugging Face hub.
 
-        Reads config.json, generation_config.json (eos) and the safetensors; `load_report` says in
-        one line what was loaded. The parameters ask for no gradient.
+        `load_report` says in one line what was loaded. The parameters ask for no gradient.
         Raises: ValueError or OSError that names the file and what is wrong with it.
         """
         checkpoint.check_device(device)

@@ -451,21 +451,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"train.py: {message} (try --help)\n")
 
 
-def folder_name(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty; give one, or leave it out")
-    return Path(text)
-
-
 def whole_number(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 1 to 9 digits")
-    return int(text)
-
-
-def count(text: str) -> int:
-    if whole_number(text) == 0:
-        raise argparse.ArgumentTypeError("0 is too few, 1 the least")
     return int(text)
 
 
@@ -473,23 +461,26 @@ def main() -> None:
     parser = Parser(
         description="Train the bundled toy from scratch, then its controls, and write down what "
         "they can do. A run that was interrupted goes on from its last saved step.")
-    parser.add_argument("--folder", type=folder_name, help="where to train (default: toy_run), or "
+    parser.add_argument("--folder", help="where to train (default: toy_run), or "
                         "what to evaluate (default: the bundled toy)")
     parser.add_argument("--seed", type=whole_number, default=0, help="default: %(default)s")
-    parser.add_argument("--threads", type=count, help="default: 1 to train, all to evaluate")
+    parser.add_argument("--threads", type=whole_number, help="default: 1 to train, all to evaluate")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu",
                         help="to train on (default: %(default)s)")
     parser.add_argument("--evaluate", action="store_true",
                         help=f"do not train; ask about {CLIPS} unseen clips and print the figures")
     args = parser.parse_args()
-    if args.threads or not args.evaluate:
-        torch.set_num_threads(args.threads or 1)
     try:
+        for flag in ("folder", "threads"):
+            if getattr(args, flag) in ("", 0):
+                raise ValueError(f"--{flag} {getattr(args, flag)!r}: give more, or leave it out")
+        if args.threads or not args.evaluate:
+            torch.set_num_threads(args.threads or 1)
         check_device(args.device)
         if args.evaluate:
             print(report(*load(args.folder or BUNDLED)))
             return
-        folder = args.folder or Path("toy_run")
+        folder = Path(args.folder or "toy_run")
         for run in (TOY, *CONTROLS):
             train(folder, run, args.seed, args.device)
         write_readme(folder)
