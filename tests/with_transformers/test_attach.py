@@ -12,6 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minioutro import OutRo
+from minioutro import attach as attach_module
 from minioutro.attach import attach
 from minioutro.model import align_with_sink
 
@@ -291,9 +292,12 @@ def test_padding_counts_neither_for_the_median_nor_as_a_sink(llama):
     assert all(tokens.equal(seen.is_sink[l][0]) for l, tokens in together.items())
 
 
-def test_a_compiled_model_does_the_same(llama):
+def test_a_compiled_model_does_the_same_around_steps_that_are_not_compiled(llama, monkeypatch):
     """Also one that was compiled, and has run, before the block, and with other constants in a second."""
     inputs, model = llama.prompt(LONG, SHORT), text("Llama", num_hidden_layers=6).model
+    find_sinks, compiling = attach_module.find_sinks, []
+    monkeypatch.setattr(attach_module, "find_sinks", lambda *args: (
+        compiling.append(torch.compiler.is_compiling()), find_sinks(*args))[1])
 
     def run():
         logits = [model(**inputs, use_cache=False).logits]          # a cache would be compiled for each layer
@@ -306,7 +310,7 @@ def test_a_compiled_model_does_the_same(llama):
     model.compile(backend="eager")
     for ours, theirs in zip(run(), expected, strict=True):
         assert_close(ours, theirs, 1e-5)
-    assert not torch.allclose(expected[1], expected[2], atol=1e-3)
+    assert not torch.allclose(expected[1], expected[2], atol=1e-3) and compiling and not any(compiling)
 
 
 def test_layers_of_a_hybrid_without_attention_are_passed_over(recwarn):
@@ -322,6 +326,17 @@ def test_layers_of_a_hybrid_without_attention_are_passed_over(recwarn):
     with attach(case.model, OutRo(relax_every=7)) as seen:
         case.model(**inputs)
     assert list(seen.opened) == [7] and not [w for w in recwarn if "no row" in str(w.message)]
+
+
+def test_two_models_have_it_at_once_each_with_its_own_constants(llama, tiny):
+    inputs, a, b = llama.prompt(LONG), llama.model, tiny("Qwen2").model
+    with attach(a, OutRo()):
+        of_a = a(**inputs).logits
+    with attach(b, OutRo(relax=False)):
+        of_b = b(**inputs).logits
+    with attach(a, OutRo()) as in_a, attach(b, OutRo(relax=False)) as in_b:
+        assert a(**inputs).logits.equal(of_a) and b(**inputs).logits.equal(of_b)
+    assert in_a.opened and in_b.is_sink and not in_b.opened
 
 
 def test_another_model_of_the_same_config_goes_its_own_way(llama):
