@@ -114,45 +114,94 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     import torch  # here and not above, so that --help and a mistyped flag answer at once
 
+    check_arguments(args)
+    outro, model, processor, video, inputs = prepare(args)
+    say = (lambda *_, **__: None) if args.json else print
+    print_header(args, model, processor, video, inputs, say)
+    input_ids = inputs.input_ids.to(args.device)
+    texts = [processor.token_text(token_id) for token_id in input_ids[0].tolist()]
+    with torch.inference_mode():
+        frames = inputs.pixel_values.to(args.device).split(1, dim=1)
+        features = torch.cat([model.encode(frame) for frame in progress(frames, "frames", args)], 1)
+        model(input_ids[:, :1])         # pages the weights in; neither answer should pay for that
+    seen, baseline, changed = answer_both(args, model, processor, input_ids, features, texts, outro,
+                                          say)
+    ratio = changed["seconds"] / baseline["seconds"]
+    ratio = ratio if min(baseline["seconds"], changed["seconds"]) >= 2 else None        # luck
+    say(f"time      {time_line(baseline, changed, ratio)}")
+
+    if args.figures:
+        signal.signal(signal.SIGINT, signal.default_int_handler)        # to leave no half picture
+        write_figures(args, model, video, input_ids, features, texts, outro, seen)
+        say(f"figures   in {shown(str(args.figures))}: frames, masks and sinks (together in "
+            f"run.png), attention, cosine and rotation")
+    if args.json:
+        print(json.dumps({
+            "video": str(args.video), "frames": len(video.frames),
+            "total_frames": video.total_frames, "seconds": video.seconds,
+            "duration": video.duration, "question": args.question, "weights": model.load_report,
+            "tokens_per_frame": processor.tokens_per_frame, "prompt_tokens": len(texts),
+            "sinks": list_sinks(seen, texts), "cosine": seen.cosine,
+            "baseline": baseline, "outro": changed, "time_ratio": ratio}, ensure_ascii=False))
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Fill in what was left out. Raises: ValueError for what is wrong before anything is read."""
+    for what in ("video", "model", "figures"):
+        if getattr(args, what) == "":
+            raise ValueError(f"the name given for {what} is empty; give one, or leave it out")
+    if not args.question.strip():
+        raise ValueError("the question is empty; ask something about the video")
+    args.model = args.model or (HUB_MODEL if args.video else TOY)
+    args.video = Path(args.video or TOY / "clip.mp4")
+    if not args.figures:
+        return
+    args.figures = folder = Path(os.path.expanduser(args.figures))
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()          # the only sure way to know
+    except OSError:
+        raise ValueError(f"--figures {folder}: {nearest} is no folder that can be written to; give "
+                         f"another") from None
+
+
+def prepare(args: argparse.Namespace):
+    """OutRo, model, processor, video and inputs. Raises: ValueError if they do not fit together."""
+    import torch
+
     from minioutro import OutRo, load, read_video
 
     outro = OutRo(abs_threshold=args.abs_threshold, median_multiple=args.median_multiple,
                   relax=not args.no_relax, align=not args.no_align, gamma=args.gamma,
                   temperature=args.temperature)
-    figures = check_arguments(args)
-    path, question = Path(args.video or TOY / "clip.mp4"), args.question
-    name = args.model or (HUB_MODEL if args.video else TOY)
-    read_video(path, max_frames=1)      # a wrong file is told before a model is downloaded
-
-    model, processor = load(name, args.revision, args.device, getattr(torch, args.dtype))
+    read_video(args.video, max_frames=1)    # a wrong file is told before a model is downloaded
+    model, processor = load(args.model, args.revision, args.device, getattr(torch, args.dtype))
     check_pair(model, processor)
-    video = read_video(path, args.fps or processor.fps, args.frames or processor.max_frames,
+    video = read_video(args.video, args.fps or processor.fps, args.frames or processor.max_frames,
                        processor.longest_edge)
-    inputs = processor(video, question)
-    S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
-    check_length(model, processor, video, question, inputs)
+    inputs = processor(video, args.question)
+    check_length(model, processor, video, args.question, inputs)
+    return outro, model, processor, video, inputs
 
-    say = (lambda *_, **__: None) if args.json else print
+
+def print_header(args: argparse.Namespace, model, processor, video, inputs, say) -> None:
+    S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
     times = [f"{seconds:.1f}" for seconds in video.seconds]
     times = times if F <= 12 else [*times[:4], "...", times[-1]]
-    say(f"video     {shown(path.name)}: {F} of {video.total_frames} frames, at {' '.join(times)} s "
-        f"of {video.duration:.1f} s")
-    say(f"weights   {TOY.name if name == TOY else shown(name)}: {model.load_report}")
+    say(f"video     {shown(args.video.name)}: {F} of {video.total_frames} frames, at "
+        f"{' '.join(times)} s of {video.duration:.1f} s")
+    say(f"weights   {TOY.name if args.model == TOY else shown(args.model)}: {model.load_report}")
     say(f"prompt    {F} frames x {M} tokens + {S - F * M} text = {S} tokens")
-    say(f"question  {shown(question)}")
+    say(f"question  {shown(args.question)}")
 
-    input_ids = inputs.input_ids.to(args.device)
-    with torch.inference_mode():
-        frames = inputs.pixel_values.to(args.device).split(1, dim=1)
-        features = torch.cat([model.encode(frame) for frame in progress(frames, "frames", args)], 1)
-        model(input_ids[:, :1])         # pages the weights in; neither answer should pay for that
-    ask = dict(features=features, max_new_tokens=args.max_new_tokens)
-    # OutRo's prompt is read first, since it fills the trace that is shown before the answers. The
-    # baseline fills a trace as well, so that the times differ by OutRo alone.
-    trace = {}
+
+def answer_both(args: argparse.Namespace, model, processor, input_ids, features, texts: list[str],
+                outro, say) -> tuple["Seen", dict, dict]:
+    """Print the sinks and both answers. OutRo's prompt is read first, since its trace is shown; the
+    baseline fills a trace as well, so that the times differ by OutRo alone."""
+    ask, trace = dict(features=features, max_new_tokens=args.max_new_tokens), {}
     outro_stream = Timed(model.stream(input_ids, outro=outro, trace=trace, **ask))
     first = next(outro_stream)
-    texts = [processor.token_text(token_id) for token_id in inputs.input_ids[0].tolist()]
     seen = Seen.of(trace, model.config.text_config.num_hidden_layers)
     trace.clear()                       # a long prompt's takes gigabytes
     for line in sink_lines(seen, texts, outro):
@@ -160,43 +209,7 @@ def run(args: argparse.Namespace) -> None:
     baseline_stream = Timed(model.stream(input_ids, trace={}, **ask))
     baseline = print_answer("baseline", baseline_stream, processor, say)
     changed = print_answer("outro", chain([first], outro_stream), processor, say)
-    baseline.update(baseline_stream.summary())
-    changed.update(outro_stream.summary())
-    ratio = changed["seconds"] / baseline["seconds"]
-    ratio = ratio if min(baseline["seconds"], changed["seconds"]) >= 2 else None        # luck
-    say(f"time      {time_line(baseline, changed, ratio)}")
-
-    if figures:
-        signal.signal(signal.SIGINT, signal.default_int_handler)        # to leave no half picture
-        write_figures(figures, model, video, input_ids, features, texts, outro, seen, args)
-        say(f"figures   in {shown(str(figures))}: frames, masks and sinks (together in run.png), "
-            f"attention, cosine and rotation")
-    if args.json:
-        print(json.dumps({
-            "video": str(path), "frames": F, "total_frames": video.total_frames,
-            "seconds": video.seconds, "duration": video.duration, "question": question,
-            "weights": model.load_report, "tokens_per_frame": M, "prompt_tokens": S,
-            "sinks": list_sinks(seen, texts), "cosine": seen.cosine,
-            "baseline": baseline, "outro": changed, "time_ratio": ratio}, ensure_ascii=False))
-
-
-def check_arguments(args: argparse.Namespace) -> Path | None:
-    """Raise ValueError for what can be told before anything is read; return the figures' folder."""
-    for what in ("video", "model", "figures"):
-        if getattr(args, what) == "":
-            raise ValueError(f"the name given for {what} is empty; give one, or leave it out")
-    if not args.question.strip():
-        raise ValueError("the question is empty; ask something about the video")
-    if not args.figures:
-        return None
-    folder = Path(os.path.expanduser(args.figures))
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        with tempfile.TemporaryDirectory(dir=nearest):              # the only sure way to know
-            return folder
-    except OSError:
-        raise ValueError(f"--figures {folder}: {nearest} is no folder that can be written to; give "
-                         f"another") from None
+    return seen, {**baseline, **baseline_stream.summary()}, {**changed, **outro_stream.summary()}
 
 
 def progress(items, what: str, args: argparse.Namespace):
@@ -384,8 +397,8 @@ def below(value: float) -> float:
     return int(value) if value >= 10 else int(value * 100) / 100
 
 
-def write_figures(folder: Path, model, video, input_ids, features, texts: list[str], outro,
-                  seen: Seen, args: argparse.Namespace) -> None:
+def write_figures(args: argparse.Namespace, model, video, input_ids, features, texts: list[str],
+                  outro, seen: Seen) -> None:
     """Draw everything, after one more pass: no run whose time is told has to give weights.
 
     The layer of a picture is the first that opened a row, or else the one with the most massive
@@ -426,9 +439,9 @@ def write_figures(folder: Path, model, video, input_ids, features, texts: list[s
         "rotation": lambda: figures.draw_rotation(*aligned, layer, outro)}
     pictures = {name: draw[name]() for name in progress(draw, "pictures", args)}
     pictures["run"] = figures.stack([pictures[name] for name in ("frames", "masks", "sinks")])
-    folder.mkdir(parents=True, exist_ok=True)
+    args.figures.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        with written_whole(folder / f"{name}.png") as path:
+        with written_whole(args.figures / f"{name}.png") as path:
             picture.save(path)
 
 

@@ -15,6 +15,8 @@ from conftest import FIXTURES, ROOT, TOY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from minioutro import model
+
 sys.path.insert(0, str(ROOT))
 import run  # noqa: E402
 
@@ -91,6 +93,19 @@ def test_figures_are_written_and_can_be_read(call, tmp_path):
 def test_figures_of_a_run_without_sinks(call, tmp_path):
     code, out, err = call("--figures", tmp_path / "pictures", "--median-multiple", 1e7, "--frames", 1)
     assert (code, err) == (0, "") and len(list((tmp_path / "pictures").iterdir())) == 8
+
+
+def test_weights_that_are_not_finite_are_not_drawn(call, tmp_path, monkeypatch):
+    """As half precision may give them where the fused kernel, which gave the answer, does not."""
+    explicit = model.attention
+
+    def attention(*args):
+        out, weights = explicit(*args)
+        return out, weights * math.nan
+    monkeypatch.setattr(model, "attention", attention)
+    code, _, err = call("--figures", "pictures", "--max-new-tokens", 1)
+    assert code == 2 and err.count("\n") == 1 and "not finite as float32" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_names_every_flag_and_needs_no_torch():
