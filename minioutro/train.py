@@ -446,11 +446,6 @@ def write_readme(folder: Path) -> None:
         half.write_text("```".join(page), encoding="utf-8")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"train.py: {message} (try --help)\n")
-
-
 def whole_number(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 1 to 9 digits")
@@ -458,7 +453,8 @@ def whole_number(text: str) -> int:
 
 
 def main() -> None:
-    parser = Parser(
+    parser = argparse.ArgumentParser(
+        prog="python -m minioutro.train", usage=argparse.SUPPRESS,      # an error is one line
         description="Train the bundled toy from scratch, then its controls, and write down what "
         "they can do. A run that was interrupted goes on from its last saved step.")
     parser.add_argument("--folder", help="where to train (default: toy_run), or "

@@ -74,6 +74,16 @@ def test_arguments_that_would_go_wrong_later_are_refused_by_name(golden):
     g.model(torch.tensor([[0, 127]]))                                       # the first token and the last
 
 
+def test_an_answer_fills_its_trace_while_the_prompt_is_read(golden):
+    g, trace = golden("dev_a"), {}
+    answer = g.model.stream(g.input_ids, g.pixels, max_new_tokens=3, trace=trace)
+    next(answer)
+    assert_close(trace["logits"], g.tensors["logits"][:, -1:])
+    of_prompt = dict(trace)
+    assert len(list(answer)) == 2 and trace.keys() == of_prompt.keys()
+    assert all(trace[name] is of_prompt[name] for name in trace)
+
+
 def test_an_answer_has_64_tokens_at_most_if_nothing_else_is_said(golden):
     g = golden("dev_a")
     answer = g.model.generate(g.input_ids, g.pixels)
