@@ -365,9 +365,8 @@ def restore(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, at: 
         optimizer.load_state_dict(saved.pop("optimizer"))
         found = Progress(**saved)
     except Exception as error:                          # unpickling raises anything
-        first, *_ = str(error).splitlines() or [""]
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {first[:80]}); remove "
-                         f"it to begin anew") from None
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove it to begin anew"
+                         ) from None
     if found.random_seed != at.random_seed:
         raise ValueError(f"{path} was not begun with --seed {at.random_seed}; give another "
                          f"--folder")
@@ -446,12 +445,6 @@ def write_readme(folder: Path) -> None:
         half.write_text("```".join(page), encoding="utf-8")
 
 
-def whole_number(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 1 to 9 digits")
-    return int(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m minioutro.train", usage=argparse.SUPPRESS,      # an error is one line
@@ -459,17 +452,20 @@ def main() -> None:
         "they can do. A run that was interrupted goes on from its last saved step.")
     parser.add_argument("--folder", help="where to train (default: toy_run), or "
                         "what to evaluate (default: the bundled toy)")
-    parser.add_argument("--seed", type=whole_number, default=0, help="default: %(default)s")
-    parser.add_argument("--threads", type=whole_number, help="default: 1 to train, all to evaluate")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="default: 1 to train, all to evaluate")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu",
                         help="to train on (default: %(default)s)")
     parser.add_argument("--evaluate", action="store_true",
                         help=f"do not train; ask about {CLIPS} unseen clips and print the figures")
     args = parser.parse_args()
     try:
-        for flag in ("folder", "threads"):
-            if getattr(args, flag) in ("", 0):
-                raise ValueError(f"--{flag} {getattr(args, flag)!r}: give more, or leave it out")
+        threads = 1 if args.threads is None else args.threads
+        for flag, is_wrong in {"folder": args.folder == "", "threads": not 0 < threads < 1000,
+                               "seed": not 0 <= args.seed < 10**9}.items():
+            if is_wrong:
+                raise ValueError(f"--{flag} {str(getattr(args, flag))[:20]!r} makes no sense; give "
+                                 f"another, or leave it out")
         if args.threads or not args.evaluate:
             torch.set_num_threads(args.threads or 1)
         check_device(args.device)

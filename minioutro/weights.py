@@ -373,8 +373,7 @@ def check_device(device) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):      # the latter where torch was built without CUDA
-        raise ValueError(f"device {device}: there is none here; leave it out to use the cpu"
-                         ) from None
+        raise ValueError(f"device {device}: there is none here; leave it out") from None
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def long_rows(ours, theirs, repeats):
 def model_rows(folder, repeats):
     import torch
 
-    from minioutro import Cache, OutRo, VideoLM
+    from minioutro import OutRo, VideoLM
     torch.set_num_threads(1)
     ids, pixels = prompt()
     ours, theirs = VideoLM.from_pretrained(folder), load_theirs(folder) if THEIRS else None

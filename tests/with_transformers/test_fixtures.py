@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 import write_fixtures
 from conftest import FIXTURES, assert_close
 from safetensors.torch import load_file
