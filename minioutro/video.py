@@ -200,6 +200,14 @@ def open_video(path: Path) -> Iterator[av.VideoStream]:
                          f"try to play it, or convert it to mp4") from None
 
 
+def packets_of(stream: av.VideoStream) -> Iterator[av.Packet]:
+    while True:
+        try:
+            return (yield from stream.container.demux(stream))
+        except IndexError:          # PyAV 18.1: a packet of another stream, which begins only here
+            continue
+
+
 def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
     """The packets of a stream, on one clock; a file that is cut off ends where it is cut.
 
@@ -207,7 +215,7 @@ def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
     """
     times, latest, decoded, shift = [], -math.inf, -math.inf, 0
     try:
-        for packet in stream.container.demux(stream):
+        for packet in packets_of(stream):
             if packet.pts is not None:
                 pts, dts = packet.pts, packet.pts if packet.dts is None else packet.dts
                 # B-frames step back too, but are no keyframes. A file may call all its frames that:

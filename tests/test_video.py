@@ -559,6 +559,19 @@ def test_what_looks_like_a_step_back_and_is_none(packets):
     assert clock(*packets) == [(pts, dts) for pts, dts, _ in packets]
 
 
+def test_a_stream_that_begins_late_is_passed_over():
+    """As in damaged transport streams: PyAV then stumbles over its own list of streams."""
+    calls = []
+
+    def demux(_):
+        calls.append(len(calls))
+        yield av.Packet(b"x" * len(calls))
+        if len(calls) < 3:
+            raise IndexError
+    packets = video_module.demux(SimpleNamespace(container=SimpleNamespace(demux=demux)))
+    assert [packet.size for packet in packets] == [1, 2, 3] and calls == [0, 1, 2]
+
+
 def test_where_reading_fails_the_file_ends():
     def demux(_):
         yield av.Packet(b"x")
