@@ -133,6 +133,7 @@ def test_show_mask_draws_rows_with_labels():
 def test_what_does_not_fit_together_is_an_assertion_with_its_shapes():
     flags = torch.zeros(2, 3, dtype=torch.bool)
     for call, shapes in ((lambda: causal_mask(3, 2), "3 queries .* 2 positions"),
+                         (lambda: causal_mask(0, 2), "0 queries .* 2 positions"),
                          (lambda: open_sink_rows(causal_mask(4, 4), flags), r"4, 4.*2, 3"),
                          (lambda: find_sinks(torch.zeros(3, 5), 1.0, 1.0), r"3, 5"),
                          (lambda: sink_value(torch.zeros(2, 1, 4, 5), flags), r"2, 1, 4, 5.*2, 3"),
@@ -305,6 +306,12 @@ def test_vision_frames_do_not_see_each_other(golden):
     g = golden("dev_a")
     together, alone = g.model.encode(g.pixels), g.model.encode(g.pixels[:, 1:])
     assert torch.allclose(together[:, alone.shape[1]:], alone, atol=1e-6)
+
+
+def test_a_new_model_can_be_trained_and_a_loaded_one_asks_for_no_gradient(golden):
+    g = golden("dev_a")
+    assert all(parameter.requires_grad for parameter in VideoLM(g.model.config).parameters())
+    assert not any(parameter.requires_grad for parameter in g.model.parameters())
 
 
 def test_half_precision_follows_float32(golden):
