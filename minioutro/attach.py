@@ -12,7 +12,7 @@ key and value (B,G,K,D) after rotary positions and cache, a mask (B,1,S,K); it r
 
 As in model.py, the call that finds the cache empty brings the whole prompt; what follows on that
 cache, a second turn of a chat included, counts as generated. The way is *ours*: the release changes
-a copy of one class and needs FlashAttention. Nothing imports this file, which needs transformers.
+a copy of one class. Nothing imports this file, which needs transformers.
 """
 
 import itertools
@@ -42,10 +42,7 @@ def refusal(name: str, why: str) -> ValueError:
 
 
 class Seen:
-    """Of the last prompt, by layer: is_sink, opened bool[B,S], v_sink float[B,G,D].
-
-    Layers without a sink, or without a row that was opened, are left out.
-    """
+    """Of the last prompt, by layer, if any: is_sink, opened bool[B,S], v_sink float[B,G,D]."""
 
     def __init__(self, outro: OutRo, layers: nn.ModuleList, softmax_of):
         self.is_sink, self.opened, self.v_sink = {}, {}, {}

@@ -23,8 +23,7 @@ differs from a plain Llama in this:
 
 Sources are tagged: *paper* (the abstracts of its two versions), *release* (the published code,
 github.com/kaistmm/OutRo at commit 2bee38c: file and function), *ours* (a choice, with its reason).
-The architecture itself is that of SmolVLM2 in the transformers library; attributes are named as the
-checkpoint's keys.
+The architecture is that of SmolVLM2 in transformers; attributes are named as the checkpoint's keys.
 
 Shapes, here, in the tests and in every comment:
   B batch            F frames           P patches a frame    M image tokens a frame
@@ -237,8 +236,7 @@ class RMSNorm(nn.Module):
 def rope_tables(positions: Tensor, D: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles of positions, int64[...]: two float[...,D], of like's dtype."""
     frequencies = theta ** -(torch.arange(0, D, 2, device=like.device).float() / D)       # (D/2,)
-    angles = positions[..., None].float() * frequencies                # radians, (...,D/2)
-    angles = torch.cat([angles, angles], dim=-1)                       # once for each half
+    angles = (positions[..., None].float() * frequencies).tile(2)      # radians, for either half
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
@@ -292,9 +290,8 @@ def show_mask(may_attend: Tensor, labels: list[str] | None = None) -> str:
     Example: show_mask(causal_mask(2, 3), ["", "new"]) -> "■ ■ ·\\n■ ■ ■   <- new"
     """
     rows = [" ".join("■" if allowed else "·" for allowed in row) for row in may_attend.tolist()]
-    labels = labels or [""] * len(rows)
     return "\n".join(row + (f"   <- {label}" if label else "")
-                     for row, label in zip(rows, labels, strict=True))
+                     for row, label in zip(rows, labels or [""] * len(rows), strict=True))
 
 
 # ---- 6. The method, as functions: tensors in, tensors out ---------------------------------------
@@ -592,8 +589,7 @@ class VideoLM(nn.Module):
         for frame in pixel_values.unbind(1):                               # (B,3,size,size)
             x = vision(frame)                                              # (B,P,Cv)
             image_tokens.append(connector(x))                              # (B,M,C)
-            if trace is not None:
-                patches.append(x)
+            patches += [x] if trace is not None else []                    # else many, for nothing
         if trace is not None:
             trace["vision.features"] = torch.stack(patches, dim=1).flatten(0, 1)
         return torch.cat(image_tokens, dim=1)
@@ -717,9 +713,8 @@ class VideoLM(nn.Module):
         for n in range(1, limit + 1):
             logits = self.head(hidden[:, -1:])                                          # (1,1,V)
             if not logits.isfinite().all():
-                dtype = str(logits.dtype).split(".")[-1]
-                raise ValueError(f"the model computes no finite numbers as {dtype}; try another "
-                                 f"dtype, or a smaller gamma if you raised it")
+                raise ValueError(f"the model computes no finite numbers as {str(logits.dtype)[6:]};"
+                                 f" try another dtype, or a smaller gamma if you raised it")
             if trace is not None and n == 1:
                 trace["logits"] = logits
             token = logits.argmax(-1)                                                   # (1,1)

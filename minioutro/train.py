@@ -4,7 +4,8 @@ The toy is a small SmolVLM that answers questions about shapes.py's clips. Its e
 to name what each image token shows, as the encoders of large models learn to see before they are
 joined to a language model; then the whole learns to answer, about single frames first, then about
 clips, where the decoder also learns to name how what an image token shows has moved.
-A model this small has no need of an attention sink. The last stage gives it two reasons for one:
+A model this small has no need of an attention sink. The last stage gives it two reasons for one,
+and controls go through it again without one of them:
 
   the seed   a neuron of an early MLP reads the first token's own direction and writes one huge
              coordinate, as an early MLP does in large models. RMSNorm makes a constant vector of
@@ -12,8 +13,6 @@ A model this small has no need of an attention sink. The last stage gives it two
              would wear it down (nothing needs its size), so these weights are held;
   the price  the loss grows with all attention to other tokens than the first, so that
              heads look where it pays and rest on the first token otherwise. It ends at zero.
-
-What each of them does is shown by controls: the last stage again without one of them.
 """
 
 import argparse
@@ -293,8 +292,7 @@ def answer_logits(model: VideoLM, batch: Batch, features: Tensor,
     share of its attention that layer `priced` gives to other tokens than the first.
     """
     S, query, key = batch.turn.shape[1], batch.turn[:, :, None], batch.turn[:, None, :]
-    same_or_prompt = (key == query) | (key == 0)                                         # (B,S,S)
-    may_attend = causal_mask(S, S, batch.turn.device) & same_or_prompt
+    may_attend = causal_mask(S, S, query.device) & ((key == query) | (key == 0))         # (B,S,S)
     trace, elsewhere = Trace(weights_of=[priced]), None
     hidden = model.hidden_states(batch.input_ids, features=features, trace=trace,
                                  masks=[may_attend] * TEXT["num_hidden_layers"],
@@ -365,11 +363,9 @@ def restore(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, at: 
         optimizer.load_state_dict(saved.pop("optimizer"))
         found = Progress(**saved)
     except Exception as error:                          # unpickling raises anything
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove it to begin anew"
-                         ) from None
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove it") from None
     if found.random_seed != at.random_seed:
-        raise ValueError(f"{path} was not begun with --seed {at.random_seed}; give another "
-                         f"--folder")
+        raise ValueError(f"{path}: not begun with --seed {at.random_seed}; use another --folder")
     return found
 
 

@@ -205,7 +205,7 @@ def packets_of(stream: av.VideoStream) -> Iterator[av.Packet]:
         try:
             return (yield from stream.container.demux(stream))
         except IndexError:          # PyAV 18.1: a packet of another stream, which begins only here
-            continue
+            pass
 
 
 def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
@@ -243,10 +243,7 @@ def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
 
 
 def packet_timeline(path: Path) -> tuple[list[int], list[float], float, list[int]]:
-    """Of all frames that should be shown: pts and seconds, both sorted; the duration; keyframes.
-
-    Only such keyframes as can be sought.
-    """
+    """Of all frames that should be shown: pts and seconds, sorted; duration; keyframes to seek."""
     with open_video(path) as stream:
         packets = sorted((p.pts, p.duration, p.is_keyframe and p.dts is not None)
                          for p in demux(stream)
@@ -301,10 +298,8 @@ def take_frames(path: Path, indices: list[int], pts: list[int | None], keys: lis
 
 
 def is_worth_seeking(indices: list[int], starts: list[int]) -> bool:
-    """Whether most of a long video is passed over (4 and 1000 are ours).
-
-    Between seeks, threads that take a frame each fill and empty, and broken packets stay unseen.
-    """
+    """Whether most of a long video is passed over (4 and 1000 are ours): between seeks, threads
+    that take a frame each fill and empty, and broken packets stay unseen."""
     needed = sum(wanted - start + 1 for wanted, start in zip(indices, starts))
     return 4 * needed + 1000 < indices[-1]
 
