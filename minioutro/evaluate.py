@@ -16,15 +16,17 @@ from torch import Tensor
 
 from minioutro.model import Cache, OutRo, Trace, VideoLM, causal_mask
 from minioutro.prompt import END, IMAGE, Processor
-from minioutro.shapes import UNSEEN, Clip, Question
+from minioutro.shapes import HARD_NOISE, UNSEEN, Clip, Question
 from minioutro.video import read_video
 
 CLIPS, QUESTIONS, BATCH = 200, 10, 50       # clips, questions about each, prompts read at once
 FAR = 16                                    # tokens between a query and the first token
 OTHERS = 8                                  # text tokens that are masked to compare with the sink
 BASELINE = {"baseline": None}
-WAYS = {**BASELINE, "relax": OutRo(align=False), "align 3": OutRo(relax=False),
-        **{f"both {gamma:g}": OutRo(gamma=gamma) for gamma in (0.5, 1, 2, 3)}}
+GAMMAS = (0.5, 1, 2, 3)
+WAYS = {**BASELINE, "relax": OutRo(align=False),
+        **{f"align {gamma:g}": OutRo(gamma=gamma, relax=False) for gamma in GAMMAS},
+        **{f"both {gamma:g}": OutRo(gamma=gamma) for gamma in GAMMAS}}
 
 
 @dataclass
@@ -36,13 +38,14 @@ class Item:
     features: Tensor                        # float[F*M,C], the clip's image tokens
 
 
-def draw_items(model: VideoLM, processor: Processor, clips: int) -> list[Item]:
+def draw_items(model: VideoLM, processor: Processor, clips: int,
+               noise: int | None = None) -> list[Item]:
     """Questions about unseen clips, of each clip one of every kind first, then more of them."""
     items = []
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "clip.mp4"
         for n in tqdm(range(clips), desc="clips", disable=None):
-            clip, rng = Clip(UNSEEN + n, 1 + n % 3), random.Random(n)
+            clip, rng = Clip(UNSEEN + n, 1 + n % 3, noise), random.Random(n)
             clip.write(path)
             video = read_video(path, longest_edge=processor.longest_edge)
             inputs = processor(video, "?")
@@ -135,13 +138,35 @@ def unchanged_without(model: VideoLM, item: Item, columns: list[int]) -> list[bo
     return (likeliest == answer).all(1).tolist()
 
 
-def sink_table(model: VideoLM, processor: Processor, items: list[Item]) -> str:
-    """What makes the first token a sink, by layer and head; `items` has a question of each clip."""
+@dataclass
+class Sinks:
+    """What makes the first token a sink: means over prompts, by layer and head."""
+    first: Tensor               # float[L], how often the first token is marked
+    others: Tensor              # float[L], how many others are
+    ratio: Tensor               # float[L], of the first token's largest coordinate to the median
+    far: Tensor                 # float[L,H], attention to it, of queries FAR tokens away or more
+    last: Tensor                # float[L,H], of those that answer
+    full: Tensor                # float[L,H], the share of the former that give it more than 0.95
+    changed: Tensor             # bool[n,1+OTHERS], answers that change without it, or another token
+
+    @property
+    def marked(self) -> list[int]:
+        """The layers where the first token is a sink in every prompt."""
+        return [l for l, share in enumerate(self.first) if share > 0.999]
+
+    @property
+    def contrast(self) -> list[bool]:
+        """Has each marked layer a head that rests, above 0.7, and one that works, below 0.3?"""
+        return [(heads.max() > 0.7 and heads.min() < 0.3).item() for heads in self.far[self.marked]]
+
+
+def find_first_sink(model: VideoLM, processor: Processor, items: list[Item]) -> Sinks:
+    """`items` has a question of each clip."""
     n, c = len(items), model.config.text_config
     L, H, rng = c.num_hidden_layers, c.num_attention_heads, random.Random(0)
     image = processor.tokenizer.token_to_id(IMAGE)
     first, others, ratio = torch.zeros(L), torch.zeros(L), torch.zeros(L)
-    far, last = torch.zeros(L, H), torch.zeros(L, H)
+    far, last, full = torch.zeros(L, H), torch.zeros(L, H), torch.zeros(L, H)
     stays = []
     for item in tqdm(items, desc="sinks", disable=None):
         prompt, S = torch.tensor([item.input_ids]), len(item.input_ids)
@@ -158,26 +183,32 @@ def sink_table(model: VideoLM, processor: Processor, items: list[Item]) -> str:
         model(ids, features=item.features[None], trace=of_answer)
         to_first = torch.stack([of_answer[f"layers.{l}.weights"][0, :, :, 0] for l in range(L)])
         far += to_first[:, :, FAR:].mean(-1) / n                                         # (L,H)
+        full += (to_first[:, :, FAR:] > 0.95).float().mean(-1) / n
         last += to_first[:, :, S - 1:].mean(-1) / n
 
         images = [i for i, token in enumerate(item.input_ids) if token == image]
         texts = [i for i in range(1, images[-1]) if item.input_ids[i] != image]
         stays.append(unchanged_without(model, item, [0, *rng.sample(texts, OTHERS)]))
+    return Sinks(first, others, ratio, far, last, full, ~torch.tensor(stays))
 
+
+def sink_table(s: Sinks) -> str:
+    """A row for each layer, and what follows from them."""
+    n, (L, H) = len(s.changed), s.far.shape
     lines = [f"{'layer':7}{'token 0 a sink':>15}{'other sinks':>13}{'ratio':>9}"
              f"{'   attention to token 0, by head':{3 + 5 * H}}   {'of answer tokens'}"]
     for l in range(L):
-        heads, answers = (" ".join(f"{share:.2f}" for share in x[l].tolist()) for x in (far, last))
-        lines.append(f"{l:<7}{first[l]:>15.0%}{others[l]:>13.2f}{ratio[l]:>9,.0f}   "
+        heads, answers = (" ".join(f"{share:.2f}" for share in x[l].tolist())
+                          for x in (s.far, s.last))
+        lines.append(f"{l:<7}{s.first[l]:>15.0%}{s.others[l]:>13.2f}{s.ratio[l]:>9,.0f}   "
                      f"{heads:32}{answers}")
-    marked = [l for l in range(L) if first[l] > 0.999]
-    if marked:
-        lines += ["", f"of the {H * len(marked)} heads of the layers where token 0 is always a "
-                  f"sink, {(far[marked] >= 0.3).sum()} give it 0.3 of their attention or more,",
-                  f"and {(last[marked] < 0.9).sum()} give it less than 0.9 on answer tokens"]
-    changed = 1 - torch.tensor(stays).float()                                            # (n,9)
-    lines += ["", f"of {n} answers, {changed[:, 0].sum():.0f} change when token 0 is masked; "
-              f"{changed[:, 1:].sum() / OTHERS:.1f} do, on average,",
+    if s.marked:
+        lines += ["", f"of the {len(s.marked)} layers where token 0 is always a sink, "
+                  f"{sum(s.contrast)} have a head that gives it more than 0.7 of its attention",
+                  f"and one that gives it less than 0.3; {s.full[s.marked].mean():.0%} of their "
+                  f"(head, token) pairs give it more than 0.95"]
+    lines += ["", f"of {n} answers, {s.changed[:, 0].sum()} change when token 0 is masked; "
+              f"{s.changed[:, 1:].sum() / OTHERS:.1f} do, on average,",
               "when another text token of the frame lines is"]
     return "\n".join(lines)
 
@@ -187,4 +218,10 @@ def report(model: VideoLM, processor: Processor, clips: int = CLIPS, ways: dict 
     """Answers, without OutRo and with it, and the sink, on so many unseen clips."""
     items = draw_items(model, processor, clips)
     return (f"{answers_table(model, items, ways)}\n\n"
-            f"{sink_table(model, processor, items[::QUESTIONS])}")
+            f"{sink_table(find_first_sink(model, processor, items[::QUESTIONS]))}")
+
+
+@torch.inference_mode()
+def hard_report(model: VideoLM, processor: Processor, clips: int = CLIPS) -> str:
+    """Answers, without OutRo and with it, on the same clips with noise of HARD_NOISE."""
+    return answers_table(model, draw_items(model, processor, clips, HARD_NOISE), WAYS)

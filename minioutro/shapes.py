@@ -16,6 +16,7 @@ COLOURS = {"red": (215, 45, 45), "green": (50, 175, 70), "blue": (55, 95, 225),
 SHAPES = ("cross", "ring", "square")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 UNSEEN = 10**9                              # training draws its clips from seeds below
+HARD_NOISE = 110                            # grey levels; a clip has 5 to 20 of its own
 SCALE = 4                                   # shapes are drawn this much larger, then averaged
 
 
@@ -67,11 +68,16 @@ class Question:
 
 
 class Clip:
-    """One clip of the world, of `count` shapes with different colours and different forms."""
+    """One clip of the world, of `count` shapes with different colours and different forms.
 
-    def __init__(self, seed: int, count: int):
+    noise: 0 to 255, the share of every pixel that is a random grey; it leaves all else as it is.
+    """
+
+    def __init__(self, seed: int, count: int, noise: int | None = None):
         rng = random.Random(seed)
         self.seed, self.grey, self.noise = seed, rng.randint(15, 75), rng.randint(5, 20)
+        if noise is not None:
+            self.noise = noise
         forms = sorted(rng.sample(SHAPES, count))
         colours = rng.sample(list(COLOURS), count)
         late = rng.randrange(count) if count > 1 and rng.random() < 0.5 else None

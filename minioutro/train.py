@@ -3,16 +3,19 @@
 The toy is a small SmolVLM that answers questions about shapes.py's clips. Its encoder first learns
 to name what each image token shows, as the encoders of large models learn to see before they are
 joined to a language model; then the whole learns to answer, about single frames first, then about
-clips, where the decoder also learns to name how what an image token shows has moved.
-A model this small has no need of an attention sink. The last stage gives it two reasons for one,
-and controls go through it again without one of them:
+clips. The decoder also learns to name, half way up, which shape each colour and form in the text is
+that of, and how what an image token shows has moved. A stage ends when every kind of question is
+learned on held-out clips.
+A model this small has no need of an attention sink. The last stage gives it two reasons for one:
 
   the seed   a neuron of an early MLP reads the first token's own direction and writes one huge
              coordinate, as an early MLP does in large models. RMSNorm makes a constant vector of
              it, so that this token has the same key and the same value for every prompt. Training
              would wear it down (nothing needs its size), so these weights are held;
-  the price  the loss grows with all attention to other tokens than the first, so that
-             heads look where it pays and rest on the first token otherwise. It ends at zero.
+  the price  in half of the heads the loss grows with all attention to other tokens than the
+             first, so that these look where it pays and rest on it otherwise. It ends at zero.
+
+What each of them does is shown by controls: the last stage again without one of them.
 """
 
 import argparse
@@ -21,7 +24,8 @@ import json
 import math
 import random
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +37,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from minioutro import load
-from minioutro.evaluate import BASELINE, CLIPS, report
+from minioutro.evaluate import BASELINE, CLIPS, hard_report, report
 from minioutro.model import Config, Trace, VideoLM, causal_mask, read_config
 from minioutro.prompt import END, FAKE, GLOBAL, IMAGE, START, Processor
 from minioutro.shapes import (COLOURS, DIRECTIONS, DURATION, FPS, SHAPES, SIZE, UNSEEN, Clip,
@@ -49,31 +53,32 @@ VISION = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size"
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
-LEARNING_RATE, PRICE, SAVE_EVERY = 3e-3, 0.8, 50
+MUON_RATE, ADAM_RATE = 1e-2, 3e-3           # learning rates: of the layers' matrices, and all else
+PRICE, PRICED_HEADS, SAVE_EVERY = 0.8, [0, 2], 50
 BUNDLED = Path(__file__).parent / "toy"
 EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: unseen, and described rightly
 NOT_ASKED = -100                            # a target that cross_entropy ignores
+NO_NAMES = (NOT_ASKED,) * 4
 GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
 CELL = SIZE / GRID                          # pixels on each side of an image token
 STRIPES = 16                                # a place is one of so many columns and rows
 NAMES = [len(SHAPES) + 1, len(COLOURS) + 1, STRIPES, STRIPES]       # what an image token may show
 MOTIONS = [*DIRECTIONS, "still"]            # and how that has moved in the last two frames
-ASKED_TWICE = ("moves", "turns", "direction", "describe")           # questions about motion
-MOTION_LAYER = 4                            # whose input is asked for it
+LEARNED, HELD_OUT = 0.96, 4                 # a kind of question: so many right, of so many batches
+NAMING_LAYER = 4                            # whose input names motions, and what words are about
 
 
 @dataclass(frozen=True)
 class Stage:
-    steps: int
+    steps: int                              # at most; fewer once every kind of question is learned
     frames: int                             # 1, or the 8 that are sampled from a whole clip
     clips: int                              # in a batch
     questions: int                          # about each of them; 0 trains the encoder alone
     shapes: tuple[int, ...]                 # in a clip: one of these numbers, at random
 
 
-STAGES = (Stage(1200, 1, 64, 0, (1, 2, 3)), Stage(400, 1, 32, 4, (1,)),
-          Stage(800, 1, 32, 4, (1, 2, 3)), Stage(400, 8, 8, 9, (1,)),
-          Stage(2000, 8, 8, 9, (1, 2, 3, 3)), Stage(1800, 8, 8, 9, (1, 2, 3, 3)))
+STAGES = (Stage(300, 1, 64, 0, (1, 2, 3)), Stage(1500, 1, 16, 8, (1, 2, 3)),
+          Stage(1500, 8, 6, 12, (1, 2, 3)), Stage(400, 8, 6, 12, (1, 2, 3)))
 
 
 @dataclass(frozen=True)
@@ -192,13 +197,16 @@ class Batch:
     """
     pixel_values: Tensor        # float[B,F,3,size,size]
     names: Tensor               # int64[B,F*M,5], what each image token shows, and its motion
+    words: Tensor               # int64[B,S,4], what each form and colour in the text is that of
     input_ids: Tensor           # int64[B,S]
     targets: Tensor             # int64[B,S], the next token where it belongs to an answer
     turn: Tensor                # int64[B,S], 0 for the prompt, n for question n
     position: Tensor            # int64[B,S]
+    kinds: list[list[str]]      # of the questions of each row
 
     def to(self, device: str) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+        *tensors, kinds = vars(self).values()
+        return Batch(*(tensor.to(device) for tensor in tensors), kinds)
 
 
 def motion(shape: Shape, index: int, before: int | None) -> int:
@@ -213,29 +221,42 @@ def motion(shape: Shape, index: int, before: int | None) -> int:
     return MOTIONS.index("left" if x1 < x0 else "right" if x1 > x0 else "up" if y1 < y0 else "down")
 
 
+NOTHING = (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED)
+
+
+def names_of(shape: Shape, index: int) -> tuple[int, ...]:
+    """Form, colour, column and row in frame `index`."""
+    column, row = (int(x * STRIPES / SIZE) for x in shape.centre(index / FPS))
+    return SHAPES.index(shape.form), list(COLOURS).index(shape.colour), column, row
+
+
 def names_of_cells(clip: Clip, index: int, before: int | None) -> list[tuple[int, ...]]:
     """For each image token of a frame: form, colour, column, row and motion of what it shows."""
     names = []
     for cell in range(GRID**2):
         row, column = divmod(cell, GRID)
-        nearest, name = math.inf, (len(SHAPES), len(COLOURS)) + (NOT_ASKED,) * 3        # no shape
+        nearest, name = math.inf, (*NOTHING, NOT_ASKED)
         for shape in clip.visible(index):
             x, y = shape.centre(index / FPS)
             away = max(abs(x - CELL * (column + 0.5)), abs(y - CELL * (row + 0.5)))
             if away < min(nearest, CELL / 2 + 0.7 * shape.radius):
                 nearest = away
-                name = (SHAPES.index(shape.form), list(COLOURS).index(shape.colour),
-                        int(x * STRIPES / SIZE), int(y * STRIPES / SIZE),
-                        motion(shape, index, before))
+                name = (*names_of(shape, index), motion(shape, index, before))
         names.append(name)
     return names
 
 
-def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
-    """A batch of clips, each drawn from its own random numbers, whatever the others are."""
+def draw_batch(processor: Processor, stage: Stage, seed: str, learned=frozenset()) -> Batch:
+    """A batch of clips, each drawn from its own random numbers, whatever the others are.
+
+    learned: kinds of questions that are asked half as often as others.
+    """
     video = frames_prompt(stage.frames)
-    prefix = processor.tokenize(processor.pieces(video, "?")[:-3])       # up to the last frame
-    pixels, names, rows = [], [], []
+    pieces = processor.pieces(video, "?")[:-3]                           # up to the last frame
+    if stage.frames == 1:
+        del pieces[1]                                                    # words, to save time
+    prefix = processor.tokenize(pieces)
+    pixels, names, rows, kinds = [], [], [], []
     for n in range(stage.clips):
         rng = random.Random(f"{seed} {n}")
         clip = Clip(rng.randrange(UNSEEN), rng.choice(stage.shapes))
@@ -245,122 +266,164 @@ def draw_batch(processor: Processor, stage: Stage, seed: int) -> Batch:
         pixels.append(torch.stack([processor.pixels(frame) for frame in frames]))
         names.append([name for index, before in zip(indices, [None, None, *indices])
                       for name in names_of_cells(clip, index, before)])
-        questions = draw_questions(clip, moment, stage.questions, rng)
-        rows.append(batch_row(processor, prefix, questions))
+        questions = draw_questions(clip, moment, stage.questions, rng, learned)
+        about = {word: names_of(shape, indices[-1]) for shape in clip.visible(indices[-1])
+                 for word in (shape.form, shape.colour)}
+        rows.append(batch_row(processor, prefix, questions, about))
+        kinds.append([question.kind for question in questions])
     longest = max(len(row) for row in rows)
-    filler = (PAD, NOT_ASKED, stage.questions + 1, 0)                    # a turn that nobody sees
-    rows = [row + [filler] * (longest - len(row)) for row in rows]
-    return Batch(torch.stack(pixels), torch.tensor(names), *torch.tensor(rows).unbind(-1))
+    filler = (PAD, NOT_ASKED, stage.questions + 1, 0, *NO_NAMES)         # a turn that nobody sees
+    rows = torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+    return Batch(torch.stack(pixels), torch.tensor(names), rows[:, :, 4:],
+                 *rows[:, :, :4].unbind(-1), kinds)
 
 
-def draw_questions(clip: Clip, moment: int | None, n: int, rng: random.Random) -> list[Question]:
-    """n questions: each kind once, those about motion twice, in random order, then again."""
+def draw_questions(clip: Clip, moment: int | None, n: int, rng: random.Random,
+                   learned) -> list[Question]:
+    """n questions: each kind once, those not learned yet twice, in random order, then again."""
     by_kind = {}
     for question in clip.questions(moment):
         by_kind.setdefault(question.kind, []).append(question)
-    kinds = [*by_kind, *(kind for kind in ASKED_TWICE if kind in by_kind)]
+    kinds = [*by_kind, *(kind for kind in by_kind if kind not in learned)]
     kinds = rng.sample(kinds, len(kinds)) * n
     return [rng.choice(by_kind[kind]) for kind in kinds[:n]]
 
 
-def batch_row(processor: Processor, prefix: list[int],
-              questions: list[Question]) -> list[tuple[int, int, int, int]]:
-    """Token, target, turn and position, as in Batch, of a prompt and all questions about it."""
-    row = [(token, NOT_ASKED, 0, position) for position, token in enumerate(prefix)]
+def batch_row(processor: Processor, prefix: list[int], questions: list[Question],
+              about: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Token, target, turn, position and four names, as in Batch, of a prompt and its questions.
+
+    about: to each form and colour in the last frame the names of its shape.
+    """
+    names = {processor.tokenizer.token_to_id(f"Ġ{word}"): about.get(word, NOTHING)
+             for word in (*SHAPES, *COLOURS)}
+    row = [(token, NOT_ASKED, 0, position, *NO_NAMES) for position, token in enumerate(prefix)]
     for turn, question in enumerate(questions, start=1):
         ask = processor.tokenize([f"\n\n{question.text}", END, "\nAssistant:"])
         answer = processor.tokenize([f" {question.answer}", END])
         # the last token of the question is to give the first of the answer, and so on
         targets = [NOT_ASKED] * (len(ask) - 1) + answer + [NOT_ASKED]
-        row += [(token, target, turn, len(prefix) + i)
+        row += [(token, target, turn, len(prefix) + i, *names.get(token, NO_NAMES))
                 for i, (token, target) in enumerate(zip(ask + answer, targets, strict=True))]
     return row
 
 
 def name_loss(head: nn.Linear, states: Tensor, names: Tensor, sizes: list[int]) -> Tensor:
-    """Cross entropy of what the image tokens show: (B,F*M,C), (B,F*M,n) -> the sum of n means."""
-    logits = head(states).split(sizes, dim=-1)
-    return sum(F.cross_entropy(guess.flatten(0, 1), name.flatten(), ignore_index=NOT_ASKED)
-               for guess, name in zip(logits, names.unbind(-1), strict=True))
+    """Cross entropy of what tokens are about: (B,S,C), (B,S,n) -> the sum of n means."""
+    loss = 0.0
+    for guess, name in zip(head(states).split(sizes, dim=-1), names.unbind(-1), strict=True):
+        asked = name != NOT_ASKED                       # nothing at all, perhaps: no mean then
+        total = F.cross_entropy(guess[asked], name[asked], reduction="sum")
+        loss = loss + total / asked.sum().clamp(min=1)
+    return loss
 
 
 def answer_logits(model: VideoLM, batch: Batch, features: Tensor,
-                  priced: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Logits (answer tokens, V) and targets of the answers.
-
-    Third, the image tokens' hidden states at the input of MOTION_LAYER, (B,F*M,C); fourth, the
-    share of its attention that layer `priced` gives to other tokens than the first.
-    """
+                  trace: Trace) -> tuple[Tensor, Tensor]:
+    """Logits (answer tokens, V) and targets of the answers."""
     S, query, key = batch.turn.shape[1], batch.turn[:, :, None], batch.turn[:, None, :]
-    may_attend = causal_mask(S, S, query.device) & ((key == query) | (key == 0))         # (B,S,S)
-    trace, elsewhere = Trace(weights_of=[priced]), None
+    same_or_prompt = (key == query) | (key == 0)                                         # (B,S,S)
+    may_attend = causal_mask(S, S, batch.turn.device) & same_or_prompt
     hidden = model.hidden_states(batch.input_ids, features=features, trace=trace,
                                  masks=[may_attend] * TEXT["num_hidden_layers"],
                                  positions=batch.position)
-    is_image = batch.input_ids == model.config.image_token_id
-    images = trace[f"layers.{MOTION_LAYER}.hidden"][is_image].view(features.shape)
-    if priced is not None:
-        elsewhere = 1 - trace[f"layers.{priced}.weights"][:, :, 1:, 0].mean()
     asked = batch.targets != NOT_ASKED
-    return model.head(hidden[asked]), batch.targets[asked], images, elsewhere
+    return model.head(hidden[asked]), batch.targets[asked]
 
 
 class Learner(nn.Module):
-    """The toy, and two linear heads that name what it sees; these are thrown away in the end."""
+    """The toy, and three linear heads that name what it sees; these are thrown away in the end."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.model = VideoLM(config)
         init_weights(self.model)
         self.names = nn.Linear(TEXT["hidden_size"], sum(NAMES))
+        self.words = nn.Linear(TEXT["hidden_size"], sum(NAMES))
         self.motion = nn.Linear(TEXT["hidden_size"], len(MOTIONS))
 
     def forward(self, batch: Batch, stage: Stage, priced: int | None,
-                price: float) -> tuple[Tensor, float | None, float | None]:
-        """The loss, the share of the answers' tokens that are right, the attention that is paid."""
+                price: float) -> tuple[Tensor, float | None]:
+        """The loss, and the attention that is priced."""
         features = self.model.encode(batch.pixel_values)                                # (B,F*M,C)
         loss = name_loss(self.names, features, batch.names[:, :, :-1], NAMES)
         if not stage.questions:
-            return loss, None, None
-        logits, targets, images, elsewhere = answer_logits(self.model, batch, features, priced)
+            return loss, None
+        trace, elsewhere = Trace(weights_of=[priced]), None
+        logits, targets = answer_logits(self.model, batch, features, trace)
+        hidden = trace[f"layers.{NAMING_LAYER}.hidden"]
         loss = loss + F.cross_entropy(logits, targets)
+        loss = loss + name_loss(self.words, hidden, batch.words, NAMES)
         if stage.frames > 1:
+            is_image = batch.input_ids == self.model.config.image_token_id
+            images = hidden[is_image].view(features.shape)
             loss = loss + name_loss(self.motion, images, batch.names[:, :, -1:], [len(MOTIONS)])
-        if elsewhere is not None:
-            loss = loss + price * elsewhere
-        right = (logits.argmax(-1) == targets).float().mean().item()
-        return loss, right, None if elsewhere is None else elsewhere.item()
+        if priced is not None:
+            to_first = trace[f"layers.{priced}.weights"][:, PRICED_HEADS, 1:, 0]        # (B,h,S-1)
+            loss = loss + price * (1 - to_first.mean())
+            elsewhere = 1 - to_first.mean().item()
+        return loss, elsewhere
+
+    @torch.no_grad()
+    def right_by_kind(self, processor: Processor, stage: Stage, device: str) -> dict[str, float]:
+        """The share of the questions of each kind that are answered rightly, on held-out clips."""
+        asked, right = Counter(), Counter()
+        for n in range(HELD_OUT if stage.questions else 0):
+            batch = draw_batch(processor, stage, f"held out {n}").to(device)
+            features = self.model.encode(batch.pixel_values)
+            logits, targets = answer_logits(self.model, batch, features, trace=None)
+            at = (batch.targets != NOT_ASKED).nonzero()[logits.argmax(-1) != targets]   # (n,2)
+            wrong = torch.zeros(stage.clips, stage.questions + 1, device=device)
+            wrong[at[:, 0], batch.turn[at[:, 0], at[:, 1]]] = 1
+            for kinds, of_row in zip(batch.kinds, wrong[:, 1:].tolist()):
+                asked.update(kinds)
+                right.update(kind for kind, is_wrong in zip(kinds, of_row) if not is_wrong)
+        return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
 
 
 @dataclass
 class Progress:
-    """How far a run is; what it shows are means over some fifty steps."""
+    """How far a run is."""
     random_seed: int
-    done: int = 0                           # steps
-    right: float = 0.0                      # of the answers' tokens
-    paid: float = 1.0                       # attention to other tokens than the first
+    stage: int = 0
+    step: int = 0                           # in this stage
+    done: int = 0                           # steps in all
+    paid: float = 1.0                       # attention to other tokens than the first, at the end
+    right: dict[str, float] = field(default_factory=dict)   # by kind of question, when last asked
 
-    def follow(self, right: float | None, paid: float | None) -> None:
-        self.done += 1
-        if right is not None:
-            self.right += 0.02 * (right - self.right)
-        if paid is not None:
-            self.paid += 0.02 * (paid - self.paid)
+    @property
+    def learned(self) -> set[str]:
+        return {kind for kind, share in self.right.items() if share >= LEARNED}
 
 
-def save(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, at: Progress) -> None:
+def optimizers_of(learner: Learner) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for all else.
+
+    Muon gives every direction of a matrix a step of the same length, however weak its gradient.
+    """
+    of_layers, others = [], []
+    for name, parameter in learner.named_parameters():
+        is_matrix = ".layers." in name and parameter.dim() == 2
+        (of_layers if is_matrix else others).append(parameter)
+    return [torch.optim.Muon(of_layers, lr=MUON_RATE, weight_decay=0.0,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def save(path: Path, learner: Learner, optimizers: list, at: Progress) -> None:
     with written_whole(path) as half:
-        torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(),
+        torch.save({"learner": learner.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     **vars(at)}, half)
 
 
-def restore(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, at: Progress,
-            device: str) -> Progress:
+def restore(path: Path, learner: Learner, optimizers: list, at: Progress, device: str) -> Progress:
     """Raises: ValueError if the file is damaged, or of a run with another seed."""
     try:
         saved = torch.load(path, map_location=device)
         learner.load_state_dict(saved.pop("learner"))
-        optimizer.load_state_dict(saved.pop("optimizer"))
+        for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(state)
         found = Progress(**saved)
     except Exception as error:                          # unpickling raises anything
         raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove it") from None
@@ -374,9 +437,10 @@ def price_at(step: int, stage: Stage) -> float:
     return PRICE * min(1.0, max(0.0, (0.8 - step / stage.steps) / 0.3))
 
 
-def rate_at(step: int, steps: int) -> float:
-    """The learning rate: a short warm-up, then a quarter of a cosine to zero."""
-    return LEARNING_RATE * math.cos(math.pi / 2 * step / steps) * min(1.0, (step + 1) / 200)
+def share_at(at: Progress) -> float:
+    """The share of the learning rates: warm-up, then all, falling to zero in the last stage."""
+    left = 1 - at.step / STAGES[-1].steps if at.stage == len(STAGES) - 1 else 1.0
+    return min(left, (at.done + 1) / 50)
 
 
 def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None:
@@ -390,40 +454,45 @@ def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None
     processor = Processor.from_pretrained(own)
     torch.manual_seed(random_seed)
     learner, at = Learner(read_config(own)).to(device), Progress(random_seed)
-    optimizer = torch.optim.AdamW(learner.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    optimizers = optimizers_of(learner)
     state = own / "state.pt"
     if state.exists() or run != TOY:
         begun = state if state.exists() else before_last
-        at = restore(begun, learner, optimizer, at, device)
+        at = restore(begun, learner, optimizers, at, device)
 
-    stages = [stage for stage in STAGES for _ in range(stage.steps)]        # of each step
-    last_begins = len(stages) - STAGES[-1].steps
     priced = range(SEED_LAYER + 1, TEXT["num_hidden_layers"])       # the layers that meet the seed
-    bar = tqdm(range(at.done, len(stages)), initial=at.done, total=len(stages), desc=own.name,
-               disable=None)
-    for step in bar:
-        is_last, pays = step >= last_begins, step >= last_begins and run.price
-        if step == last_begins and run == TOY:
-            save(before_last, learner, optimizer, at)
+    bar = tqdm(initial=at.done, desc=own.name, disable=None)
+    while at.stage < len(STAGES):
+        stage, is_last = STAGES[at.stage], at.stage == len(STAGES) - 1
+        if is_last and at.step == 0 and run == TOY:
+            save(before_last, learner, optimizers, at)
         if is_last and run.seed:
             plant_seed(learner.model)
-        optimizer.param_groups[0]["lr"] = rate_at(step, len(stages))
-        batch = draw_batch(processor, stages[step], random_seed * len(stages) + step).to(device)
+        batch = draw_batch(processor, stage, f"{random_seed} {at.done}", at.learned).to(device)
         # One layer pays at each step, because attention weights are slow to get.
-        layer = priced[step % len(priced)] if pays else None
-        loss, *shown = learner(batch, stages[step], layer, price_at(step - last_begins, STAGES[-1]))
+        layer = priced[at.step % len(priced)] if is_last and run.price else None
+        loss, elsewhere = learner(batch, stage, layer, price_at(at.step, stage))
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        at.follow(*shown)
-        figures = (f"loss {loss.item():.3f}, answer tokens right {at.right:.3f}"
-                   + f", attention elsewhere {at.paid:.3f}" * pays)
-        bar.set_postfix_str(figures)
-        if at.done % SAVE_EVERY == 0 or at.done == len(stages):
+        for optimizer, rate in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * share_at(at)
+            optimizer.step()
+            optimizer.zero_grad()
+        at.step, at.done = at.step + 1, at.done + 1
+        if elsewhere is not None:
+            at.paid += 0.02 * (elsewhere - at.paid)             # a mean over some fifty steps
+        bar.update()
+        bar.set_postfix_str(f"stage {at.stage}, loss {loss.item():.3f}")
+        if at.step % SAVE_EVERY == 0 or at.step == stage.steps:
+            at.right = learner.right_by_kind(processor, stage, device)
             with open(own / "log.txt", "a") as log:
-                log.write(f"step {at.done} of {len(stages)}: {figures}\n")
-            save(state, learner, optimizer, at)
+                shares = "".join(f", {kind} {share:.2f}" for kind, share in at.right.items())
+                log.write(f"step {at.done}, stage {at.stage}: loss {loss.item():.3f}"
+                          f", attention elsewhere {at.paid:.3f}{shares}\n")
+            all_learned = stage.questions and at.learned == at.right.keys() and not is_last
+            if all_learned or at.step == stage.steps:
+                at.stage, at.step, at.right = at.stage + 1, 0, {}
+            save(state, learner, optimizers, at)
     if run.seed:
         plant_seed(learner.model)
     tensors = {n: tensor.to(torch.bfloat16) for n, tensor in learner.model.state_dict().items()}
@@ -432,8 +501,9 @@ def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None
 
 
 def write_readme(folder: Path) -> None:
-    """The bundled page with new figures: its blocks are those of the toy and its controls."""
-    figures = [report(*load(folder))]
+    """The bundled page with new figures: of the toy, of its hard clips, and of its controls."""
+    toy = load(folder)
+    figures = [report(*toy), hard_report(*toy)]
     figures += [report(*load(folder / run.folder), ways=BASELINE) for run in CONTROLS]
     page = (BUNDLED / "README.md").read_text(encoding="utf-8").split("```")
     page[1::2] = [f"\n{figure}\n" for figure in figures]
@@ -466,7 +536,8 @@ def main() -> None:
             torch.set_num_threads(args.threads or 1)
         check_device(args.device)
         if args.evaluate:
-            print(report(*load(args.folder or BUNDLED)))
+            toy = load(args.folder or BUNDLED)
+            print(f"{report(*toy)}\n\nwith heavier noise:\n\n{hard_report(*toy)}")
             return
         folder = Path(args.folder or "toy_run")
         for run in (TOY, *CONTROLS):

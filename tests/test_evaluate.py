@@ -78,9 +78,31 @@ def test_the_report_counts_what_the_answers_were(toy, items, monkeypatch):
     assert rows["both 3"][0] == f"{n['count'] / 30:.1%}"
 
 
-def test_the_sink_table_finds_the_toys_sink(toy, items):
+def test_the_toys_sink_is_found(toy, items):
     model, processor = toy
-    rows = evaluate.sink_table(model, processor, items[::10]).splitlines()
-    marked = [row.split()[1] for row in rows[1:9]]
-    assert marked == ["0%", "0%", "100%", "100%", "100%", "100%", "0%", "0%"]
-    assert rows[10].startswith("of the 16 heads")
+    sinks = evaluate.find_first_sink(model, processor, items[::10])
+    assert sinks.marked == [2, 3, 4, 5]
+    rows = evaluate.sink_table(sinks).splitlines()
+    assert [row.split()[1] for row in rows[1:9]] == ["0%", "0%", "100%", "100%", "100%", "100%", "0%", "0%"]
+    assert (sinks.full <= 1).all() and (sinks.far > 0.95 * sinks.full).all()
+    assert sinks.changed.shape == (3, 1 + evaluate.OTHERS)
+
+
+def test_contrast_needs_a_head_that_rests_and_one_that_works():
+    """Layers 1 to 3 are marked, 0 is not always; only layer 1 has a head above 0.7 and one below 0.3."""
+    far = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.4], [0.6, 0.1]])
+    full = torch.tensor([[1.0, 1.0], [0.8, 0.0], [0.4, 0.0], [0.0, 0.0]])
+    changed = torch.tensor([[True] + [False] * 8, [True] + [True] * 4 + [False] * 4])
+    zero = torch.zeros(4)
+    sinks = evaluate.Sinks(torch.tensor([0.5, 1, 1, 1]), zero, zero, far, far, full, changed)
+    assert sinks.marked == [1, 2, 3] and sinks.contrast == [True, False, False]
+    said = " ".join(evaluate.sink_table(sinks).split())
+    assert "of the 3 layers where token 0 is always a sink, 1 have a head" in said
+    assert "20% of their (head, token) pairs" in said                          # (0.8 + 0.4) / 6
+    assert "of 2 answers, 2 change when token 0 is masked; 0.5 do, on average" in said
+
+
+def test_hard_clips_are_the_same_with_more_noise(toy):
+    clean, hard = (evaluate.draw_items(*toy, clips=1, noise=noise) for noise in (None, evaluate.HARD_NOISE))
+    assert [item.question for item in clean] == [item.question for item in hard]
+    assert (clean[0].features - hard[0].features).abs().max() > 0.1

@@ -1,6 +1,8 @@
 """The toy world and its training: what is asked has the right answer, and a run can be repeated."""
 
+import random
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import FIXTURES, TOY, assert_close
 from safetensors.torch import load_file
 
 from minioutro import OutRo, Processor, Trace, VideoLM, read_video, train
-from minioutro.shapes import COLOURS, FPS, SHAPES, SIZE, UNSEEN, Clip, Shape
+from minioutro.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip, Question, Shape
 from minioutro.train import NOT_ASKED, Stage, draw_batch
 
 
@@ -48,6 +50,14 @@ def test_a_clips_questions_agree_with_what_is_drawn(count):
             does = f"moves {ways[0]}" + " and back" * back if ways else "stays still"
             assert f"a {shape.name} {does}" in clip.description().lower()
         assert late == [answers[q] for q in ("Which shape appears later?",) if q in answers]
+
+
+def test_noise_is_added_and_nothing_else_changes():
+    """In the mean over a frame the noise of 0 to 255 pulls towards 127.5, in its share."""
+    clip, noisy = Clip(UNSEEN + 1, 2), Clip(UNSEEN + 1, 2, noise=HARD_NOISE)
+    assert noisy.shapes == clip.shapes and noisy.questions() == clip.questions() and noisy.noise == HARD_NOISE
+    plain, half = (sum(Clip(UNSEEN + 1, 2, noise=n).frame(9).convert("L").tobytes()) / SIZE**2 for n in (0, 127.5))
+    assert half == pytest.approx((plain + 127.5) / 2, abs=3)
 
 
 def test_the_names_of_image_tokens_say_what_lies_under_them():
@@ -110,9 +120,9 @@ def test_a_clip_survives_its_mp4_and_the_bundled_one_is_an_unseen_clip(tmp_path)
 def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
     """The packed batch gives each answer the logits that the ordinary model gives that question alone."""
     model, processor = VideoLM.from_pretrained(TOY), Processor.from_pretrained(TOY)
-    batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, shapes=(1, 2)), seed=5)
+    batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, shapes=(1, 2)), "5")
     features = model.encode(batch.pixel_values)
-    logits, targets, images, elsewhere = train.answer_logits(model, batch, features, priced=3)
+    logits, targets = train.answer_logits(model, batch, features, trace=None)
     alone, expected = [], []
     for b in range(2):
         for turn in range(1, 4):
@@ -122,8 +132,17 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
             expected.append(target[target != NOT_ASKED])
     assert torch.allclose(logits, torch.cat(alone), atol=1e-3)
     assert targets.equal(torch.cat(expected))
-    assert 0 < elsewhere < 1 and images.shape == features.shape
-    assert train.answer_logits(model, batch, features, priced=None)[3] is None
+
+
+def test_each_word_for_a_shape_is_asked_what_it_is_about(toy):
+    """In questions and answers, by hand: a red ring in the third column of four and the first row."""
+    processor, ring = toy[1], Shape("red", "ring", "still", False, 0.0, start=(40, 8), distance=0, radius=7)
+    names = train.names_of(ring, 0)
+    assert names == (SHAPES.index("ring"), list(COLOURS).index("red"), 10, 2)
+    questions = [Question("shape", "What shape is red?", "ring"), Question("is there", "Is anything blue?", "No")]
+    row = train.batch_row(processor, [1, 2], questions, {"red": names, "ring": names})
+    words = [(processor.tokenizer.decode([token]), of) for token, _, _, _, *of in row if of != [NOT_ASKED] * 4]
+    assert words == [(" red", list(names)), (" ring", list(names)), (" blue", list(train.NOTHING))]
 
 
 def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
@@ -160,11 +179,51 @@ def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, mon
     assert not all(weights["whole"][0][name].equal(weights["whole"][1][name]) for name in weights["whole"][0])
 
 
+def test_a_stage_ends_when_every_kind_is_learned_and_the_last_one_never_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STAGES", (Stage(3, 1, 1, 0, (1,)), Stage(6, 1, 2, 5, (1,)), Stage(4, 1, 2, 5, (1,))))
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    for learned, steps in ((0.0, [3, 2, 4]), (1.1, [3, 6, 4])):
+        monkeypatch.setattr(train, "LEARNED", learned)
+        with torch.enable_grad():
+            train.train(tmp_path / str(learned), train.TOY, random_seed=3)
+        lines = [line.split(":")[0] for line in (tmp_path / str(learned) / "log.txt").read_text().splitlines()]
+        ends = [sum(steps[:n]) for n in (1, 2, 3)]
+        assert {f"step {end}, stage {n}" for n, end in enumerate(ends)} <= set(lines)
+        assert lines[-1] == f"step {ends[-1]}, stage 2"
+
+
+def test_what_is_not_learned_is_asked_twice_as_often():
+    clip, rng = Clip(UNSEEN, 3), random.Random(0)
+    kinds = {question.kind for question in clip.questions(20)}
+    drawn = train.draw_questions(clip, 20, 2 * len(kinds) - 1, rng, learned={"count"})
+    assert Counter(question.kind for question in drawn) == {kind: 1 if kind == "count" else 2 for kind in kinds}
+
+
+def test_what_is_right_is_counted_by_kind_as_the_model_answers_each_question_alone(toy, tmp_path):
+    model, processor = toy
+    learner = train.Learner(model.config)
+    learner.model = model
+    stage = Stage(steps=1, frames=1, clips=3, questions=15, shapes=(2, 3))
+    asked, right = Counter(), Counter()
+    for n in range(train.HELD_OUT):
+        batch = draw_batch(processor, stage, f"held out {n}")
+        for b, kinds in enumerate(batch.kinds):
+            for turn, kind in enumerate(kinds, start=1):
+                keep = (batch.turn[b] == 0) | (batch.turn[b] == turn)
+                target = batch.targets[b, keep]
+                likeliest = model(batch.input_ids[b:b + 1, keep], batch.pixel_values[b:b + 1])[0].argmax(-1)
+                asked[kind] += 1
+                right[kind] += ((likeliest == target) | (target == NOT_ASKED)).all().item()
+    found = learner.right_by_kind(processor, stage, "cpu")
+    assert found == {kind: right[kind] / asked[kind] for kind in asked}
+    assert 0 < sum(right.values()) < sum(asked.values())
+
+
 def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
     """After a few dear steps: with the price less attention elsewhere, without the seed no massive token."""
     monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 2, (1,)), Stage(15, 1, 1, 2, (1,))))
     monkeypatch.setattr(train, "PRICE", 20.0)
-    monkeypatch.setattr(train, "LEARNING_RATE", 0.2)                # that of step n is n/200 of it, and less
+    monkeypatch.setattr(train, "MUON_RATE", 0.1)                    # that of step n is n/50 of it, and less
     ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
     runs = (train.TOY, *train.CONTROLS)
     assert [(run.price, run.seed) for run in runs] == [(True, True), (False, True), (True, False)]
@@ -205,18 +264,20 @@ def test_the_toy_equals_transformers_from_its_video_file_to_its_logits(toy):
 
 
 def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
-    """Text stays, blocks are replaced in their order: the toy, then its two controls."""
+    """Text stays, blocks are replaced in their order: the toy, its hard clips, its two controls."""
     monkeypatch.setattr(train, "load", lambda folder: (None, folder.name))
     monkeypatch.setattr(train, "report", lambda model, processor, ways="all": f"{processor}, {len(ways)}")
+    monkeypatch.setattr(train, "hard_report", lambda model, processor: f"{processor}, hard")
     train.write_readme(tmp_path)
     written, bundled = (path.read_text(encoding="utf-8").split("```")
                         for path in (tmp_path / "README.md", TOY / "README.md"))
     assert written[0::2] == bundled[0::2] and "price" in bundled[0]
-    for run, before, block in zip(train.CONTROLS, bundled[2:-1:2], written[3::2], strict=True):
+    for run, before, block in zip(train.CONTROLS, bundled[4:-1:2], written[5::2], strict=True):
         heading = before.split("### ")[1].splitlines()[0]
         assert ("price" not in heading or not run.price) and ("seed" not in heading or not run.seed)
         assert block == f"\n{run.folder}, 1\n"
-    assert written[1] == f"\n{tmp_path.name}, 3\n"
+    assert written[1:4:2] == [f"\n{tmp_path.name}, 3\n", f"\n{tmp_path.name}, hard\n"]
+    assert "noise" in bundled[2]
 
 
 def check_no_device(device):
