@@ -299,7 +299,7 @@ def describe(model: VideoLM, trace: dict, cache: Cache, sink: int, dimensions: T
     adds = [*sources(model, trace, [sink])[1:, 0, dimensions[0]].tolist(), None]
     for l in range(L):
         hidden, ratio = trace[f"layers.{l}.hidden"].float(), trace[f"layers.{l}.ratio"][0]
-        heads = [(attention_mass(weights), weights[:, :, :, sink])
+        heads = [(attention_mass(weights), weights[:, :, :, sink].clone())     # a view would keep all
                  for weights in weights_by_head(model, trace, cache, l)]
         mass, to_sink = (torch.cat(x, dim=1).float() for x in zip(*heads))      # (1,H,S) both
         found = detectors(hidden, mass, dimensions)
@@ -398,9 +398,10 @@ def analyse(model: VideoLM, input_ids: Tensor, features: Tensor | None = None) -
     for way, gamma in [("relax", 0), *((w, g) for w in ("align", "both") for g in (0.5, 1, 3))]:
         outro = replace(rule, relax=way != "align", align=way != "relax", gamma=gamma)
         logits = logits_of(model, asked, outro)
-        changed = (logits.argmax(-1) != plain.argmax(-1)).float().mean().item()
+        p = (logits.argmax(-1) != plain.argmax(-1)).float().mean().item()
         outros.append({"": way, "gamma": gamma or None, "change": change(logits),
-                       "largest move": (logits - plain).abs().max().item(), "changed": changed})
+                       "largest move": (logits - plain).abs().max().item(),
+                       "argmaxes": [p, (p * (1 - p) / len(losses))**0.5]})
     return {**found, "others": tokens[1:], "width": C, "answer_ids": answer, "tokens": len(losses),
             "loss": losses.mean().item(), "without": without, "outro": outros}
 
@@ -431,15 +432,14 @@ def report(found: dict, texts: list[str], scored: str) -> str:
     layer = found["written by"]
     writer = "the embedding" if layer < 0 else f"the MLP of layer {layer}"
     limit = "20" if found["width"] > 400 else (
-        f"{20 / 64 * found['width']**0.5:.1f} (20 cannot be reached below a width of 400)")
+        f"{20 / 64 * found['width']**0.5:.1f}, as 20 needs a width of 400")
     return f"""\
 {sink}: {found['ratio']:,.0f} times the median in layer {found['layer']},
 |h| {found['activation']:,.0f} in coordinate {found['coordinate']}, written by {writer}.
 
-1. Who is a sink: positions marked by activation (OutRo's rule), by the attention of half of the
-heads (heads: the share of them that give the sink over 0.3), and by dimension,
-phi > {limit}; the largest ratio, and whose;
-what the MLP adds to the sink's coordinate.
+1. Who is a sink: positions marked by activation (OutRo's rule), by the attention of half of the heads
+(heads: the share that give the sink over 0.3) and by dimension: phi > {limit}.
+Then their overlap, the largest ratio and of whom, and what the MLP adds to the sink's coordinate.
 {table(found['who'])}
 
 2. What the sink holds, over the heads, least, median, most: |k| and |v| by the median token's, share
@@ -451,7 +451,7 @@ change of the loss, {found['loss']:.4f} nats a token, over {found['tokens']} tok
 {table(found['without'])}
 
 4. What OutRo does{'' if found['marked'] else ', its thresholds lowered to this token'}: change of \
-the loss, largest move of a logit, share of changed argmaxes.
+the loss, largest move of a logit, argmaxes changed (share and error).
 {table(found['outro'])}"""
 
 

