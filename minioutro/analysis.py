@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from minioutro import Cache, OutRo, Processor, Video, VideoLM, load, read_video
@@ -185,7 +186,7 @@ def without_head(model: VideoLM, l: int, h: int) -> VideoLM:
 
 
 def without_row(model: VideoLM, l: int, d: int) -> VideoLM:
-    """The model whose MLP of layer l writes nothing into coordinate d: a row of down_proj, (C,I)."""
+    """The model whose MLP of layer l adds nothing to coordinate d: a row of down_proj, (C,I)."""
     return with_zeros(model, f"model.text_model.layers.{l}.mlp.down_proj.weight", d)
 
 
@@ -295,20 +296,20 @@ def describe(model: VideoLM, trace: dict, cache: Cache, sink: int, dimensions: T
     def spread(x: Tensor) -> list[float]:
         return [x.min().item(), x.median().item(), x.max().item()]
 
-    C, L, who, holds = trace["layers.0.hidden"].shape[-1], len(cache.k), [], []
+    C, L, who, holds = model.config.text_config.hidden_size, len(cache.k), [], []
     adds = [*sources(model, trace, [sink])[1:, 0, dimensions[0]].tolist(), None]
     for l in range(L):
         hidden, ratio = trace[f"layers.{l}.hidden"].float(), trace[f"layers.{l}.ratio"][0]
-        heads = [(attention_mass(weights), weights[:, :, :, sink].clone())     # a view would keep all
+        heads = [(attention_mass(weights), weights[:, :, :, sink].clone())      # else all are kept
                  for weights in weights_by_head(model, trace, cache, l)]
         mass, to_sink = (torch.cat(x, dim=1).float() for x in zip(*heads))      # (1,H,S) both
-        found = detectors(hidden, mass, dimensions)
-        by = found["activation"], found["attention"], found["phi > 20" if C > 400 else "dimensions"]
-        marked = [is_sink[0].nonzero().flatten().tolist() for is_sink in by]
-        who.append({"layer": l, "activation": marked[0], "attention": marked[1],
-                    "heads": sink_share(mass)[0, sink].item(), "dimension": marked[2],
-                    "overlap": overlap(*by), "ratio": ratio.max().item(),
-                    "of": ratio.argmax().item(), "MLP adds": adds[l]})
+        by = detectors(hidden, mass, dimensions)
+        by["dimension"] = by["phi > 20" if C > 400 else "dimensions"]
+        by = {name: by[name] for name in ("activation", "attention", "dimension")}
+        marked = {name: is_sink[0].nonzero().flatten().tolist() for name, is_sink in by.items()}
+        who.append({"layer": l, **marked,
+                    "overlap": overlap(*by.values()), "heads": sink_share(mass)[0, sink].item(),
+                    "ratio": ratio.max().item(), "of": ratio.argmax().item(), "MLP adds": adds[l]})
         k, v, out = (x.float() for x in (cache.keys(l), cache.values(l), trace[f"layers.{l}.out"]))
         k, v_sink = k.norm(dim=-1), v[:, :, sink]                               # (1,G,S), (1,G,D)
         size, along = nop_or_broadcast(out, v, v_sink)
@@ -358,7 +359,6 @@ def analyse(model: VideoLM, input_ids: Tensor, features: Tensor | None = None) -
     rows, given = magnitude.argmax(-1).tolist(), sources(model, trace, tokens)[:at + 1].abs()
     writers = [given[:, n, d].argmax().item() - 1 for n, d in enumerate(rows)]  # -1: the embedding
     found |= {"written by": writers[0], **describe(model, trace, cache, sink, dimensions)}
-    C = model.config.text_config.hidden_size
     del trace, cache                                                # gigabytes of a long prompt
 
     T = S + answer_ids.shape[1]
@@ -373,7 +373,7 @@ def analyse(model: VideoLM, input_ids: Tensor, features: Tensor | None = None) -
         return difference.mean().item(), error.item()
 
     cuts = {}
-    for position, d, writer in zip(tokens, rows, writers):
+    for position, d, writer in tqdm([*zip(tokens, rows, writers)], desc="cuts", disable=None):
         mask, after = causal_mask(T, T, input_ids.device), Cache()
         mask[position + 1:, position] = False
         cut = {"column masked": change(logits_of(model, asked, masks=[mask] * L))}
@@ -381,11 +381,8 @@ def analyse(model: VideoLM, input_ids: Tensor, features: Tensor | None = None) -
         cut["left out"] = change(logits_of(model, shorter, MARK, cache=after))
         marked_then = after.sinks.ever_sink[0].nonzero().flatten().tolist()
         cut["marked then"] = [i + (i >= position) for i in marked_then]
-        cut["writing row silenced"] = cut["its layer and row"] = None
-        if writer >= 0:
-            changed = without_row(model, writer, d)
-            cut |= {"writing row silenced": change(logits_of(changed, asked)),
-                    "its layer and row": [writer, d]}
+        cut["writing row silenced"] = None if writer < 0 else change(
+            logits_of(without_row(model, writer, d), asked))
         for n in (1, 2, 8):
             zeroed = logits_of(model, asked, zero_keys=(range(L), position, n))
             cut[f"Zero-K, {n} of each key"] = change(zeroed)
@@ -394,16 +391,17 @@ def analyse(model: VideoLM, input_ids: Tensor, features: Tensor | None = None) -
 
     rule = MARK if marked else replace(MARK, abs_threshold=0.999 * found["activation"],
                                        median_multiple=0.999 * found["ratio"])
-    outros = []
-    for way, gamma in [("relax", 0), *((w, g) for w in ("align", "both") for g in (0.5, 1, 3))]:
+    outros, ways = [], [("relax", 0), *((w, g) for w in ("align", "both") for g in (0.5, 1, 3))]
+    for way, gamma in tqdm(ways, desc="OutRo", disable=None):
         outro = replace(rule, relax=way != "align", align=way != "relax", gamma=gamma)
         logits = logits_of(model, asked, outro)
         p = (logits.argmax(-1) != plain.argmax(-1)).float().mean().item()
         outros.append({"": way, "gamma": gamma or None, "change": change(logits),
                        "largest move": (logits - plain).abs().max().item(),
                        "argmaxes": [p, (p * (1 - p) / len(losses))**0.5]})
-    return {**found, "others": tokens[1:], "width": C, "answer_ids": answer, "tokens": len(losses),
-            "loss": losses.mean().item(), "without": without, "outro": outros}
+    return {**found, "others": tokens[1:], "answer_ids": answer, "tokens": len(losses),
+            "loss": losses.mean().item(), "without": without, "outro": outros,
+            "width": model.config.text_config.hidden_size}
 
 
 def table(rows: list[dict]) -> str:
@@ -432,18 +430,19 @@ def report(found: dict, texts: list[str], scored: str) -> str:
     layer = found["written by"]
     writer = "the embedding" if layer < 0 else f"the MLP of layer {layer}"
     limit = "20" if found["width"] > 400 else (
-        f"{20 / 64 * found['width']**0.5:.1f}, as 20 needs a width of 400")
+        f"{20 / 64 * found['width']**0.5:.1f}: 20 cannot be reached below a width of 400")
     return f"""\
 {sink}: {found['ratio']:,.0f} times the median in layer {found['layer']},
 |h| {found['activation']:,.0f} in coordinate {found['coordinate']}, written by {writer}.
 
-1. Who is a sink: positions marked by activation (OutRo's rule), by the attention of half of the heads
-(heads: the share that give the sink over 0.3) and by dimension: phi > {limit}.
-Then their overlap, the largest ratio and of whom, and what the MLP adds to the sink's coordinate.
+1. Who is a sink: positions that are marked by activation (OutRo's rule), by the attention of half
+of the heads, and by dimension (phi > {limit}); their overlap; the share
+of the heads that give the sink over 0.3; the largest ratio, of which position; what the MLP adds to
+the sink's coordinate.
 {table(found['who'])}
 
-2. What the sink holds, over the heads, least, median, most: |k| and |v| by the median token's, share
-of the outputs' variance along its v, length of its term by the output's, attention to it.
+2. What it holds, least, median and most over the heads: |k| and |v| by the median token's, share of
+the outputs' variance along its v, length of its term by the output's, attention to it.
 {table(found['holds'])}
 
 3. What happens without it, and without {', '.join(others)}:
@@ -486,7 +485,8 @@ def main() -> None:
             features = model.encode(inputs.pixel_values.to(args.device))
         found = analyse(model, inputs.input_ids.to(args.device), features)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(ascii(str(error))[1:-1].split())}\n")
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+        parser.exit(2, f"{parser.prog}: {line}\n")
     answer = processor.decode(found["answer_ids"])
     if args.json:
         print(json.dumps({"video": str(path), "question": args.question, "answer": answer} | found))

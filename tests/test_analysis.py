@@ -406,7 +406,7 @@ def test_the_command_prints_the_tables_or_one_json_object(call, clip):
     code, out, err = call()
     ids, _, found = clip
     assert (code, err) == (0, "") and [line[0] for line in out.split("\n\n")] == ["T", "1", "2", "3", "4"]
-    assert "phi > 2.5, as 20 needs a width of 400" in out
+    assert "phi > 2.5: 20 cannot be reached below a width of 400" in out
     for name in ("who", "holds", "without", "outro"):
         assert table(found[name]) in out
     code, out, err = call(TOY / "clip.mp4", "What shape is red?", "--model", TOY, "--frames", 3, "--json")
