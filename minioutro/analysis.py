@@ -205,13 +205,13 @@ def nop_or_broadcast(out: Tensor, v: Tensor, v_sink: Tensor) -> tuple[Tensor, Te
     out: float[B,H,S,D]; v: float[B,G,S,D]; v_sink: float[B,G,D].
     Returns: |v_sink| over the median |v|, float[B,G], which is near 0 for a NOP; and the share of
     the outputs' variance over the tokens that lies along v_sink, float[B,H], which is 1/D if all
-    directions are alike. Source: arXiv 2606.08105.
+    directions are alike, and 0 if all outputs are. Source: arXiv 2606.08105.
     """
     ratio = v_sink.norm(dim=-1) / v.norm(dim=-1).median(-1).values
     direction = repeat_heads(F.normalize(v_sink, dim=-1), out.shape[1])         # (B,H,D)
     deviation = out - out.mean(2, keepdim=True)
     along = deviation @ direction[..., None]                                    # (B,H,S,1)
-    return ratio, along.pow(2).sum((-1, -2)) / deviation.pow(2).sum((-1, -2))
+    return ratio, along.pow(2).sum((-1, -2)) / deviation.pow(2).sum((-1, -2)).clamp(min=1e-30)
 
 
 def probe(states: Tensor, labels: list[str], n_train: int) -> float:
