@@ -487,6 +487,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
         parser.exit(2, f"{parser.prog}: {line}\n")
+    except KeyboardInterrupt:
+        parser.exit(130)
     answer = processor.decode(found["answer_ids"])
     if args.json:
         print(json.dumps({"video": str(path), "question": args.question, "answer": answer} | found))
