@@ -352,6 +352,14 @@ def test_a_text_without_a_video_is_scored_itself(golden):
         analyse(model, ids[:, :17])
 
 
+def test_what_is_marked_after_a_cut_has_its_position_of_before(golden):
+    """dev_late's first token a second time, at position 6: both are massive, also when token 4 is left out."""
+    ids = golden("dev_late").input_ids[:1]
+    found = analyse(golden("dev_late").model, torch.cat([ids[:, :6], ids], dim=1))
+    assert found["who"][4]["activation"] == [0, 6] and 4 in found["others"]
+    assert dict(zip(column(found, "without", ""), column(found, "without", "token 4")))["marked then"] == [0, 6]
+
+
 def test_where_the_embedding_is_massive_no_mlp_wrote_it(golden):
     """dev_c has no sink; its nearest token is one of the video, from the encoder."""
     case = golden("dev_c")
