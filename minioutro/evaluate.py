@@ -165,7 +165,7 @@ def compare(questions: list[dict[str, dict]], names: list[str], seed: int) -> di
     return found
 
 
-def summarise(answers: list[dict]) -> dict:
+def summarise(answers: list[dict], seed: int = 0) -> dict:
     """What --json prints: of the questions with an answer of every variant, the last of each.
     Raises: ValueError if there are none."""
     by_id, tasks = defaultdict(dict), defaultdict(list)
@@ -177,7 +177,6 @@ def summarise(answers: list[dict]) -> dict:
         tasks[q["baseline"]["task"]].append(q)
     if not questions:
         raise ValueError("no question has an answer of every variant yet; let the run go on")
-    seed = int(answers[0]["settings"].split("; ")[0].split()[1])
     found = compare(questions, names, seed)
     return {"questions": len(questions), "videos": len({q["baseline"]["video"] for q in questions}),
             "errors": found["baseline"]["errors"], "seed": seed, "variants": found,
@@ -283,7 +282,8 @@ def main() -> None:
             answers = run(args, temporary)
             if args.world > 1:
                 return
-        found = summarise(answers)
+        seed = int(answers[0]["settings"].split("; ")[0].split()[1]) if answers else 0
+        found = summarise(answers, seed)
         if args.figures:
             save({"differences": draw_differences(found)}, args.figures)
         print(json.dumps(found) if args.json else table_of_differences(found))

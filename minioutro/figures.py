@@ -378,7 +378,8 @@ def draw_differences(found: dict) -> Image.Image:
     marks = [("line", [(0, 0), (0, len(rows) + 1)], PALE)]
     for y, (_, difference, low, high) in enumerate(reversed(rows), start=1):
         marks += [("line", [(low, y), (high, y)], BLUE), ("dots", [(difference, y)], MARK)]
-    labels = {y: shorten(label, left - 30) for y, (label, *_) in enumerate(reversed(rows), start=1)}
+    labels = {y: shorten(label, left - 30).strip("'")
+              for y, (label, *_) in enumerate(reversed(rows), start=1)}
     chart(image, (left, 40, WIDTH - 40, 40 + height),
           {most * n / 2: f"{most * n / 2:+.1f}" for n in range(-2, 3)},
           {0: "", **labels, len(rows) + 1: ""}, ("points", ""), marks)
