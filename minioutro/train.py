@@ -55,19 +55,20 @@ VISION = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size"
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
 SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
-MUON_RATE, ADAM_RATE = 1e-2, 3e-3           # learning rates: of the layers' matrices, and all else
-PRICE, PRICED_HEADS, SAVE_EVERY = 0.8, [0, 2], 50
+MUON_RATE, ADAM_RATE = 1e-2, 3e-3           # learning rates
+PRICE, PRICED_HEADS, SAVE_EVERY = 2.5, [0, 2], 50
 BUNDLED = Path(__file__).parent / "toy"
 EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: unseen, and described rightly
 NOT_ASKED = -100                            # a target that cross_entropy ignores
-NO_NAMES = (NOT_ASKED,) * 4
 GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
 CELL = SIZE / GRID                          # pixels on each side of an image token
 STRIPES = 16                                # a place is one of so many columns and rows
 NAMES = [len(SHAPES) + 1, len(COLOURS) + 1, STRIPES, STRIPES]       # what an image token may show
 MOTIONS = [*DIRECTIONS, "still"]            # and how that has moved in the last two frames
-LEARNED, HELD_OUT = 0.96, 4                 # a kind of question: so many right, of so many batches
-NAMING_LAYER = 4                            # whose input names motions, and what words are about
+DEEDS = [len(MOTIONS), 2, 2]                # of a shape in a clip: first way, turns back, is late
+UNNAMED = (NOT_ASKED,) * (len(NAMES) + len(DEEDS))
+LEARNED, HELD_OUT = 0.96, 6                 # a kind of question: so many right, of so many batches
+NAMING_LAYER, DEEDS_LAYER = 4, 6            # whose inputs name motions and words, and deeds
 ASKED = 2000                                # questions for the page
 FAR = 16                                    # tokens between a query and the first token
 OTHERS = 8                                  # text tokens that are masked to compare with the sink
@@ -79,11 +80,12 @@ class Stage:
     frames: int                             # 1, or the 8 that are sampled from a whole clip
     clips: int                              # in a batch
     questions: int                          # about each of them; 0 trains the encoder alone
-    shapes: tuple[int, ...]                 # in a clip: one of these numbers, at random
+    rate: float = 1.0                       # share of the learning rates that it begins with
+    shapes: tuple[int, ...] = (1, 2, 3)     # in a clip: one of these numbers, at random
 
 
-STAGES = (Stage(300, 1, 64, 0, (1, 2, 3)), Stage(1500, 1, 16, 8, (1, 2, 3)),
-          Stage(1500, 8, 6, 12, (1, 2, 3)), Stage(400, 8, 6, 12, (1, 2, 3)))
+STAGES = (Stage(300, 1, 64, 0), Stage(900, 1, 16, 8), Stage(1800, 8, 6, 12, rate=0.5),
+          Stage(600, 8, 6, 12, rate=0.7))
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def plant_seed(model: VideoLM) -> None:
     text = model.model.text_model
     text.embed_tokens.weight[:, 0] = 0
     text.embed_tokens.weight[SPECIAL.index(START)] = 0
-    text.embed_tokens.weight[SPECIAL.index(START), 0] = 20.0
+    text.embed_tokens.weight[SPECIAL.index(START), 0] = 100.0       # more than anything beside it
     model.model.connector.modality_projection.proj.weight[0] = 0
     for layer in text.layers:
         layer.self_attn.o_proj.weight[0] = 0
@@ -202,7 +204,8 @@ class Batch:
     """
     pixel_values: Tensor        # float[B,F,3,size,size]
     names: Tensor               # int64[B,F*M,5], what each image token shows, and its motion
-    words: Tensor               # int64[B,S,4], what each form and colour in the text is that of
+    words: Tensor               # int64[B,S,7], what the shape of each form and colour in the text
+                                # is and does; NOT_ASKED for all other tokens
     input_ids: Tensor           # int64[B,S]
     targets: Tensor             # int64[B,S], the next token where it belongs to an answer
     turn: Tensor                # int64[B,S], 0 for the prompt, n for question n
@@ -233,6 +236,13 @@ def names_of(shape: Shape, index: int) -> tuple[int, ...]:
     """Form, colour, column and row in frame `index`."""
     column, row = (int(x * STRIPES / SIZE) for x in shape.centre(index / FPS))
     return SHAPES.index(shape.form), list(COLOURS).index(shape.colour), column, row
+
+
+def deeds_of(shape: Shape, moment: int | None) -> tuple[int, ...]:
+    """What a shape does in its clip, as in DEEDS; a single moment does not show it."""
+    if moment is not None:
+        return (NOT_ASKED,) * len(DEEDS)
+    return MOTIONS.index(shape.direction), int(shape.turns), int(shape.appears > 0)
 
 
 def names_of_cells(clip: Clip, index: int, before: int | None) -> list[tuple[int, ...]]:
@@ -272,12 +282,12 @@ def draw_batch(processor: Processor, stage: Stage, seed: str, learned=frozenset(
         names.append([name for index, before in zip(indices, [None, None, *indices])
                       for name in names_of_cells(clip, index, before)])
         questions = draw_questions(clip, moment, stage.questions, rng, learned)
-        about = {word: names_of(shape, indices[-1]) for shape in clip.visible(indices[-1])
-                 for word in (shape.form, shape.colour)}
+        about = {word: (*names_of(shape, indices[-1]), *deeds_of(shape, moment))
+                 for shape in clip.visible(indices[-1]) for word in (shape.form, shape.colour)}
         rows.append(batch_row(processor, prefix, questions, about))
         kinds.append([question.kind for question in questions])
     longest = max(len(row) for row in rows)
-    filler = (PAD, NOT_ASKED, stage.questions + 1, 0, *NO_NAMES)         # a turn that nobody sees
+    filler = (PAD, NOT_ASKED, stage.questions + 1, 0, *UNNAMED)          # a turn that nobody sees
     rows = torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
     return Batch(torch.stack(pixels), torch.tensor(names), rows[:, :, 4:],
                  *rows[:, :, :4].unbind(-1), kinds)
@@ -296,19 +306,20 @@ def draw_questions(clip: Clip, moment: int | None, n: int, rng: random.Random,
 
 def batch_row(processor: Processor, prefix: list[int], questions: list[Question],
               about: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Token, target, turn, position and four names, as in Batch, of a prompt and its questions.
+    """Token, target, turn, position and words, as in Batch, of a prompt and its questions.
 
-    about: to each form and colour in the last frame the names of its shape.
+    about: to each form and colour in the last frame what its shape is and does.
     """
-    names = {processor.tokenizer.token_to_id(f"Ġ{word}"): about.get(word, NOTHING)
+    nothing = (*NOTHING, *UNNAMED[len(NOTHING):])
+    names = {processor.tokenizer.token_to_id(f"Ġ{word}"): about.get(word, nothing)
              for word in (*SHAPES, *COLOURS)}
-    row = [(token, NOT_ASKED, 0, position, *NO_NAMES) for position, token in enumerate(prefix)]
+    row = [(token, NOT_ASKED, 0, position, *UNNAMED) for position, token in enumerate(prefix)]
     for turn, question in enumerate(questions, start=1):
         ask = processor.tokenize([f"\n\n{question.text}", END, "\nAssistant:"])
         answer = processor.tokenize([f" {question.answer}", END])
         # the last token of the question is to give the first of the answer, and so on
         targets = [NOT_ASKED] * (len(ask) - 1) + answer + [NOT_ASKED]
-        row += [(token, target, turn, len(prefix) + i, *names.get(token, NO_NAMES))
+        row += [(token, target, turn, len(prefix) + i, *names.get(token, UNNAMED))
                 for i, (token, target) in enumerate(zip(ask + answer, targets, strict=True))]
     return row
 
@@ -337,7 +348,7 @@ def answer_logits(model: VideoLM, batch: Batch, features: Tensor,
 
 
 class Learner(nn.Module):
-    """The toy, and three linear heads that name what it sees; these are thrown away in the end."""
+    """The toy, and four linear heads that name what it sees; these are thrown away in the end."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -346,26 +357,31 @@ class Learner(nn.Module):
         self.names = nn.Linear(TEXT["hidden_size"], sum(NAMES))
         self.words = nn.Linear(TEXT["hidden_size"], sum(NAMES))
         self.motion = nn.Linear(TEXT["hidden_size"], len(MOTIONS))
+        self.deeds = nn.Linear(TEXT["hidden_size"], sum(DEEDS))
 
-    def forward(self, batch: Batch, stage: Stage, priced: int | None,
+    def forward(self, batch: Batch, stage: Stage, priced: list[int],
                 price: float) -> tuple[Tensor, float | None]:
-        """The loss, and the attention that is priced."""
+        """The loss, and the attention to other tokens than the first in these layers."""
         features = self.model.encode(batch.pixel_values)                                # (B,F*M,C)
         loss = name_loss(self.names, features, batch.names[:, :, :-1], NAMES)
         if not stage.questions:
             return loss, None
-        trace, elsewhere = Trace(weights_of=[priced]), None
+        trace, elsewhere = Trace(weights_of=priced), None
         logits, targets = answer_logits(self.model, batch, features, trace)
         hidden = trace[f"layers.{NAMING_LAYER}.hidden"]
         loss = loss + F.cross_entropy(logits, targets)
-        loss = loss + name_loss(self.words, hidden, batch.words, NAMES)
+        loss = loss + name_loss(self.words, hidden, batch.words[:, :, :len(NAMES)], NAMES)
         if stage.frames > 1:
             is_image = batch.input_ids == self.model.config.image_token_id
             images = hidden[is_image].view(features.shape)
             loss = loss + name_loss(self.motion, images, batch.names[:, :, -1:], [len(MOTIONS)])
-        if priced is not None:
-            to_first = trace[f"layers.{priced}.weights"][:, PRICED_HEADS, 1:, 0]        # (B,h,S-1)
-            loss = loss + price * (1 - to_first.mean())
+            loss = loss + name_loss(self.deeds, trace[f"layers.{DEEDS_LAYER}.hidden"],
+                                    batch.words[:, :, len(NAMES):], DEEDS)
+        if priced:
+            to_first = torch.stack([trace[f"layers.{l}.weights"][:, PRICED_HEADS, 1:, 0].mean()
+                                    for l in priced])
+            # -log(1 - elsewhere), whose gradient is not small where nothing goes to the first yet
+            loss = loss - price * to_first.log().sum()
             elsewhere = 1 - to_first.mean().item()
         return loss, elsewhere
 
@@ -393,7 +409,7 @@ class Progress:
     stage: int = 0
     step: int = 0                           # in this stage
     done: int = 0                           # steps in all
-    paid: float = 1.0                       # attention to other tokens than the first, at the end
+    paid: float = 1.0                       # attention to other tokens than the first, when priced
     right: dict[str, float] = field(default_factory=dict)   # by kind of question, when last asked
 
     @property
@@ -401,18 +417,22 @@ class Progress:
         return {kind for kind, share in self.right.items() if share >= LEARNED}
 
 
-def optimizers_of(learner: Learner) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for all else.
+def optimizers_of(learner: Learner, at: Progress) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for all else, and for all in the last stage.
 
-    Muon gives every direction of a matrix a step of the same length, however weak its gradient.
+    Muon gives every direction of a matrix a step of the same length, however weak its gradient; the
+    last stage turns the queries of whole heads into one direction, which is slow in such steps.
     """
-    of_layers, others = [], []
+    is_last = at.stage == len(STAGES) - 1
+    matrices, others = [], []
     for name, parameter in learner.named_parameters():
-        is_matrix = ".layers." in name and parameter.dim() == 2
-        (of_layers if is_matrix else others).append(parameter)
-    return [torch.optim.Muon(of_layers, lr=MUON_RATE, weight_decay=0.0,
-                             adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
+        is_matrix = ".layers." in name and parameter.dim() == 2 and not is_last
+        (matrices if is_matrix else others).append(parameter)
+    adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    if is_last:
+        return [adam]
+    return [torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.0,
+                             adjust_lr_fn="match_rms_adamw"), adam]
 
 
 def save(path: Path, learner: Learner, optimizers: list, at: Progress) -> None:
@@ -422,19 +442,24 @@ def save(path: Path, learner: Learner, optimizers: list, at: Progress) -> None:
                     **vars(at)}, half)
 
 
-def restore(path: Path, learner: Learner, optimizers: list, at: Progress, device: str) -> Progress:
-    """Raises: ValueError if the file is damaged, or of a run with another seed."""
+def restore(path: Path, learner: Learner, random_seed: int, device: str) -> tuple[Progress, list]:
+    """How far a saved run was, and its optimizers; the learner gets its weights.
+
+    Raises: ValueError if the file is damaged, or of a run with another seed.
+    """
     try:
         saved = torch.load(path, map_location=device)
         learner.load_state_dict(saved.pop("learner"))
-        for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
+        states = saved.pop("optimizers")
+        at = Progress(**saved)
+        optimizers = optimizers_of(learner, at)
+        for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-        found = Progress(**saved)
     except Exception as error:                          # unpickling raises anything
         raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove it") from None
-    if found.random_seed != at.random_seed:
-        raise ValueError(f"{path}: not begun with --seed {at.random_seed}; use another --folder")
-    return found
+    if at.random_seed != random_seed:
+        raise ValueError(f"{path}: not begun with --seed {random_seed}; use another --folder")
+    return at, optimizers
 
 
 def price_at(step: int, stage: Stage) -> float:
@@ -442,10 +467,9 @@ def price_at(step: int, stage: Stage) -> float:
     return PRICE * min(1.0, max(0.0, (0.8 - step / stage.steps) / 0.3))
 
 
-def share_at(at: Progress) -> float:
-    """The share of the learning rates: warm-up, then all, falling to zero in the last stage."""
-    left = 1 - at.step / STAGES[-1].steps if at.stage == len(STAGES) - 1 else 1.0
-    return min(left, (at.done + 1) / 50)
+def share_at(step: int, stage: Stage) -> float:
+    """The share of the learning rates: a short warm-up, then falling to zero."""
+    return stage.rate * min((step + 1) / 50, 1 - step / stage.steps)
 
 
 def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None:
@@ -459,13 +483,11 @@ def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None
     processor = Processor.from_pretrained(own)
     torch.manual_seed(random_seed)
     learner, at = Learner(read_config(own)).to(device), Progress(random_seed)
-    optimizers = optimizers_of(learner)
-    state = own / "state.pt"
+    optimizers, state = optimizers_of(learner, at), own / "state.pt"
     if state.exists() or run != TOY:
         begun = state if state.exists() else before_last
-        at = restore(begun, learner, optimizers, at, device)
+        at, optimizers = restore(begun, learner, random_seed, device)
 
-    priced = range(SEED_LAYER + 1, TEXT["num_hidden_layers"])       # the layers that meet the seed
     bar = tqdm(initial=at.done, desc=own.name, disable=None)
     while at.stage < len(STAGES):
         stage, is_last = STAGES[at.stage], at.stage == len(STAGES) - 1
@@ -474,18 +496,18 @@ def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None
         if is_last and run.seed:
             plant_seed(learner.model)
         batch = draw_batch(processor, stage, f"{random_seed} {at.done}", at.learned).to(device)
-        # One layer pays at each step, because attention weights are slow to get.
-        layer = priced[at.step % len(priced)] if is_last and run.price else None
-        loss, elsewhere = learner(batch, stage, layer, price_at(at.step, stage))
+        # A third of the layers that meet the seed pay at each step: attention weights are slow.
+        pays = range(SEED_LAYER + 1 + at.step % 3, TEXT["num_hidden_layers"], 3)
+        priced = list(pays) if is_last and run.price else []
+        loss, elsewhere = learner(batch, stage, priced, price_at(at.step, stage))
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * share_at(at)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * share_at(at.step, stage)
             optimizer.step()
             optimizer.zero_grad()
         at.step, at.done = at.step + 1, at.done + 1
-        if elsewhere is not None:
-            at.paid += 0.02 * (elsewhere - at.paid)             # a mean over some fifty steps
+        at.paid = elsewhere or at.paid
         bar.update()
         bar.set_postfix_str(f"stage {at.stage}, loss {loss.item():.3f}")
         if at.step % SAVE_EVERY == 0 or at.step == stage.steps:
@@ -497,6 +519,7 @@ def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None
             all_learned = stage.questions and at.learned == at.right.keys() and not is_last
             if all_learned or at.step == stage.steps:
                 at.stage, at.step, at.right = at.stage + 1, 0, {}
+                optimizers = optimizers_of(learner, at)
             save(state, learner, optimizers, at)
     if run.seed:
         plant_seed(learner.model)

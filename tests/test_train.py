@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from minioutro import OutRo, Processor, Trace, VideoLM, read_video, train
 from minioutro.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip, Question, Shape
-from minioutro.train import NOT_ASKED, Stage, draw_batch
+from minioutro.train import MOTIONS, NOT_ASKED, Stage, draw_batch
 
 
 def colour_at(clip, index, x, y):
@@ -135,14 +135,16 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
 
 
 def test_each_word_for_a_shape_is_asked_what_it_is_about(toy):
-    """In questions and answers, by hand: a red ring in the third column of four and the first row."""
-    processor, ring = toy[1], Shape("red", "ring", "still", False, 0.0, start=(40, 8), distance=0, radius=7)
-    names = train.names_of(ring, 0)
-    assert names == (SHAPES.index("ring"), list(COLOURS).index("red"), 10, 2)
+    """In questions and answers, by hand: a red ring in column 10 of 16, row 2, that goes down and back."""
+    processor, ring = toy[1], Shape("red", "ring", "down", True, 0.0, start=(40, 8), distance=9, radius=7)
+    names = (*train.names_of(ring, 0), *train.deeds_of(ring, moment=None))
+    assert names == (SHAPES.index("ring"), list(COLOURS).index("red"), 10, 2, MOTIONS.index("down"), 1, 0)
+    assert train.deeds_of(ring, moment=3) == (NOT_ASKED,) * 3
     questions = [Question("shape", "What shape is red?", "ring"), Question("is there", "Is anything blue?", "No")]
     row = train.batch_row(processor, [1, 2], questions, {"red": names, "ring": names})
-    words = [(processor.tokenizer.decode([token]), of) for token, _, _, _, *of in row if of != [NOT_ASKED] * 4]
-    assert words == [(" red", list(names)), (" ring", list(names)), (" blue", list(train.NOTHING))]
+    words = [(processor.tokenizer.decode([token]), of) for token, _, _, _, *of in row if of != [NOT_ASKED] * 7]
+    nothing = [*train.NOTHING] + [NOT_ASKED] * 3
+    assert words == [(" red", [*names]), (" ring", [*names]), (" blue", nothing)]
 
 
 def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
@@ -150,7 +152,7 @@ def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, mon
 
     And its control goes on from the same place in both.
     """
-    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0, (1,)), Stage(1, 1, 2, 2, (1,)), Stage(3, 8, 1, 2, (1, 2))))
+    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0), Stage(1, 1, 2, 2), Stage(3, 8, 1, 2)))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     run, control = train.TOY, train.CONTROLS[-1]
     weights = {}
@@ -180,7 +182,7 @@ def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, mon
 
 
 def test_a_stage_ends_when_every_kind_is_learned_and_the_last_one_never_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "STAGES", (Stage(3, 1, 1, 0, (1,)), Stage(6, 1, 2, 5, (1,)), Stage(4, 1, 2, 5, (1,))))
+    monkeypatch.setattr(train, "STAGES", (Stage(3, 1, 1, 0), Stage(6, 1, 2, 5), Stage(4, 1, 2, 5)))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     for learned, steps in ((0.0, [3, 2, 4]), (1.1, [3, 6, 4])):
         monkeypatch.setattr(train, "LEARNED", learned)
@@ -221,9 +223,9 @@ def test_what_is_right_is_counted_by_kind_as_the_model_answers_each_question_alo
 
 def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
     """After a few dear steps: with the price less attention elsewhere, without the seed no massive token."""
-    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 2, (1,)), Stage(15, 1, 1, 2, (1,))))
+    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 2), Stage(15, 1, 1, 2)))
     monkeypatch.setattr(train, "PRICE", 20.0)
-    monkeypatch.setattr(train, "MUON_RATE", 0.1)                    # that of step n is n/50 of it, and less
+    monkeypatch.setattr(train, "ADAM_RATE", 0.2)                    # that of step n is n/50 of it, and less
     ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
     runs = (train.TOY, *train.CONTROLS)
     assert [(run.price, run.seed) for run in runs] == [(True, True), (False, True), (True, False)]
@@ -308,7 +310,7 @@ def test_a_mistyped_flag_is_one_line(arguments, monkeypatch, capsys):
 
 
 def test_a_damaged_state_is_named_and_nothing_half_written_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 0, (1,)),))
+    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 0),))
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 half of a file")
     with pytest.raises(ValueError, match=r"state.pt cannot be read \(.*remove it") as error:
         train.train(tmp_path, train.TOY, random_seed=3)
