@@ -183,9 +183,10 @@ def summarise(answers: list[dict], seed: int = 0) -> dict:
             "tasks": {task: compare(tasks[task], names, seed) for task in sorted(tasks)}}
 
 
-def read_answers(path: str, data: bytes, settings: str | None = None) -> tuple[list[dict], int]:
+def read_answers(path: str, settings: str | None = None) -> tuple[list[dict], int]:
     """The answers that an earlier run wrote to a file, and how many bytes their whole lines are.
     Raises: ValueError if it holds something else, or answers under other settings than these."""
+    data = b"" if settings and not Path(path).exists() else Path(path).read_bytes()
     whole = data.rfind(b"\n") + 1                                # a killed run leaves half a line
     lines = read_json_lines(path, data[:whole].decode(errors="replace"))
     if not b'{"id": '.startswith(data[whole:whole + 7]) or any("settings" not in l for l in lines):
@@ -210,8 +211,7 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
         if not any((videos / record.video).exists() for record in records):
             raise ValueError(f"{videos} has no {records[0].video}, nor others; give --videos")
     args.model = args.model or (TOY if args.toy else HUB_MODEL)
-    rule = {name: getattr(args, name) for name in ("temperature", "median_multiple",
-                                                   "abs_threshold")}
+    rule = {name: vars(args)[name] for name in "temperature median_multiple abs_threshold".split()}
     variants = variants_of(args.variants, list(map(float, args.gamma.split(","))), **rule)
     args.questions = hashlib.sha256(repr(records).encode()).hexdigest()[:8]
     settings = "; ".join(f"{name} {getattr(args, name)}" for name in (
@@ -219,18 +219,19 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
         "gamma").split() + [*rule])
     records = records[:args.limit]
     if args.world > 1:                                                      # started by torchrun
+        if args.out == os.devnull:
+            raise ValueError("each process needs a file for its answers; give --out")
         mine = list(dict.fromkeys(record.video for record in records))[args.rank::args.world]
         records = [record for record in records if record.video in mine]
         args.out += f".{args.rank}"
-        args.device += f":{os.environ['LOCAL_RANK']}" * (args.device == "cuda")
+        args.device += f":{os.environ.get('LOCAL_RANK', args.rank)}" * (args.device == "cuda")
+    answers, whole = read_answers(args.out, settings)
+    old = {(line["id"], line["variant"]): line for line in answers}
+    done = {key for key, line in old.items() if not line["error"]}
+    model, processor = load(args.model, args.revision, args.device, getattr(torch, args.dtype))
     print("\n".join([*notes, f"{len(records)} questions"]), file=sys.stderr)
-    with open(args.out or os.devnull, "a+b") as file:
-        file.seek(0)
-        answers, whole = read_answers(args.out, file.read(), settings)
-        old = {(line["id"], line["variant"]): line for line in answers}
-        done = {key for key, line in old.items() if not line["error"]}
-        model, processor = load(args.model, args.revision, args.device, getattr(torch, args.dtype))
-        if args.out:
+    with open(args.out, "a", encoding="utf-8") as file:
+        if args.out != os.devnull:
             file.truncate(whole)
         asked = ask(model, processor, records, variants, videos, clips, done, args.fps, args.frames,
                     generate=args.generate, max_new_tokens=args.max_new_tokens)
@@ -239,7 +240,7 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
         for line in asked:
             line["settings"] = settings
             if line != old.get((line["id"], line["variant"])):              # else the same error
-                file.write(json.dumps(line).encode() + b"\n")
+                file.write(json.dumps(line) + "\n")
                 file.flush()
                 answers.append(line)
             right[line["variant"]].append(line["right"])
@@ -264,7 +265,7 @@ def main() -> None:
     add("--gamma", default="3", metavar="G[,G...]", help="of the alignment (default: %(default)s)")
     add("--generate", action="store_true", help="generate choices instead of comparing letters")
     add_options(parser)
-    add("--out", metavar="FILE", help="append each answer, and go on from those that are there")
+    add("--out", metavar="FILE", default=os.devnull, help="append answers, and go on from them")
     add("--report", nargs="+", metavar="FILE", help="ask nothing; report these answers together")
     args = parser.parse_args()
     args.rank, args.world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -277,7 +278,7 @@ def main() -> None:
             answers = []
             for path in args.report:
                 settings = answers[0]["settings"] if answers else None
-                answers += read_answers(path, Path(path).read_bytes(), settings)[0]
+                answers += read_answers(path, settings)[0]
         else:
             answers = run(args, temporary)
             if args.world > 1:

@@ -142,10 +142,8 @@ def choose(f: Format, row: dict) -> tuple[tuple[str, ...], str]:
 
 def toy_questions(n: int, seed: int = 0, noise: int | None = None
                   ) -> tuple[list[Record], dict[str, Callable]]:
-    """n questions about clips that training never draws, and by its name what writes each clip.
-
-    noise: see `Clip`.
-    """
+    """n questions about clips that training never draws, and by the video's name what writes each.
+    noise: see `Clip`."""
     records, clips = [], {}
     for number in range(10**6 * seed, 10**6 * seed + math.ceil(n / OF_A_CLIP)):
         clip, video = Clip(UNSEEN + number, 1 + number % 3, noise), f"{number}.mp4"
