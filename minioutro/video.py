@@ -107,8 +107,8 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
             first = bisect_left(seconds, start or 0.0)
             n = (len(pts) if end is None else bisect_left(seconds, end)) - first
             if n <= 0:
-                raise ValueError(f"{path} has no frame from {start or 0} s to {end} s; it "
-                                 f"lasts {duration:.1f} s; give another start or end")
+                raise ValueError(f"{path} lasts {duration:.1f} s and has no frame from start {start} "
+                                 f"to end {end}; give others")
             duration = [*seconds, duration][first + n] - seconds[first]
             indices = sample_indices(n, n / duration, duration, fps, max_frames)
             indices = [first + i for i in indices]
