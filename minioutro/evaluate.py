@@ -210,7 +210,6 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
         videos = Path(args.videos or Path(args.questions).parent)
         if not any((videos / record.video).exists() for record in records):
             raise ValueError(f"{videos} has no {records[0].video}, nor others; give --videos")
-    args.model = args.model or (TOY if args.toy else HUB_MODEL)
     rule = {name: vars(args)[name] for name in "temperature median_multiple abs_threshold".split()}
     variants = variants_of(args.variants, list(map(float, args.gamma.split(","))), **rule)
     args.questions = hashlib.sha256(repr(records).encode()).hexdigest()[:8]
@@ -228,7 +227,8 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
     answers, whole = read_answers(args.out, settings)
     old = {(line["id"], line["variant"]): line for line in answers}
     done = {key for key, line in old.items() if not line["error"]}
-    model, processor = load(args.model, args.revision, args.device, getattr(torch, args.dtype))
+    model, processor = load(args.model or (TOY if args.toy else HUB_MODEL), args.revision,
+                            args.device, getattr(torch, args.dtype))
     print("\n".join([*notes, f"{len(records)} questions"]), file=sys.stderr)
     with open(args.out, "a", encoding="utf-8") as file:
         if args.out != os.devnull:

@@ -51,6 +51,7 @@ FORMATS = {
                         ""),
     "ours": Format("id", "question", "choices", "answer", "text", "{id}", "{video}", "{task}"),
 }
+DEFAULTS = {"ours": {"choices": (), "task": ""}, "avhbench": {"choices": ("Yes", "No")}}
 ABOUT_SOUND = ("avhbench", "daily-omni", "worldsense")
 OF_A_CLIP = 10                      # questions about each clip of the toy's world
 
@@ -67,7 +68,7 @@ def read_questions(path, format: str | None = None, answers=None,
     rows = read_rows(path)
     rows = [{"video": video, "key": key, **task} for row in rows[:1]        # WorldSense is nested
             for video, tasks in row.items() if isinstance(tasks, dict)
-            for key, task in tasks.items() if isinstance(task, dict)] or rows
+            for key, task in tasks.items() if key[:4] == "task" and isinstance(task, dict)] or rows
     keys = set().union(*rows)
     known = [name for name, f in FORMATS.items() if keys.issuperset(f.mark.split())]
     name, listed = format or (known or ["unknown"])[0], ", ".join(sorted(keys))[:300]
@@ -76,9 +77,8 @@ def read_questions(path, format: str | None = None, answers=None,
                          f"{', '.join(FORMATS)}")
     for n, row in enumerate(complete(rows, name, path, answers), start=1):
         f, where = FORMATS[name], f"record {n}"
-        there = {"n": n, "file": path.stem, **{
-            key: value for key, value in row.items()
-            if value is not None and str(value).strip() or key == "task"}}
+        there = {"n": n, "file": path.stem, **DEFAULTS.get(name, {}), **{
+            key: value for key, value in row.items() if value is not None and str(value).strip()}}
         try:
             where = f"record {f.id.format_map(there)!r}"
             if row.get("task") == "AV Captioning" or f.answer in row and f.answer not in there:
@@ -106,8 +106,6 @@ def complete(rows: list[dict], name: str, path: Path, answers) -> list[dict]:
     """The rows, with what a format leaves out, spreads over keys, or keeps in another file."""
     def numbered(row: dict, key: str) -> list[str]:
         return [row[k] for k in takewhile(row.get, map(key.format, range(len(LETTERS))))]
-    defaults = {"ours": {"choices": (), "task": ""}, "avhbench": {"choices": ("Yes", "No")}}
-    rows = [{**defaults.get(name, {}), **row} for row in rows]
     if name == "nextqa":                # VidOR has its videos in folders
         beside = path.with_name("map_vid_vidorID.json")
         folders = read_rows(beside)[0] if beside.exists() else {}

@@ -35,7 +35,7 @@ def lines(*rows):
 
 @pytest.mark.parametrize("name, content, records", [
     ("ours.jsonl", lines(OURS, {"id": 2, "video": "b/c.mkv", "question": "What?", "answer": "a ring",
-                                "task": "shape", "start": 0, "end": 2.5}),
+                                "task": "shape", "start": 0, "end": 2.5, "choices": None}),
      [Record("1", "a.mp4", "Which colour?", ("red", "blue"), "blue", "", None, None),
       Record("2", "b/c.mkv", "What?", (), "a ring", "shape", 0.0, 2.5)]),
     ("lettered.jsonl", lines({**OURS, "choices": ["(A) red", "(B) blue", "(C) 3"], "answer": "C"}),
