@@ -183,10 +183,9 @@ def summarise(answers: list[dict], seed: int = 0) -> dict:
             "tasks": {task: compare(tasks[task], names, seed) for task in sorted(tasks)}}
 
 
-def read_answers(path: str, settings: str | None = None) -> tuple[list[dict], int]:
+def read_answers(path: str, data: bytes, settings: str | None = None) -> tuple[list[dict], int]:
     """The answers that an earlier run wrote to a file, and how many bytes their whole lines are.
     Raises: ValueError if it holds something else, or answers under other settings than these."""
-    data = b"" if settings and not Path(path).exists() else Path(path).read_bytes()
     whole = data.rfind(b"\n") + 1                                # a killed run leaves half a line
     lines = read_json_lines(path, data[:whole].decode(errors="replace"))
     if not b'{"id": '.startswith(data[whole:whole + 7]) or any("settings" not in l for l in lines):
@@ -224,7 +223,8 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
         records = [record for record in records if record.video in mine]
         args.out += f".{args.rank}"
         args.device += f":{os.environ.get('LOCAL_RANK', args.rank)}" * (args.device == "cuda")
-    answers, whole = read_answers(args.out, settings)
+    data = Path(args.out).read_bytes() if Path(args.out).exists() else b""
+    answers, whole = read_answers(args.out, data, settings)
     old = {(line["id"], line["variant"]): line for line in answers}
     done = {key for key, line in old.items() if not line["error"]}
     model, processor = load(args.model or (TOY if args.toy else HUB_MODEL), args.revision,
@@ -236,15 +236,17 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
         asked = ask(model, processor, records, variants, videos, clips, done, args.fps, args.frames,
                     generate=args.generate, max_new_tokens=args.max_new_tokens)
         asked = tqdm(asked, total=len(records) * len(variants), initial=len(done), disable=None)
-        right = defaultdict(list)
+        right, failed = defaultdict(list), set()
         for line in asked:
             line["settings"] = settings
             if line != old.get((line["id"], line["variant"])):              # else the same error
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 answers.append(line)
+            failed |= {line["error"]} - {None}
             right[line["variant"]].append(line["right"])
             asked.set_postfix({name: f"{sum(x) / len(x):.1%}" for name, x in right.items()})
+    print("".join(f"{error}\n" for error in sorted(failed)[:5]), end="", file=sys.stderr)
     return answers
 
 
@@ -278,7 +280,7 @@ def main() -> None:
             answers = []
             for path in args.report:
                 settings = answers[0]["settings"] if answers else None
-                answers += read_answers(path, settings)[0]
+                answers += read_answers(path, Path(path).read_bytes(), settings)[0]
         else:
             answers = run(args, temporary)
             if args.world > 1:

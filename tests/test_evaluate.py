@@ -265,6 +265,7 @@ def test_a_broken_or_missing_video_is_an_error_that_is_counted_and_tried_again(f
     code, out, err = call(*ask_for, "--json")
     found = json.loads(out)
     assert (code, found["questions"], found["errors"], found["variants"]["relax"]["n"]) == (0, 6, 3, 3)
+    assert err.count("\n") == 3 and "b.mp4 is not a video" in err and "c.mp4: no such file" in err
     lines = (folder / "out").read_text().splitlines()
     assert [json.loads(x)["error"] for x in lines if "c.mp4" in x][0].endswith("c.mp4: no such file; check the path")
     assert call(*ask_for, "--json")[1] == out and len((folder / "out").read_text().splitlines()) == len(lines) == 12
@@ -305,6 +306,7 @@ def test_the_report_says_in_words_what_is_shown(folder, call):
     (["q.jsonl", "--out", "word.txt"], "word.txt is no file of answers"),
     (["q.jsonl", "--out", "old"], "old is of another run, with gamma 3 instead of gamma 2"),
     (["--report", "none"], "No such file or directory: 'none'"),
+    (["--report", "old", "none"], "No such file or directory: 'none'"),
     (["--report", "old", "older"], "older is of another run, with gamma 1"),
     (["--report", "void"], "no question has an answer"),
     (["q.jsonl", "--figures", "q.jsonl/a"], "is no folder that can be written to"),
