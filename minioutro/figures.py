@@ -1,4 +1,5 @@
-"""Pictures of a run, each one function, drawn with Pillow alone. `run.py --figures DIR` writes all.
+"""Pictures, each one function, drawn with Pillow alone: of a run, which `run.py --figures DIR`
+writes, and of what evaluate.py found, which is also a table.
 
 Captions say what is drawn: layer, head, probabilities or cosines, and what was averaged. Tensors
 are those of one prompt, without B; shapes are named as in model.py.

@@ -407,6 +407,9 @@ def load_tensors(model: torch.nn.Module, folder: Path, stored: dict[str, Stored]
             f"0 missing, 0 unexpected, ignored: {', '.join(ignored) or 'none'}")
 
 
+# ---- What the commands share: devices, files, options, errors ----
+
+
 def check_device(device) -> None:
     """Raise ValueError if there is no such device here."""
     try:

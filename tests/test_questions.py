@@ -9,7 +9,8 @@ from minioutro.prompt import LETTERS, chosen, plain, with_choices
 from minioutro.questions import FORMATS, OF_A_CLIP, Record, read_questions, toy_questions
 from minioutro.shapes import UNSEEN, Clip
 
-OURS = {"id": "1", "video": "a.mp4", "question": "Which colour?", "choices": ["red", "blue"], "answer": "blue"}
+OURS = {"id": "1", "video": "a.mp4", "question": "Which colour?", "choices": ["red", "blue"],
+        "answer": "blue"}
 AV = {"video_id": "00012", "task": "AV Matching", "text": "Is a dog heard?", "label": "No"}
 DAILY = {"Question": "What?", "Choice": ["A. x", "B. y", "C. z", "D. A. w"], "Answer": "B", "video_id": "ab",
          "Type": "Inference", "video_category": "Pets", "video_duration": "30s"}
@@ -20,7 +21,7 @@ SENSE = {"task_domain": "d", "task_type": "t", "question": "Who?", "candidates":
          "answer": "A"}
 MVB = {"video": "x.webm", "question": "Then?", "candidates": ["a", "b", "it"], "answer": "it"}
 NEXT = "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
-EGO = {"question": "Why?", "option 0": "a", "option 1": "b", "option 2": "c", "option 3": "d", "option 4": "e"}
+EGO = {"question": "Why?", **{f"option {n}": letter for n, letter in enumerate("abcde")}}
 
 
 def written(folder, name, content):
@@ -105,13 +106,13 @@ def without(row, key):
     ("a.json", '[\n{"id": 1},\n{"id"\n]', "line 4 is no JSON"),
     ("a.json", "[" * 100_000, "line 1 is no JSON"),
     ("a.parquet", "PAR1", "read_parquet(...).to_json("),
-    ("a.jsonl", lines(OURS, {**without(OURS, "answer"), "id": "seven"}), "record 'seven': it has no 'answer'"),
+    ("a.jsonl", lines(OURS, {"id": "seven", "video": "a", "question": "?"}), "'seven': it has no 'answer'"),
     ("a.jsonl", lines(without(OURS, "id"), OURS), "record 1: it has no 'id'"),
     ("a.jsonl", lines({**OURS, "video": None}), "record '1': it has no 'video'"),
     ("a.jsonl", lines({**OURS, "answer": "green"}), "record '1': its answer 'green' is none of the choices"),
     ("a.json", [{**MME, "answer": "E"}], "record '001-1': its answer 'E' is none of"),
     ("a.csv", NEXT + "7,9,4,3,why,5,6,CW,a,b,c,d,e\n", "record '7_6': its answer '5' is none of"),
-    ("a.jsonl", lines({**OURS, "choices": ["blue"]}), "record '1': its choices are ['blue'], not a list of 2"),
+    ("a.jsonl", lines({**OURS, "choices": ["blue"]}), "'1': its choices are ['blue'], not a list of 2"),
     ("a.jsonl", lines({**OURS, "choices": "blue"}), "record '1': its choices are 'blue', not a list"),
     ("a.jsonl", lines(OURS, OURS), "record '1': this id is there twice"),
     ("a.jsonl", lines({**OURS, "start": "soon"}), "record '1': could not convert string to float: 'soon'"),
@@ -128,8 +129,9 @@ def test_what_is_wrong_with_a_file_is_named_in_one_line(tmp_path, name, content,
     (MME, "question_id question options answer task_type"), (MVB, "video question answer")], ids=range(5))
 def test_a_missing_field_is_named_with_what_is_there(tmp_path, row, keys):
     for key in keys.split():
-        with pytest.raises(ValueError, match=f"record .*: it has no '{key}'; .*{sorted(without(row, key))[0]}"):
-            read_questions(written(tmp_path, "a.json", [without(row, key)]))
+        rest = without(row, key)
+        with pytest.raises(ValueError, match=f"record .*: it has no '{key}'; .*{sorted(rest)[0]}"):
+            read_questions(written(tmp_path, "a.json", [rest]))
 
 
 def test_a_format_can_be_forced(tmp_path):
@@ -145,7 +147,8 @@ def test_the_requests_are_the_releases():
     assert with_choices("Who?", ()) == "Who?"
     assert with_choices("Is it?", ("Yes", "No")) == "Is it? Answer yes or no."
     assert with_choices("Who?", ("I", "you", "he", "we")) == (
-        "Who?\nA. I\nB. you\nC. he\nD. we\nRespond with only the letter (A, B, C, or D) of the correct option.")
+        "Who?\nA. I\nB. you\nC. he\nD. we\n"
+        "Respond with only the letter (A, B, C, or D) of the correct option.")
     assert with_choices("Who?", ("I", "you")).endswith("the letter (A or B) of the correct option.")
 
 

@@ -74,7 +74,8 @@ def test_the_page_is_made_of_the_same_questions_with_noise_and_without(toy, monk
 def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
     """Text stays, blocks are replaced in their order: the toy, its hard clips, its two controls."""
     monkeypatch.setattr(train, "load", lambda folder: (None, folder.name))
-    monkeypatch.setattr(train, "report", lambda _, name, variants="all", noise=0: f"{name} {variants} {noise}")
+    monkeypatch.setattr(train, "report", lambda _, name, variants="all", noise=0:
+                        f"{name} {variants} {noise}")
     train.write_readme(tmp_path)
     written, bundled = (path.read_text(encoding="utf-8").split("```")
                         for path in (tmp_path / "README.md", TOY / "README.md"))

@@ -141,7 +141,7 @@ def test_a_part_is_sampled_as_if_it_were_a_file(tmp_path, name):
     assert_shows(read_video(tmp_path / name, end=2.0, max_frames=3), [0, 19], [0.0, 1.9])
     assert_shows(read_video(tmp_path / name, start=-1.0, end=99.0), [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
     for start, end in ((4.0, None), (2.0, 2.0), (3.0, 1.0)):
-        with pytest.raises(ValueError, match=f"{name} lasts 4.0 s and has no frame from start {start} to end {end}"):
+        with pytest.raises(ValueError, match=f"{name} lasts 4.0 s .* from start {start} to end {end}"):
             read_video(tmp_path / name, start=start, end=end)
 
 
