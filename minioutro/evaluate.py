@@ -180,7 +180,7 @@ def summarise(answers: list[dict], seed: int = 0) -> dict:
     found = compare(questions, names, seed)
     return {"questions": len(questions), "videos": len({q["baseline"]["video"] for q in questions}),
             "errors": found["baseline"]["errors"], "seed": seed, "variants": found,
-            "tasks": {task: compare(tasks[task], names, seed) for task in sorted(tasks)}}
+            "tasks": {task: compare(tasks[task], names, seed) for task in sorted(tasks) if task}}
 
 
 def read_answers(path: str, data: bytes, settings: str | None = None) -> tuple[list[dict], int]:
@@ -188,7 +188,8 @@ def read_answers(path: str, data: bytes, settings: str | None = None) -> tuple[l
     Raises: ValueError if it holds something else, or answers under other settings than these."""
     whole = data.rfind(b"\n") + 1                                # a killed run leaves half a line
     lines = read_json_lines(path, data[:whole].decode(errors="replace"))
-    if not b'{"id": '.startswith(data[whole:whole + 7]) or any("settings" not in l for l in lines):
+    are_ours = [type(line) is dict and "settings" in line for line in lines]
+    if not (all(are_ours) and b'{"id": '.startswith(data[whole:whole + 7])):
         raise ValueError(f"{path} is no file of answers; give another")
     for line in lines:
         settings = settings or line["settings"]

@@ -335,39 +335,49 @@ def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Im
 
 
 def table_of_differences(found: dict) -> str:
-    """The report in words and numbers, of `evaluate.summarise`; differences are in points."""
+    """The report in numbers and words, of `evaluate.summarise`; differences are in points.
+
+    A difference is shown where p, corrected, is below 0.05 and the interval leaves out 0: p takes
+    questions for independent, the interval only videos. Source: ours.
+    """
     lines = [f"{found['questions']} questions on {found['videos']} videos; seed {found['seed']}",
              "", f"{'':14}{'right':>7}{'unparsed':>10}{'gained':>8}{'lost':>6}"
-             f"{'difference, 95 % interval':>27}{'p':>9}{'Holm':>9}{'detectable':>12}"]
+             f"{'difference, 95 % interval':>27}{'p':>9}{'Holm':>9}{'detectable':>12}  shown"]
     for task, variants in [("all", found["variants"]), *found["tasks"].items()]:
         n, errors = variants["baseline"]["n"], variants["baseline"]["errors"]
-        lines.append(f"{task or 'no task'}: {n} questions" + f", {errors} errors" * (errors > 0))
+        lines.append(f"{task}: {n} questions" + f", {errors} errors" * (errors > 0))
         for name, v in variants.items():
-            points = [100 * number for number in (v["difference"], *v["interval"])]
             line = f"  {name:12}{v['right'] / max(n, 1):>7.1%}{v['unparsed']:>10}"
             if name != "baseline":
-                line += (f"{v['gained']:>8}{v['lost']:>6}"
-                         f"{'{:+.2f} ({:+.2f} to {:+.2f})'.format(*points):>27}{v['p']:>9.2g}"
-                         f"{v['p_holm']:>9.2g}{100 * v['detectable']:>12.2f}")
+                points = "{:+.2f} ({:+.2f} to {:+.2f})".format(
+                    *(100 * share for share in (v["difference"], *v["interval"])))
+                line += (f"{v['gained']:>8}{v['lost']:>6}{points:>27}{v['p']:>9.2g}"
+                         f"{v['p_holm']:>9.2g}{100 * v['detectable']:>12.2f}  {verdict(v)}")
             lines.append(line)
     lines.append("")
     for name, v in list(found["variants"].items())[1:]:
-        (low, high), way = v["interval"], "better" if v["difference"] > 0 else "worse"
-        if v["p_holm"] < 0.05 and not low <= 0 <= high:
-            lines.append(f"{name}: {way} than the baseline, by {abs(100 * v['difference']):.2f} "
-                         f"points")
-        else:
+        if verdict(v) == "no":
             lines.append(f"{name}: no difference from the baseline is shown; with so many changed "
                          f"answers, {100 * v['detectable']:.2f} points could be")
+        else:
+            lines.append(f"{name}: {verdict(v)} than the baseline, by "
+                         f"{abs(100 * v['difference']):.2f} points")
     if len(found["variants"]) > 2:
         lines.append("The best of several variants, picked by the questions that it is judged by, "
                      "is no result.")
     return "\n".join(lines)
 
 
+def verdict(variant: dict) -> str:
+    low, high = variant["interval"]
+    if variant["p_holm"] >= 0.05 or low <= 0 <= high:
+        return "no"
+    return "better" if low > 0 else "worse"
+
+
 def draw_differences(found: dict) -> Image.Image:
     """Every variant's difference from the baseline with its interval, of `evaluate.summarise`."""
-    rows = [(f"{task or 'no task'}: {name}", *(100 * x for x in (v["difference"], *v["interval"])))
+    rows = [(f"{task}: {name}", *(100 * x for x in (v["difference"], *v["interval"])))
             for task, variants in [("all", found["variants"]), *found["tasks"].items()]
             for name, v in variants.items() if name != "baseline"]
     height, left = 24 * len(rows) + 24, 300

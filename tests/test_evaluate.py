@@ -290,7 +290,7 @@ def test_the_report_says_in_words_what_is_shown(folder, call):
     table = [text.split() for text in out.splitlines()]
     assert table[3] == ["all:", "40", "questions"] and table[4] == ["baseline", "50.0%", "0"]
     assert table[5][:5] == ["both", "72.5%", "0", "9", "0"] and table[5][5] == "+22.50"
-    assert table[5][-3:] == ["0.0039", "0.0078", "17.50"]
+    assert table[5][-4:] == ["0.0039", "0.0078", "17.50", "better"] and table[6][-1] == "no"
     assert "both: better than the baseline, by 22.50 points" in out
     assert "align: no difference from the baseline is shown; with so many changed answers, 15.00" in out
     assert out.splitlines()[-1].startswith("The best of several variants") and "is no result" in out
@@ -310,6 +310,7 @@ def test_the_report_says_in_words_what_is_shown(folder, call):
     (["q.jsonl", "--out", "notes.txt"], "notes.txt: line 1 is no JSON"),
     (["q.jsonl", "--out", "q.jsonl"], "q.jsonl is no file of answers"),
     (["q.jsonl", "--out", "word.txt"], "word.txt is no file of answers"),
+    (["q.jsonl", "--out", "five.txt"], "five.txt is no file of answers"),
     (["q.jsonl", "--out", "old", "--gamma", "2"], "old is of another run, with gamma 3 instead of gamma 2"),
     (["--report", "none"], "No such file or directory: 'none'"),
     (["--report", "old", "none"], "No such file or directory: 'none'"),
@@ -324,7 +325,7 @@ def test_the_report_says_in_words_what_is_shown(folder, call):
 def test_errors_of_the_user_are_one_line_and_nothing_is_lost(folder, call, monkeypatch, arguments, said):
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
-    for name, text in {"notes.txt": "a list\n", "word.txt": "a list", "void": ""}.items():
+    for name, text in {"notes.txt": "a list\n", "word.txt": "a list", "five.txt": "5\n", "void": ""}.items():
         (folder / name).write_text(text)
     if "old" in arguments:
         align = ("q.jsonl", "--model", TOY, "--limit", 1, "--variants", "align")

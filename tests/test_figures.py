@@ -152,7 +152,7 @@ def test_nothing_touches_the_edge_of_the_paper(n_frames, L, H, M):
                     draw_attention(weights, is_image, is_sink, 31, 0),
                     draw_attention_on_frames(video, weights, is_image, is_sink, 31, 0),
                     draw_cosines(cosines, cosines + 1, ~is_sink.expand(L, S)),
-                    draw_differences(evaluated({"W" * 99: (1.0, -1.0, 1.0), **dict.fromkeys("ab", (0, 0, 0))})),
+                    draw_differences(evaluated({"W" * 99: (1.0, -1.0, 1.0), "a": (0, 0, 0)})),
                     draw_rotation(cosines[0], cosines[0] + 1, 31, OutRo(gamma=123.4))):
         edge = Image.new("RGB", picture.size, PAPER)
         edge.paste(picture.crop((6, 6, WIDTH - 6, picture.height - 6)), (6, 6))
