@@ -16,7 +16,7 @@ COLOURS = {"red": (215, 45, 45), "green": (50, 175, 70), "blue": (55, 95, 225),
 SHAPES = ("cross", "ring", "square")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 UNSEEN = 10**9                              # training draws its clips from seeds below
-HARD_NOISE = 110                            # grey levels; a clip has 5 to 20 of its own
+HARD_NOISE = 120                            # grey levels; a clip has 5 to 20 of its own
 SCALE = 4                                   # shapes are drawn this much larger, then averaged
 
 

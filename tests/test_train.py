@@ -223,9 +223,9 @@ def test_what_is_right_is_counted_by_kind_as_the_model_answers_each_question_alo
 
 def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
     """After a few dear steps: with the price less attention elsewhere, without the seed no massive token."""
-    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 2), Stage(15, 1, 1, 2)))
+    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 2), Stage(25, 1, 1, 2)))
     monkeypatch.setattr(train, "PRICE", 20.0)
-    monkeypatch.setattr(train, "ADAM_RATE", 0.2)                    # that of step n is n/50 of it, and less
+    monkeypatch.setattr(train, "ADAM_RATE", 0.05)                   # that of step n is n/50 of it, and less
     ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
     runs = (train.TOY, *train.CONTROLS)
     assert [(run.price, run.seed) for run in runs] == [(True, True), (False, True), (True, False)]
@@ -234,7 +234,7 @@ def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
             train.train(tmp_path, run, random_seed=3)
         trace = Trace(weights_of=range(8))
         VideoLM.from_pretrained(tmp_path / run.folder)(ids, trace=trace)
-        to_first[run] = torch.stack([trace[f"layers.{l}.weights"][0, :, 1:, 0] for l in range(2, 8)]).mean()
+        to_first[run] = torch.stack([trace[f"layers.{l}.weights"][0, [0, 2], 1:, 0] for l in range(2, 8)]).mean()
         ratio[run] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
     behind = train.SEED_LAYER + 1
     toy, no_price, no_seed = runs
