@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 2 -m minioutro.evaluate QUESTIONS --videos FOLDER --out FILE
     python -m minioutro.evaluate --report FILE.0 FILE.1
 
-An interrupted run goes on with the same command. torchrun shares the videos among processes, each
-with a file of its own.
+An interrupted run goes on with the same command. torchrun's processes share the videos.
 """
 
 import argparse
@@ -128,11 +127,9 @@ def detectable(n: int, changes: int) -> float:
 
 
 def interval(changes: list[int], videos: list[str], seed: int) -> list[float]:
-    """95 % interval, low and high, of the mean change, by resampling videos, whose questions hang
-    together: percentiles; the whole range if there is one video.
-
-    changes: of each question +1 (right now), -1 (wrong now) or 0; videos: that of each question.
-    """
+    """95 % interval of the mean change, percentiles over resampled videos, whose questions hang
+    together; the whole range if there is one video. changes: of each question +1 (right now),
+    -1 (wrong now) or 0; videos: that of each question."""
     number = {video: n for n, video in enumerate(sorted(set(videos)))}
     V, random = len(number), torch.Generator().manual_seed(seed)
     if V < 2:
@@ -188,9 +185,12 @@ def read_answers(path: str, data: bytes, settings: str | None = None) -> tuple[l
     Raises: ValueError if it holds something else, or answers under other settings than these."""
     whole = data.rfind(b"\n") + 1                                # a killed run leaves half a line
     lines = read_json_lines(path, data[:whole].decode(errors="replace"))
-    are_ours = [type(line) is dict and "settings" in line for line in lines]
-    if not (all(are_ours) and b'{"id": '.startswith(data[whole:whole + 7])):
+    if not b'{"id": '.startswith(data[whole:whole + 7]) or any(
+            type(line) is not dict or {"id", "variant", "right", "settings"} - line.keys()
+            for line in lines):
         raise ValueError(f"{path} is no file of answers; give another")
+    lines = [{"video": line["id"], "task": "", "error": None, "unparsed": False, **line}
+             for line in lines]
     for line in lines:
         settings = settings or line["settings"]
         if line["settings"] != settings:
@@ -280,14 +280,14 @@ def main() -> None:
         if args.report:
             answers = []
             for path in args.report:
-                settings = answers[0]["settings"] if answers else None
-                answers += read_answers(path, Path(path).read_bytes(), settings)[0]
+                first = answers[0]["settings"] if answers else None
+                answers += read_answers(path, Path(path).read_bytes(), first)[0]
         else:
             answers = run(args, temporary)
             if args.world > 1:
                 return
-        seed = int(answers[0]["settings"].split("; ")[0].split()[1]) if answers else 0
-        found = summarise(answers, seed)
+        seed = (answers[0]["settings"] if answers else "").partition("seed ")[2].split(";")[0]
+        found = summarise(answers, int(seed or args.seed))
         if args.figures:
             save({"differences": draw_differences(found)}, args.figures)
         print(json.dumps(found) if args.json else table_of_differences(found))

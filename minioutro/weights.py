@@ -154,11 +154,11 @@ def read_rows(path: Path) -> list[dict]:
     """The objects of a csv file, of a JSON list or of JSON lines; one object is a list of one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         raise ValueError(f"{path} is no text; convert it, for one with pandas: read_parquet(...)."
                          f"to_json(..., orient='records', lines=True)")
     try:
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 return list(csv.DictReader(file, restkey="further"))
         rows = read_json_lines(path, path.read_text(encoding="utf-8-sig"))
