@@ -48,7 +48,7 @@ def variants_of(names: str, gammas: list[float], **rule) -> dict[str, OutRo | No
 
 def answer(model: VideoLM, processor: Processor, record: Record, video: Video, features: Tensor,
            outro: OutRo | None, generate: bool = False, max_new_tokens: int = 64) -> dict:
-    """Generated; or the choice whose letter is the likeliest first token, with their log p."""
+    """The greedy answer; or the choice whose letter is the likeliest first token, and all log p."""
     ids = processor.tokenize(processor.pieces(video, with_choices(record.question, record.choices)))
     ids = torch.tensor([ids], device=features.device)                                       # (1,S)
     if record.choices and not generate:
@@ -80,12 +80,12 @@ def ask(model: VideoLM, processor: Processor, records: list[Record],
     for record in records:
         parts[record.video, record.start, record.end] += [
             (record, name) for name in variants if (record.id, name) not in done]
-    for (name, start, end), questions in parts.items():
-        path, problem = folder / name, None
+    for (file, start, end), questions in parts.items():
+        path, problem = folder / file, None
         try:
             if questions:
-                if name in clips and not path.exists():
-                    clips[name](path)
+                if file in clips and not path.exists():
+                    clips[file](path)
                 video = read_video(path, fps or processor.fps, frames or processor.max_frames,
                                    processor.longest_edge, start, end)
                 features = model.encode(processor(video, "?").pixel_values.to(device))

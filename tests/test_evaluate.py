@@ -170,7 +170,7 @@ def test_the_interval_equals_a_second_writing_of_it():
         means.append(sum(drawn) / len(drawn))
     means.sort()
     low, high = interval(changes, videos, seed=0)
-    assert (low, high) == pytest.approx((means[100], means[3900]), abs=0.01)
+    assert (low, high) == pytest.approx((means[100], means[3900]), abs=0.005)
     assert interval(changes, videos, seed=0) == [low, high] != interval(changes, videos, seed=1)
     one_each = interval(changes, [f"{n}" for n in range(300)], seed=0)       # as if videos did not matter
     assert one_each[1] - one_each[0] < 0.9 * (high - low)
