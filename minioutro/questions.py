@@ -146,7 +146,7 @@ def toy_questions(n: int, seed: int = 0, noise: int | None = None
     for number in range(10**6 * seed, 10**6 * seed + math.ceil(n / OF_A_CLIP)):
         clip, video = Clip(UNSEEN + number, 1 + number % 3, noise), f"{number}.mp4"
         clips[video] = clip.write
-        asked = random.Random(number).sample(clip.questions(), OF_A_CLIP)
+        asked = clip.sample_questions(OF_A_CLIP, random.Random(number))
         records += [Record(f"{number}-{k}", video, q.text, (), q.answer, q.kind)
                     for k, q in enumerate(asked)]
     return records[:n], clips

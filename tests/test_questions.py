@@ -181,6 +181,9 @@ def test_the_toys_questions_are_about_unseen_clips_and_answered_by_what_is_drawn
         known = {q.text: (q.answer, q.kind) for q in Clip(clip.seed, len(clip.shapes)).questions()}
         assert all(known[r.question] == (r.answer, r.task) and r.choices == () for r in asked)
         assert len(asked) == min(OF_A_CLIP, 25 - 10 * n) == len({r.question for r in asked})
+        kinds = [kind for _, kind in known.values()]
+        assert len({r.task for r in asked}) == min(len(set(kinds)), len(asked))
+        assert all(kinds.count(r.task) > 1 for r in asked[len(set(kinds)):])
     assert toy_questions(20, seed=3)[0] == records[:20] != toy_questions(20, seed=4)[0]
 
 
