@@ -129,6 +129,11 @@ def test_blocks_are_short_and_each_shows_something():
         assert block["output"] or block["picture"] or "import" in block["code"], block["code"]
 
 
+def test_readers_are_asked_to_predict_what_a_block_will_show():
+    asked = re.findall(r"^Predict: .+\?\n\n(?=```python$)", lesson(), re.M)
+    assert len(asked) == lesson().count("Predict: ") >= 10
+
+
 def test_the_comparison_finds_a_changed_number_and_a_changed_picture():
     for changed, shown, same in (("0.93", "0.94", True), ("+0.00", "-0.00", True), ("26,668", "26,666", True),
                                  ("0.91", "0.94", False), ("22 of 40", "23 of 40", False), ("sinks [0]", "sinks [1]", False),
