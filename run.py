@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import argparse  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import tempfile  # noqa: E402
 import time  # noqa: E402
 from bisect import bisect_right  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
@@ -154,15 +153,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("the question is empty; ask something about the video")
     args.model = args.model or (HUB_MODEL if args.video else TOY)
     args.video = Path(args.video or TOY / "clip.mp4")
-    if not args.figures:
-        return
-    args.figures = folder = Path(os.path.expanduser(args.figures))
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()          # the only sure way to know
-    except OSError:
-        raise ValueError(f"--figures {folder}: {nearest} is no folder that can be written to; give "
-                         f"another") from None
+    if args.figures:
+        from minioutro.weights import writable_folder
+        args.figures = writable_folder(f"--figures {args.figures}", args.figures)
 
 
 def prepare(args: argparse.Namespace):
@@ -176,7 +169,6 @@ def prepare(args: argparse.Namespace):
                   temperature=args.temperature)
     read_video(args.video, max_frames=1)    # a wrong file is told before a model is downloaded
     model, processor = load(args.model, args.revision, args.device, getattr(torch, args.dtype))
-    check_pair(model, processor)
     video = read_video(args.video, args.fps or processor.fps, args.frames or processor.max_frames,
                        processor.longest_edge)
     inputs = processor(video, args.question)
@@ -218,19 +210,6 @@ def progress(items, what: str, args: argparse.Namespace):
         return items
     from huggingface_hub.utils import tqdm
     return tqdm(items, desc=what, leave=False)
-
-
-def check_pair(model, processor) -> None:
-    """Raise ValueError if processor and model do not fit together."""
-    config, vision = model.config, model.config.vision_config
-    per_frame = (vision.image_size // vision.patch_size // config.scale_factor)**2
-    for what, ours, theirs in (
-            ("frame size", processor.size, vision.image_size),
-            ("tokens a frame", processor.tokens_per_frame, per_frame),
-            ("id of <image>", processor.tokenizer.token_to_id("<image>"), config.image_token_id)):
-        if ours != theirs:
-            raise ValueError(f"{what}: the processor's files say {ours}, config.json {theirs}; "
-                             f"take all files from one checkpoint")
 
 
 def check_length(model, processor, video, question: str, inputs) -> None:
@@ -407,7 +386,6 @@ def write_figures(args: argparse.Namespace, model, video, input_ids, features, t
     import torch
 
     from minioutro import Trace, figures
-    from minioutro.weights import written_whole
 
     rows_opened = seen.opened.any(1)
     layer = (rows_opened.int() if rows_opened.any() else seen.ratio.amax(1)).argmax().item()
@@ -439,10 +417,7 @@ def write_figures(args: argparse.Namespace, model, video, input_ids, features, t
         "rotation": lambda: figures.draw_rotation(*aligned, layer, outro)}
     pictures = {name: draw[name]() for name in progress(draw, "pictures", args)}
     pictures["run"] = figures.stack([pictures[name] for name in ("frames", "masks", "sinks")])
-    args.figures.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        with written_whole(args.figures / f"{name}.png") as path:
-            picture.save(path)
+    figures.save(pictures, args.figures)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import torch
 
 from minioutro.model import Cache, OutRo, Trace, VideoLM
-from minioutro.prompt import Processor
+from minioutro.prompt import Processor, check_pair
 from minioutro.video import Video, read_video
 
 __all__ = ["Cache", "OutRo", "Processor", "Trace", "Video", "VideoLM", "load", "read_video"]
@@ -11,6 +11,11 @@ __all__ = ["Cache", "OutRo", "Processor", "Trace", "Video", "VideoLM", "load", "
 
 def load(path_or_repo, revision: str | None = None, device: str = "cpu",
          dtype: torch.dtype = torch.float32) -> tuple[VideoLM, Processor]:
-    """The model and the processor of a checkpoint: a folder, or a repository of the hub."""
-    return (VideoLM.from_pretrained(path_or_repo, revision, device, dtype),
-            Processor.from_pretrained(path_or_repo, revision))
+    """The model and the processor of a checkpoint: a folder, or a repository of the hub.
+
+    Raises: ValueError or OSError that says what is wrong with one of them, or with the pair.
+    """
+    model = VideoLM.from_pretrained(path_or_repo, revision, device, dtype)
+    processor = Processor.from_pretrained(path_or_repo, revision)
+    check_pair(model, processor)
+    return model, processor

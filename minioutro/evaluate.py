@@ -1,92 +1,106 @@
 """Does OutRo help? The same questions to the plain model and to OutRo, compared in pairs.
 
-The clips are the toy world's, from seeds that training never draws, written to mp4 and read back.
+    python -m minioutro.evaluate QUESTIONS --videos FOLDER --out FILE
+    torchrun --nproc-per-node 2 -m minioutro.evaluate QUESTIONS --videos FOLDER --out FILE
+    python -m minioutro.evaluate --report FILE.0 FILE.1
+
+An interrupted run goes on with the same command. torchrun's processes share the videos.
 """
 
+import argparse
+import hashlib
+import json
 import math
-import random
+import os
+import sys
 import tempfile
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import accumulate, product
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from minioutro.model import Cache, OutRo, Trace, VideoLM, causal_mask
-from minioutro.prompt import END, IMAGE, Processor
-from minioutro.shapes import HARD_NOISE, UNSEEN, Clip, Question
-from minioutro.video import read_video
+from minioutro import OutRo, Processor, Video, VideoLM, load, read_video
+from minioutro.figures import draw_differences, save, table_of_differences
+from minioutro.prompt import chosen, first_tokens, plain, with_choices
+from minioutro.questions import FORMATS, Record, read_questions, toy_questions
+from minioutro.weights import (HUB_MODEL, TOY, add_options, numbers, one_line_errors,
+                               read_json_lines, writable_folder)
 
-CLIPS, QUESTIONS, BATCH = 200, 10, 50       # clips, questions about each, prompts read at once
-FAR = 16                                    # tokens between a query and the first token
-OTHERS = 8                                  # text tokens that are masked to compare with the sink
-BASELINE = {"baseline": None}
-GAMMAS = (0.5, 1, 2, 3)
-WAYS = {**BASELINE, "relax": OutRo(align=False),
-        **{f"align {gamma:g}": OutRo(gamma=gamma, relax=False) for gamma in GAMMAS},
-        **{f"both {gamma:g}": OutRo(gamma=gamma) for gamma in GAMMAS}}
+SWITCHES = {"relax": {"align": False}, "align": {"relax": False}, "both": {}}
+RESAMPLES = 10_000
 
 
-@dataclass
-class Item:
-    """One question about one clip, ready to be answered."""
-    question: Question
-    input_ids: list[int]                    # the prompt, S
-    answer_ids: list[int]                   # the right answer, the token that ends it included
-    features: Tensor                        # float[F*M,C], the clip's image tokens
+def variants_of(names: str, gammas: list[float], **rule) -> dict[str, OutRo | None]:
+    """The baseline, and OutRo by name; with several gammas, a variant for each."""
+    found = {"baseline": None}
+    for name, gamma in product(names.split(","), gammas):
+        if name in SWITCHES:
+            label = f"{name} {gamma:g}" if len(gammas) > 1 and name != "relax" else name
+            found[label] = OutRo(gamma=gamma, **SWITCHES[name], **rule)
+        elif name != "baseline":
+            raise ValueError(f"--variants {name!r} is none of baseline, {', '.join(SWITCHES)}")
+    return found
 
 
-def draw_items(model: VideoLM, processor: Processor, clips: int,
-               noise: int | None = None) -> list[Item]:
-    """Questions about unseen clips, of each clip one of every kind first, then more of them."""
-    items = []
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "clip.mp4"
-        for n in tqdm(range(clips), desc="clips", disable=None):
-            clip, rng = Clip(UNSEEN + n, 1 + n % 3, noise), random.Random(n)
-            clip.write(path)
-            video = read_video(path, longest_edge=processor.longest_edge)
-            inputs = processor(video, "?")
-            features = model.encode(inputs.pixel_values)[0]
-            questions, seen = clip.questions(), Counter()
-            rng.shuffle(questions)
-            rank = {}                       # how many of its kind come before a question
-            for question in questions:
-                rank[question] = seen[question.kind]
-                seen[question.kind] += 1
-            for question in sorted(questions, key=rank.get)[:QUESTIONS]:
-                prompt = processor.tokenize(processor.pieces(video, question.text))
-                answer = processor.tokenize([f" {question.answer}", END])
-                items.append(Item(question, prompt, answer, features))
-    return items
+def answer(model: VideoLM, processor: Processor, record: Record, video: Video, features: Tensor,
+           outro: OutRo | None, generate: bool = False, max_new_tokens: int = 64) -> dict:
+    """The greedy answer; or the choice whose letter is the likeliest first token, and all log p."""
+    ids = processor.tokenize(processor.pieces(video, with_choices(record.question, record.choices)))
+    ids = torch.tensor([ids], device=features.device)                                       # (1,S)
+    if record.choices and not generate:
+        hidden = model.hidden_states(ids, features=features, outro=outro)
+        log_p = model.head(hidden[:, -1]).float().log_softmax(-1)[0].cpu()                    # (V,)
+        log_p = log_p[first_tokens(processor, record.choices)].logsumexp(0)             # (choices,)
+        if not log_p.isfinite().all():
+            raise ValueError("the model computes no finite numbers; try another dtype")
+        choice = record.choices[log_p.argmax()]
+        return {"answer": choice, "right": choice == record.answer, "scores": log_p.tolist()}
+    text = processor.decode(model.generate(ids, features=features, outro=outro,
+                                           max_new_tokens=max_new_tokens))
+    if not record.choices:
+        return {"answer": text, "right": plain(text) == plain(record.answer)}
+    choice = chosen(text, record.choices)
+    return {"answer": text, "right": choice == record.answer, "unparsed": choice is None}
 
 
-def answered_rightly(model: VideoLM, items: list[Item], outro: OutRo | None) -> list[bool]:
-    """Whether the greedy answer to each question is the right one, token by token.
+@torch.inference_mode()
+def ask(model: VideoLM, processor: Processor, records: list[Record],
+        variants: dict[str, OutRo | None], folder: Path, clips={}, done=frozenset(),
+        fps: float | None = None, frames: int | None = None, **how) -> Iterator[dict]:
+    """Yield an answer for each question and variant; what cannot be asked has an "error".
 
-    It is if each token of the right answer is the likeliest after those before it: two calls decide
-    it, one that reads the prompt and one that reads the answer. Prompts of equal length are read
-    together; each gets what it gets alone.
+    Each video, or part of one, is decoded and encoded once. clips: what writes those that are not
+    in the folder yet. done: pairs of id and variant that are left out. how: see `answer`.
     """
-    groups = defaultdict(list)
-    for n, item in enumerate(items):
-        groups[len(item.input_ids), len(item.answer_ids)].append(n)
-    right = [False] * len(items)
-    for group in groups.values():
-        for start in range(0, len(group), BATCH):
-            chosen = group[start:start + BATCH]
-            prompts = torch.tensor([items[n].input_ids for n in chosen])                 # (B,S)
-            answers = torch.tensor([items[n].answer_ids for n in chosen])
-            features = torch.stack([items[n].features for n in chosen])
-            cache = Cache()
-            prompt = model.hidden_states(prompts, features=features, outro=outro, cache=cache)
-            answer = model.hidden_states(answers[:, :-1], cache=cache)
-            likeliest = model.head(torch.cat([prompt[:, -1:], answer], dim=1)).argmax(-1)
-            for n, is_right in zip(chosen, (likeliest == answers).all(1).tolist()):
-                right[n] = is_right
-    return right
+    parts, device = defaultdict(list), next(model.parameters()).device
+    for record in records:
+        parts[record.video, record.start, record.end] += [
+            (record, name) for name in variants if (record.id, name) not in done]
+    for (file, start, end), questions in parts.items():
+        path, problem = folder / file, None
+        try:
+            if questions:
+                if file in clips and not path.exists():
+                    clips[file](path)
+                video = read_video(path, fps or processor.fps, frames or processor.max_frames,
+                                   processor.longest_edge, start, end)
+                features = model.encode(processor(video, "?").pixel_values.to(device))
+        except (ValueError, OSError) as error:
+            problem = error
+        for record, name in questions:
+            line = {"id": record.id, "variant": name, "answer": "", "right": False,
+                    "unparsed": False, "error": None, "task": record.task, "video": record.video}
+            try:
+                if problem:
+                    raise problem
+                line |= answer(model, processor, record, video, features, variants[name], **how)
+            except (ValueError, OSError) as error:
+                line["error"] = " ".join(str(error).split())
+            yield line
 
 
 def sign_test(gained: int, lost: int) -> float:
@@ -95,133 +109,189 @@ def sign_test(gained: int, lost: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def answers_table(model: VideoLM, items: list[Item], ways: dict) -> str:
-    """Share of right answers by kind, without OutRo and with; then what OutRo changed, in pairs."""
-    right = {way: answered_rightly(model, items, outro)
-             for way, outro in tqdm(ways.items(), desc="ways to answer", disable=None)}
-    shown = [way for way in ("baseline", "relax", "align 3", "both 3") if way in ways]
-    kinds = {"all": range(len(items))}
-    for n, item in enumerate(items):
-        kinds[item.question.kind] = [*kinds.get(item.question.kind, []), n]
-    lines = [f"{'kind':10}{'questions':>10}{'chance':>10}" + "".join(f"{w:>10}" for w in shown)]
-    for kind, members in kinds.items():
-        common = Counter((items[n].question.kind, items[n].question.answer) for n in members)
-        best = {}                           # the commonest answer to each kind of question
-        for (of_kind, _), count in common.items():
-            best[of_kind] = max(best.get(of_kind, 0), count)
-        columns = "".join(f"{sum(right[way][n] for n in members) / len(members):>10.1%}"
-                          for way in shown)
-        chance = sum(best.values()) / len(members)
-        lines.append(f"{kind:10}{len(members):>10}{chance:>10.1%}{columns}")
-    if len(ways) == 1:
-        return "\n".join(lines)
-    lines += ["", "OutRo, gamma     right  became right  became wrong       p"]
-    for way in list(ways)[1:]:
-        pairs = Counter(zip(right["baseline"], right[way]))
-        gained, lost = pairs[False, True], pairs[True, False]
-        lines.append(f"{way:14}{sum(right[way]) / len(items):>8.1%}{gained:>14}{lost:>14}"
-                     f"{sign_test(gained, lost):>8.2g}")
-    return "\n".join(lines)
+def holm(p: list[float]) -> list[float]:
+    """Holm's correction for n tests: the k-th smallest p times n + 1 - k, never falling with k."""
+    order = sorted(range(len(p)), key=p.__getitem__)
+    larger = accumulate((min(1.0, (len(p) - k) * p[i]) for k, i in enumerate(order)), max)
+    return [corrected for _, corrected in sorted(zip(order, larger))]
 
 
-def unchanged_without(model: VideoLM, item: Item, columns: list[int]) -> list[bool]:
-    """Whether the baseline's answer stays when nobody may attend to a token, for each of these."""
-    prompt, features = torch.tensor([item.input_ids]), item.features[None]
-    answer = torch.tensor([model.generate(prompt, features=features)])
-    ids, B = torch.cat([prompt, answer[:, :-1]], dim=1), len(columns)
-    may_attend = causal_mask(ids.shape[1], ids.shape[1]).repeat(B, 1, 1)                 # (B,S,S)
-    for b, column in enumerate(columns):
-        may_attend[b, column + 1:, column] = False                  # but the token sees itself
-    hidden = model.hidden_states(ids.repeat(B, 1), features=features.repeat(B, 1, 1),
-                                 masks=[may_attend] * model.config.text_config.num_hidden_layers)
-    likeliest = model.head(hidden[:, -answer.shape[1]:]).argmax(-1)
-    return (likeliest == answer).all(1).tolist()
+def detectable(n: int, changes: int) -> float:
+    """The smallest |gained - lost| / n with p < 0.05, if so many of n answers change.
+
+    Where fewer than six change no p is below, and it is six that all change one way. Source: ours.
+    """
+    changes = max(changes, 6)
+    return next(d for d in range(changes % 2, changes + 1, 2)
+                if sign_test((changes + d) // 2, (changes - d) // 2) < 0.05) / n
 
 
-@dataclass
-class Sinks:
-    """What makes the first token a sink: means over prompts, by layer and head."""
-    first: Tensor               # float[L], how often the first token is marked
-    others: Tensor              # float[L], how many others are
-    ratio: Tensor               # float[L], of the first token's largest coordinate to the median
-    far: Tensor                 # float[L,H], attention to it, of queries FAR tokens away or more
-    last: Tensor                # float[L,H], of those that answer
-    full: Tensor                # float[L,H], the share of the former that give it more than 0.95
-    changed: Tensor             # bool[n,1+OTHERS], answers that change without it, or another token
-
-    @property
-    def marked(self) -> list[int]:
-        """The layers where the first token is a sink in every prompt."""
-        return [l for l, share in enumerate(self.first) if share > 0.999]
-
-    @property
-    def contrast(self) -> list[bool]:
-        """Has each marked layer a head that rests, above 0.7, and one that works, below 0.3?"""
-        return [(heads.max() > 0.7 and heads.min() < 0.3).item() for heads in self.far[self.marked]]
+def interval(changes: list[int], videos: list[str], seed: int) -> list[float]:
+    """95 % interval of the mean change, percentiles over resampled videos, whose questions hang
+    together; the whole range if there is one video. changes: of each question +1 (right now),
+    -1 (wrong now) or 0; videos: that of each question."""
+    number = {video: n for n, video in enumerate(sorted(set(videos)))}
+    V, random = len(number), torch.Generator().manual_seed(seed)
+    if V < 2:
+        return [-1.0, 1.0]
+    sums = torch.zeros(V, 2).double()                       # of each video: changes, and questions
+    sums.index_add_(0, torch.tensor([number[video] for video in videos]),
+                    torch.tensor([[change, 1] for change in changes]).double())
+    drawn = torch.cat([sums[torch.randint(V, (100, V), generator=random)].sum(1)
+                       for _ in range(RESAMPLES // 100)])                           # (RESAMPLES,2)
+    return (drawn[:, 0] / drawn[:, 1]).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
-def find_first_sink(model: VideoLM, processor: Processor, items: list[Item]) -> Sinks:
-    """`items` has a question of each clip."""
-    n, c = len(items), model.config.text_config
-    L, H, rng = c.num_hidden_layers, c.num_attention_heads, random.Random(0)
-    image = processor.tokenizer.token_to_id(IMAGE)
-    first, others, ratio = torch.zeros(L), torch.zeros(L), torch.zeros(L)
-    far, last, full = torch.zeros(L, H), torch.zeros(L, H), torch.zeros(L, H)
-    stays = []
-    for item in tqdm(items, desc="sinks", disable=None):
-        prompt, S = torch.tensor([item.input_ids]), len(item.input_ids)
-        of_prompt = {}
-        model(prompt, features=item.features[None], outro=OutRo(align=False, relax=False),
-              trace=of_prompt)
-        is_sink = torch.stack([of_prompt[f"layers.{l}.is_sink"][0] for l in range(L)])   # (L,S)
-        first += is_sink[:, 0] / n
-        others += is_sink[:, 1:].sum(1) / n
-        ratio += torch.stack([of_prompt[f"layers.{l}.ratio"][0, 0] for l in range(L)]) / n
-
-        of_answer = Trace(weights_of=range(L))
-        ids = torch.tensor([item.input_ids + item.answer_ids[:-1]])
-        model(ids, features=item.features[None], trace=of_answer)
-        to_first = torch.stack([of_answer[f"layers.{l}.weights"][0, :, :, 0] for l in range(L)])
-        far += to_first[:, :, FAR:].mean(-1) / n                                         # (L,H)
-        full += (to_first[:, :, FAR:] > 0.95).float().mean(-1) / n
-        last += to_first[:, :, S - 1:].mean(-1) / n
-
-        images = [i for i, token in enumerate(item.input_ids) if token == image]
-        texts = [i for i in range(1, images[-1]) if item.input_ids[i] != image]
-        stays.append(unchanged_without(model, item, [0, *rng.sample(texts, OTHERS)]))
-    return Sinks(first, others, ratio, far, last, full, ~torch.tensor(stays))
+def compare(questions: list[dict[str, dict]], names: list[str], seed: int) -> dict[str, dict]:
+    """Each variant against the baseline, on the questions, of each the answers by variant, that all
+    of them could be asked."""
+    asked = [q for q in questions if not any(line["error"] for line in q.values())]
+    found, videos = {}, [q["baseline"]["video"] for q in asked]
+    for name in names:
+        changes = [q[name]["right"] - q["baseline"]["right"] for q in asked]
+        gained, lost, n = changes.count(1), changes.count(-1), max(1, len(asked))
+        found[name] = {
+            "n": len(asked), "right": sum(q[name]["right"] for q in asked),
+            "unparsed": sum(q[name]["unparsed"] for q in asked), "gained": gained, "lost": lost,
+            "p": sign_test(gained, lost), "p_holm": 1.0, "difference": (gained - lost) / n,
+            "interval": interval(changes, videos, seed), "detectable": detectable(n, gained + lost),
+            "errors": len(questions) - len(asked)}
+    tried = [found[name] for name in names if name != "baseline"]
+    for variant, p in zip(tried, holm([variant["p"] for variant in tried])):
+        variant["p_holm"] = p
+    return found
 
 
-def sink_table(s: Sinks) -> str:
-    """A row for each layer, and what follows from them."""
-    n, (L, H) = len(s.changed), s.far.shape
-    lines = [f"{'layer':7}{'token 0 a sink':>15}{'other sinks':>13}{'ratio':>9}"
-             f"{'   attention to token 0, by head':{3 + 5 * H}}   {'of answer tokens'}"]
-    for l in range(L):
-        heads, answers = (" ".join(f"{share:.2f}" for share in x[l].tolist())
-                          for x in (s.far, s.last))
-        lines.append(f"{l:<7}{s.first[l]:>15.0%}{s.others[l]:>13.2f}{s.ratio[l]:>9,.0f}   "
-                     f"{heads:32}{answers}")
-    if s.marked:
-        lines += ["", f"of the {len(s.marked)} layers where token 0 is always a sink, "
-                  f"{sum(s.contrast)} have a head that gives it more than 0.7 of its attention",
-                  f"and one that gives it less than 0.3; {s.full[s.marked].mean():.0%} of their "
-                  f"(head, token) pairs give it more than 0.95"]
-    lines += ["", f"of {n} answers, {s.changed[:, 0].sum()} change when token 0 is masked; "
-              f"{s.changed[:, 1:].sum() / OTHERS:.1f} do, on average,",
-              "when another text token of the frame lines is"]
-    return "\n".join(lines)
+def summarise(answers: list[dict], seed: int = 0) -> dict:
+    """What --json prints: of the questions with an answer of every variant, the last of each.
+    Raises: ValueError if there are none."""
+    by_id, tasks = defaultdict(dict), defaultdict(list)
+    for line in answers:
+        by_id[line["id"]][line["variant"]] = line
+    names = list(dict.fromkeys(line["variant"] for line in answers))
+    questions = [by_id[id] for id in sorted(by_id) if len(by_id[id]) == len(names)]
+    for q in questions:
+        tasks[q["baseline"]["task"]].append(q)
+    if not questions:
+        raise ValueError("no question has an answer of every variant yet; let the run go on")
+    found = compare(questions, names, seed)
+    return {"questions": len(questions), "videos": len({q["baseline"]["video"] for q in questions}),
+            "errors": found["baseline"]["errors"], "seed": seed, "variants": found,
+            "tasks": {task: compare(tasks[task], names, seed) for task in sorted(tasks) if task}}
 
 
-@torch.inference_mode()
-def report(model: VideoLM, processor: Processor, clips: int = CLIPS, ways: dict = WAYS) -> str:
-    """Answers, without OutRo and with it, and the sink, on so many unseen clips."""
-    items = draw_items(model, processor, clips)
-    return (f"{answers_table(model, items, ways)}\n\n"
-            f"{sink_table(find_first_sink(model, processor, items[::QUESTIONS]))}")
+def read_answers(path: str, data: bytes, settings: str | None = None) -> tuple[list[dict], int]:
+    """The answers that an earlier run wrote to a file, and how many bytes their whole lines are.
+    Raises: ValueError if it holds something else, or answers under other settings than these."""
+    whole = data.rfind(b"\n") + 1                                # a killed run leaves half a line
+    lines = read_json_lines(path, data[:whole].decode(errors="replace"))
+    if not b'{"id": '.startswith(data[whole:whole + 7]) or any(
+            type(line) is not dict or {"id", "variant", "right", "settings"} - line.keys()
+            for line in lines):
+        raise ValueError(f"{path} is no file of answers; give another")
+    lines = [{"video": line["id"], "task": "", "error": None, "unparsed": False, **line}
+             for line in lines]
+    for line in lines:
+        settings = settings or line["settings"]
+        if line["settings"] != settings:
+            there, here = (set(text.split("; ")) for text in (line["settings"], settings))
+            raise ValueError(f"{path} is of another run, with {', '.join(sorted(there - here))} "
+                             f"instead of {', '.join(sorted(here - there))}; give another file")
+    return lines, whole
 
 
-@torch.inference_mode()
-def hard_report(model: VideoLM, processor: Processor, clips: int = CLIPS) -> str:
-    """Answers, without OutRo and with it, on the same clips with noise of HARD_NOISE."""
-    return answers_table(model, draw_items(model, processor, clips, HARD_NOISE), WAYS)
+def run(args: argparse.Namespace, temporary: str) -> list[dict]:
+    """Ask what has no answer in --out yet. Returns: all answers."""
+    notes, clips, videos = [], {}, Path(temporary)
+    if args.toy:
+        records, clips = toy_questions(args.toy, args.seed, args.noise)
+    else:
+        records = read_questions(args.questions, args.format, args.answers, notes)
+        videos = Path(args.videos or Path(args.questions).parent)
+        if not any((videos / record.video).exists() for record in records):
+            raise ValueError(f"{videos} has no {records[0].video}, nor others; give --videos")
+    rule = {name: vars(args)[name] for name in "temperature median_multiple abs_threshold".split()}
+    variants = variants_of(args.variants, list(map(float, args.gamma.split(","))), **rule)
+    args.questions = hashlib.sha256(repr(records).encode()).hexdigest()[:8]
+    settings = "; ".join(f"{name} {getattr(args, name)}" for name in (
+        "seed noise questions model revision dtype frames fps generate max_new_tokens variants "
+        "gamma").split() + [*rule])
+    records = records[:args.limit]
+    if args.world > 1:                                                      # started by torchrun
+        if args.out == os.devnull:
+            raise ValueError("each process needs a file for its answers; give --out")
+        mine = list(dict.fromkeys(record.video for record in records))[args.rank::args.world]
+        records = [record for record in records if record.video in mine]
+        args.out += f".{args.rank}"
+        args.device += f":{os.environ.get('LOCAL_RANK', args.rank)}" * (args.device == "cuda")
+    data = Path(args.out).read_bytes() if Path(args.out).exists() else b""
+    answers, whole = read_answers(args.out, data, settings)
+    old = {(line["id"], line["variant"]): line for line in answers}
+    done = {key for key, line in old.items() if not line["error"]}
+    model, processor = load(args.model or (TOY if args.toy else HUB_MODEL), args.revision,
+                            args.device, getattr(torch, args.dtype))
+    print("\n".join([*notes, f"{len(records)} questions"]), file=sys.stderr)
+    with open(args.out, "a", encoding="utf-8") as file:
+        if args.out != os.devnull:
+            file.truncate(whole)
+        asked = ask(model, processor, records, variants, videos, clips, done, args.fps, args.frames,
+                    generate=args.generate, max_new_tokens=args.max_new_tokens)
+        asked = tqdm(asked, total=len(records) * len(variants), initial=len(done), disable=None)
+        right, failed = defaultdict(list), set()
+        for line in asked:
+            line["settings"] = settings
+            if line != old.get((line["id"], line["variant"])):              # else the same error
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                answers.append(line)
+            failed |= {line["error"]} - {None}
+            right[line["variant"]].append(line["right"])
+            asked.set_postfix({name: f"{sum(x) / len(x):.1%}" for name, x in right.items()})
+    print("".join(f"{error}\n" for error in sorted(failed)[:5]), end="", file=sys.stderr)
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minioutro.evaluate", usage=argparse.SUPPRESS,       # an error is one line
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count = parser.add_argument, numbers(1, 10**9 - 1, int)
+    add("questions", nargs="?", help="a file of questions")
+    add("--videos", metavar="DIR", help="folder of the videos (default: that of the questions)")
+    add("--format", help=f"of the questions: {', '.join(FORMATS)} (default: told by the keys)")
+    add("--answers", metavar="FILE", help="EgoSchema's answers (default: subset_answers.json)")
+    add("--toy", type=count, metavar="N", help="ask N questions about the toy's world instead")
+    add("--noise", type=numbers(0, 255, int), help="of the toy's clips (default: 5 to 20)")
+    add("--seed", type=numbers(0, 10**9, int), default=0, help="of clips and resampling")
+    add("--limit", type=count, metavar="N", help="ask the first N questions alone")
+    add("--variants", default="baseline,relax,align,both", help="default: %(default)s")
+    add("--gamma", default="3", metavar="G[,G...]", help="of the alignment (default: %(default)s)")
+    add("--generate", action="store_true", help="generate choices instead of comparing letters")
+    add_options(parser)
+    add("--out", metavar="FILE", default=os.devnull, help="append answers, and go on from them")
+    add("--report", nargs="+", metavar="FILE", help="ask nothing; report these answers together")
+    args = parser.parse_args()
+    args.rank, args.world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    with one_line_errors("evaluate.py"), tempfile.TemporaryDirectory() as temporary:
+        if bool(args.questions) + bool(args.toy) + bool(args.report) != 1:
+            raise ValueError("give one of these: a file of questions, --toy N, or --report FILE")
+        if args.figures:
+            args.figures = writable_folder(f"--figures {args.figures}", args.figures)
+        if args.report:
+            answers = []
+            for path in args.report:
+                first = answers[0]["settings"] if answers else None
+                answers += read_answers(path, Path(path).read_bytes(), first)[0]
+        else:
+            answers = run(args, temporary)
+            if args.world > 1:
+                return
+        seed = (answers[0]["settings"] if answers else "").partition("seed ")[2].split(";")[0]
+        found = summarise(answers, int(seed or args.seed))
+        if args.figures:
+            save({"differences": draw_differences(found)}, args.figures)
+        print(json.dumps(found) if args.json else table_of_differences(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ Everything about it is known, so that questions and right answers come with it.
 
 import random
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import av
 from PIL import Image, ImageDraw
@@ -172,3 +173,11 @@ class Clip:
         if whole:
             found.append(Question("describe", "What happens in this video?", self.description()))
         return found
+
+    def sample_questions(self, n: int, rng: random.Random) -> list[Question]:
+        """n about the whole clip: one of every kind first, then another of every kind."""
+        by_kind = {}
+        for question in rng.sample(self.questions(), len(self.questions())):
+            by_kind.setdefault(question.kind, []).append(question)
+        turns = zip_longest(*by_kind.values())
+        return [question for turn in turns for question in turn if question][:n]

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import warnings
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -78,9 +78,11 @@ def resize_longest_edge(image: Image.Image, longest_edge: int) -> Image.Image:
 
 
 def read_video(path, fps: float = 1.0, max_frames: int = 64,
-               longest_edge: int | None = None) -> Video:
-    """Sample a video, an animation or a picture.
+               longest_edge: int | None = None, start: float | None = None,
+               end: float | None = None) -> Video:
+    """Sample a video, an animation or a picture; or its part from start up to end, in seconds.
 
+    A part is sampled as if it were a file: its seconds, duration and total_frames are its own.
     With longest_edge each frame is scaled as soon as it is decoded, so that a long video never lies
     in memory whole. Which frames there are is first read from the packets, without decoding; most
     of a long video is then passed over. If a frame appears that was not expected (a broken packet,
@@ -102,10 +104,17 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64,
         if duration > MAX_SECONDS:
             raise ValueError(f"{path} lasts {duration:.0f} s by its clock; convert it to mp4")
         if pts:
-            indices = sample_indices(len(pts), len(pts) / duration, duration, fps, max_frames)
+            first = bisect_left(seconds, start or 0.0)
+            n = (len(pts) if end is None else bisect_left(seconds, end)) - first
+            if n <= 0:
+                raise ValueError(f"{path} lasts {duration:.1f} s and has no frame from start {start} "
+                                 f"to end {end}; give others")
+            duration = [*seconds, duration][first + n] - seconds[first]
+            indices = sample_indices(n, n / duration, duration, fps, max_frames)
+            indices = [first + i for i in indices]
             frames = take(path, indices, pts, keys, longest_edge)
             if len(frames) == len(indices):
-                return Video(frames, [seconds[i] for i in indices], duration, len(pts))
+                return Video(frames, [seconds[i] - seconds[first] for i in indices], duration, n)
     raise ValueError(f"{path}: no frame of it can be decoded; try to play it, or convert it to mp4")
 
 

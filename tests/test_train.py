@@ -265,23 +265,6 @@ def test_the_toy_equals_transformers_from_its_video_file_to_its_logits(toy):
     assert [model.generate(inputs.input_ids, inputs.pixel_values)] == golden["answer"].tolist()
 
 
-def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
-    """Text stays, blocks are replaced in their order: the toy, its hard clips, its two controls."""
-    monkeypatch.setattr(train, "load", lambda folder: (None, folder.name))
-    monkeypatch.setattr(train, "report", lambda model, processor, ways="all": f"{processor}, {len(ways)}")
-    monkeypatch.setattr(train, "hard_report", lambda model, processor: f"{processor}, hard")
-    train.write_readme(tmp_path)
-    written, bundled = (path.read_text(encoding="utf-8").split("```")
-                        for path in (tmp_path / "README.md", TOY / "README.md"))
-    assert written[0::2] == bundled[0::2] and "price" in bundled[0]
-    for run, before, block in zip(train.CONTROLS, bundled[4:-1:2], written[5::2], strict=True):
-        heading = before.split("### ")[1].splitlines()[0]
-        assert ("price" not in heading or not run.price) and ("seed" not in heading or not run.seed)
-        assert block == f"\n{run.folder}, 1\n"
-    assert written[1:4:2] == [f"\n{tmp_path.name}, 3\n", f"\n{tmp_path.name}, hard\n"]
-    assert "noise" in bundled[2]
-
-
 def check_no_device(device):
     if device != "cpu":
         raise ValueError(f"device {device}: there is none here")

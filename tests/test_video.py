@@ -126,6 +126,25 @@ def test_times_count_from_the_first_frame(tmp_path):
     assert_shows(video, [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
+def test_a_part_is_sampled_as_if_it_were_a_file(tmp_path, name):
+    """From 1.3 s up to 3.3 s of 4: 20 frames from number 13 on, of which 2 are shown, at their own times."""
+    if name == "a.gif":
+        frames = [Image.new("RGB", (48, 32), (6 * k, 6 * k, 6 * k)) for k in range(40)]
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100)
+    else:
+        write(tmp_path / name)
+    part = read_video(tmp_path / name, start=1.3, end=3.3)
+    assert_shows(part, [13, 32], [0.0, 1.9])
+    assert (part.duration, part.total_frames) == (pytest.approx(2.0), 20)
+    assert_shows(read_video(tmp_path / name, start=3.0), [30], [0.0])
+    assert_shows(read_video(tmp_path / name, end=2.0, max_frames=3), [0, 19], [0.0, 1.9])
+    assert_shows(read_video(tmp_path / name, start=-1.0, end=99.0), [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
+    for start, end in ((4.0, None), (2.0, 2.0), (3.0, 1.0)):
+        with pytest.raises(ValueError, match=f"{name} lasts 4.0 s .* from start {start} to end {end}"):
+            read_video(tmp_path / name, start=start, end=end)
+
+
 def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path):
     """The first ten frames lie before time 0 and are in the file only to be decoded."""
     write(tmp_path / "a.mp4", pts=[10 * k - 100 for k in range(40)],
@@ -176,6 +195,13 @@ def test_a_long_video_is_not_decoded_whole(tmp_path, decoded, name, options):
     video = read_video(long_video(tmp_path / name, **options), max_frames=3)
     assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
     assert len(decoded) == 2 and decoded[0] == 0 and decoded[1] < 100       # packets, then these frames
+
+
+def test_a_part_late_in_a_long_video_is_reached_by_seeking(tmp_path, decoded):
+    """From 61 s on, frames 1525 to 1599: three of them."""
+    video = read_video(long_video(tmp_path / "a.mkv"), start=61.0)
+    assert_shows(video, [k % 40 for k in (1525, 1562, 1599)], [0.0, 1.48, 2.96])
+    assert len(decoded) == 2 and decoded[1] < 100
 
 
 def test_where_nothing_can_be_passed_over_all_is_decoded(tmp_path, decoded):
