@@ -26,6 +26,7 @@ import math
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +71,8 @@ DEEDS = [len(MOTIONS), 2, 2]                # of a shape in a clip: first way, t
 UNNAMED = (NOT_ASKED,) * (len(NAMES) + len(DEEDS))
 LEARNED, HELD_OUT = 0.96, 6                 # a kind of question: so many right, of so many batches
 NAMING_LAYER, DEEDS_LAYER = 4, 6            # whose inputs name motions and words, and deeds
-ASKED = 2000                                # questions for the page
+ASKED, GAMMAS = 2000, [0.5, 1.0, 2.0, 3.0]  # questions for the page, and of OutRo
+BY_KIND = ["baseline", "relax", "align 3", "both 3"]        # shown for each kind of question
 FAR = 16                                    # tokens between a query and the first token
 OTHERS = 8                                  # text tokens that are masked to compare with the sink
 
@@ -620,27 +622,50 @@ def sink_table(s: Sinks) -> str:
     return "\n".join(lines)
 
 
+def in_a_line(found: dict, hard: dict, s: Sinks) -> str:
+    """What a run of the recipe came to, as in the page's table of runs; hard: of clips with noise.
+    """
+    def share(variants: dict) -> float:
+        return variants["baseline"]["right"] / variants["baseline"]["n"]
+    if not s.marked:
+        return "token 0 is always a sink in no layer"
+    far, (changed, *others) = s.far[s.marked], s.changed.sum(0).tolist()
+    return (f"{share(found['variants']):8.1%}{min(map(share, found['tasks'].values())):8.1%}"
+            f"{share(hard['variants']):8.1%}{f'{s.marked[0]} to {s.marked[-1]}':>8}"
+            f"{s.others.max():8.2f}{far.amax(1).min():8.2f}{far.amin(1).max():8.2f}"
+            f"{s.full[s.marked].mean():8.0%}{changed:8}{sum(others) / OTHERS:8.1f}")
+
+
 @torch.inference_mode()
-def report(model: VideoLM, processor: Processor, variants: str = "baseline,relax,align,both",
-           noise: int | None = None) -> str:
-    """Answers to questions about unseen clips; of clips without further noise also the sink."""
-    records, clips = toy_questions(ASKED, noise=noise)
-    with tempfile.TemporaryDirectory() as folder:
-        answers = ask(model, processor, records, variants_of(variants, [3.0]), Path(folder), clips)
-        text = table_of_differences(summarise(list(tqdm(answers, disable=None))))
-        if noise is not None:
-            return text
-        sinks = find_first_sink(model, processor, records[::OF_A_CLIP], Path(folder))
-    return f"{text}\n\n{sink_table(sinks)}"
+def report(model: VideoLM, processor: Processor,
+           variants: str = "baseline,relax,align,both") -> Iterator[str]:
+    """Yield what it answers about unseen clips, and its sink; the former of clips with noise; and
+    a line of the table of runs."""
+    measured = []
+    for noise in (None, HARD_NOISE):
+        records, clips = toy_questions(ASKED, noise=noise)
+        with tempfile.TemporaryDirectory() as folder:
+            answers = ask(model, processor, records, variants_of(variants, GAMMAS), Path(folder),
+                          clips)
+            found = summarise(list(tqdm(answers, disable=None)))
+            if noise is None:
+                sinks = find_first_sink(model, processor, records[::OF_A_CLIP], Path(folder))
+        measured.append(found)
+        by_kind = {kind: {name: of_kind[name] for name in BY_KIND if name in of_kind}
+                   for kind, of_kind in found["tasks"].items()}
+        text = table_of_differences({**found, "tasks": by_kind})
+        yield f"{text}\n\n{sink_table(sinks)}" if noise is None else text
+    yield in_a_line(*measured, sinks)
 
 
 def write_readme(folder: Path) -> None:
-    """The bundled page with new figures: of the toy, of its hard clips, and of its controls."""
-    toy = load(folder)
-    figures = [report(*toy), report(*toy, noise=HARD_NOISE)]
-    figures += [report(*load(folder / run.folder), variants="baseline") for run in CONTROLS]
+    """The bundled page with new figures: of the toy, of its hard clips, and of its controls. The
+    table of runs, the third block, stays: its other lines are those of other folders."""
     page = (BUNDLED / "README.md").read_text(encoding="utf-8").split("```")
-    page[1::2] = [f"\n{figure}\n" for figure in figures]
+    ordinary, hard, _ = report(*load(folder))
+    controls = [next(report(*load(folder / run.folder), variants="baseline")) for run in CONTROLS]
+    page[1::2] = [f"\n{ordinary}\n", f"\n{hard}\n", page[5],
+                  *(f"\n{control}\n" for control in controls)]
     with written_whole(folder / "README.md") as half:
         half.write_text("```".join(page), encoding="utf-8")
 
@@ -670,8 +695,8 @@ def main() -> None:
             torch.set_num_threads(args.threads or 1)
         check_device(args.device)
         if args.evaluate:
-            toy = load(args.folder or BUNDLED)
-            print(f"{report(*toy)}\n\nwith heavier noise:\n\n{report(*toy, noise=HARD_NOISE)}")
+            for block in report(*load(args.folder or BUNDLED)):
+                print(block, end="\n\n")
             return
         folder = Path(args.folder or "toy_run")
         for run in (TOY, *CONTROLS):

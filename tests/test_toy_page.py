@@ -63,25 +63,42 @@ def test_contrast_needs_a_head_that_rests_and_one_that_works():
 
 def test_the_page_is_made_of_the_same_questions_with_noise_and_without(toy, monkeypatch):
     monkeypatch.setattr(train, "ASKED", 12)
-    clean = train.report(*toy, variants="baseline")
-    hard = train.report(*toy, variants="both", noise=HARD_NOISE)
+    clean, hard, line = train.report(*toy, variants="align")
     for page in (clean, hard):
         assert page.startswith("12 questions on 2 videos; seed 0\n")
-    assert "token 0 a sink" in clean and "of 2 answers, " in clean and "\n  both " not in clean
-    assert "token 0 a sink" not in hard and "\n  both " in hard
+        assert [page.count(f"\n  align {gamma} ") == 1 for gamma in (0.5, 1, 2)] == [True] * 3
+        assert page.count("\n  align 3 ") == page.count("\n  baseline ") > 2            # by kind as well
+    assert "token 0 a sink" in clean and "of 2 answers, " in clean and "token 0 a sink" not in hard
+    right = [block.split("baseline")[1].split()[0] for block in (clean, hard)]
+    assert line.split()[:3:2] == right and line.split()[3:6] == ["2", "to", "5"]
+
+
+def test_a_run_in_a_line_by_hand():
+    """Layers 1 and 2 are marked: the head that rests least of the best, and the one that works least."""
+    far = torch.tensor([[0.1, 0.1], [0.9, 0.1], [0.8, 0.2]])
+    changed = torch.tensor([[True] + [False] * 8, [True] + [True] * 4 + [False] * 4])
+    sinks = train.Sinks(torch.tensor([0.0, 1, 1]), torch.tensor([0, 0, 0.05]), far[0], far, far, far, changed)
+    found = {"variants": {"baseline": {"right": 18, "n": 20}},
+             "tasks": {name: {"baseline": {"right": n, "n": 10}} for n, name in ((10, "a"), (8, "b"))}}
+    line = train.in_a_line(found, {"variants": {"baseline": {"right": 3, "n": 4}}}, sinks)
+    assert line.split() == "90.0% 80.0% 75.0% 1 to 2 0.05 0.80 0.20 50% 2 0.5".split()
+    nobody = train.Sinks(far[0], *[far[0]] * 2, far, far, far, changed)
+    assert train.in_a_line(found, found, nobody) == "token 0 is always a sink in no layer"
 
 
 def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
-    """Text stays, blocks are replaced in their order: the toy, its hard clips, its two controls."""
+    """Text stays, blocks are replaced in their order: the toy, its hard clips, its two controls; but for
+    the table of runs, whose lines are other folders'."""
     monkeypatch.setattr(train, "load", lambda folder: (None, folder.name))
-    monkeypatch.setattr(train, "report", lambda _, name, variants="all", noise=0:
-                        f"{name} {variants} {noise}")
+    monkeypatch.setattr(train, "report", lambda _, name, variants="all": iter(
+        [f"{name} {variants} {what}" for what in ("ordinary", "hard", "line")]))
     train.write_readme(tmp_path)
     written, bundled = (path.read_text(encoding="utf-8").split("```")
                         for path in (tmp_path / "README.md", TOY / "README.md"))
     assert written[0::2] == bundled[0::2] and "price" in bundled[0] and "noise" in bundled[2]
-    for run, before, block in zip(train.CONTROLS, bundled[4:-1:2], written[5::2], strict=True):
+    for run, before, block in zip(train.CONTROLS, bundled[6:-1:2], written[7::2], strict=True):
         heading = before.split("### ")[1].splitlines()[0]
         assert ("price" not in heading or not run.price) and ("seed" not in heading or not run.seed)
-        assert block == f"\n{run.folder} baseline 0\n"
-    assert written[1:4:2] == [f"\n{tmp_path.name} all 0\n", f"\n{tmp_path.name} all {HARD_NOISE}\n"]
+        assert block == f"\n{run.folder} baseline ordinary\n"
+    assert written[1:4:2] == [f"\n{tmp_path.name} all ordinary\n", f"\n{tmp_path.name} all hard\n"]
+    assert written[5] == bundled[5] and "seed" in written[5]
