@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minioutro import OutRo, VideoLM, load
+from minioutro import OutRo, Trace, VideoLM, load, read_video
+from minioutro.analysis import values, with_weight
 
 torch.set_num_threads(1)             # the tensors are tiny, and a second thread only gets in the way
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -49,6 +50,29 @@ def golden():
 @pytest.fixture(scope="session")
 def toy():
     return load(TOY)
+
+
+@pytest.fixture(scope="session")
+def three_traces(toy):
+    """Of exercise 7, by name: weights and values of every layer."""
+    model, processor = toy
+    inputs = processor(read_video(TOY / "clip.mp4"), "What happens in this video?")
+    ids, features = inputs.input_ids, model.encode(inputs.pixel_values)
+    layers = range(model.config.text_config.num_hidden_layers)
+
+    def traced(model, ids):
+        trace = Trace(weights_of=layers)
+        model(ids, features=features, trace=trace)
+        return trace, [(trace[f"layers.{l}.weights"], values(model, trace, l)) for l in layers]
+
+    trace, of_toy = traced(model, ids)
+    first = next(l for l in layers if trace[f"layers.{l}.ratio"].max() > 1000)
+    name = f"model.text_model.layers.{first - 1}.mlp.down_proj.weight"
+    weight = model.get_parameter(name).clone()
+    weight[trace[f"layers.{first}.hidden"][0, 0].abs().argmax()] = 0
+    late = torch.cat([ids[:, 1:201], ids[:, :1], ids[:, 201:]], dim=1)
+    return {"toy": of_toy, "without": traced(with_weight(model, name, weight), ids)[1],
+            "late": traced(model, late)[1]}
 
 
 def assert_close(ours, golden, tolerance=1e-4):

@@ -14,7 +14,6 @@ from pathlib import Path
 from exercises import EXERCISES, make_importable
 
 MODEL = Path(__file__).parent.parent / "minioutro" / "model.py"
-SLIP = "cache.sinks.ever_sink[:, :S]"       # as in the published code: see exercise 11
 
 HEAD = '''"""The exercises of minioutro's tutorial: replace each `raise` by your own lines.
 
@@ -23,6 +22,10 @@ HEAD = '''"""The exercises of minioutro's tutorial: replace each `raise` by your
 
 You may import a function from minioutro.model that you did not write, so that later ones can use
 it: only its own exercise is then without points.
+
+The method, in the order in which a decoder layer takes its steps:
+
+{steps}
 
 {legend}
 """
@@ -37,28 +40,41 @@ def node_named(tree: ast.Module, dotted: str) -> ast.AST:
     return node
 
 
-def without_body(lines: list[str], outer: ast.AST, inner: ast.AST, sentence: str) -> str:
-    """The source of `outer`, in which the body of `inner` behind its docstring is a `raise`."""
-    if ast.get_docstring(inner) is None:
-        end_of_head = inner.body[0].lineno - 1
-    else:
-        end_of_head = inner.body[0].end_lineno
-    indent = " " * inner.body[0].col_offset
-    kept = lines[outer.lineno - 1:end_of_head]
-    return "\n".join([*kept, f'{indent}raise NotImplementedError("{sentence}")',
-                      *lines[inner.end_lineno:outer.end_lineno]])
+def first_line(node: ast.AST) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 
-def decoder_layer(source: str, who_was_a_sink: str) -> str:
-    """The source of DecoderLayer with another answer to: which of these tokens were ever a sink?"""
+def without_bodies(lines: list[str], outer: ast.AST, inner: list[ast.AST], sentence: str) -> str:
+    """The source of `outer`, in which the body of each `inner`, behind its docstring, is a `raise`."""
+    kept, start = [], first_line(outer)
+    for node in inner:
+        end_of_head = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
+        indent = " " * node.body[0].col_offset
+        kept += [*lines[start - 1:end_of_head], f'{indent}raise NotImplementedError("{sentence}")']
+        start = node.end_lineno + 1
+    return "\n".join([*kept, *lines[start - 1:outer.end_lineno]])
+
+
+STEPS = """\
+        # From q, k, v of all tokens so far, steps 1 to 6. What stands below them needs
+        #   is_sink, opened   bool[B,S]       found in this layer; of these, opened in this layer
+        #   out, aligned      float[B,H,S,D]  the heads' outputs, before and after step 6
+        # and cache.sinks keeps what later layers and calls need.
+        is_prompt, none = cache.length == 0, hidden.new_zeros(B, S, dtype=torch.bool)
+        touched = outro is not None and l < L - outro.skip_last         # else steps 1, 3, 5, 6 do nothing
+        raise NotImplementedError("{sentence}")
+
+"""
+
+
+def without_steps(source: str, sentence: str) -> str:
+    """The source of DecoderLayer without steps 1 to 6: given are what they need and what needs them."""
     node = node_named(ast.parse(source), "DecoderLayer")
     text = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
-    text, n_lines = re.subn(r"(?m)^( +ever_sink =) .+$", rf"\1 {who_was_a_sink}", text)
-    text, n_comments = re.subn(r"(?m)^( +# Step 6\.).*\n(?: +#.*\n)*",
-                               r"\1 Sinks are left alone.\n", text)
-    assert (n_lines, n_comments) == (1, 1), (
-        "tests/starter.py looks in model.py's DecoderLayer for one line `ever_sink = ...` below a "
-        f"comment `# Step 6.`, and found {n_lines} and {n_comments}: change both together")
+    text, n = re.subn(r"(?ms)^ +# Step 1\..*?(?=^        if trace is not None:\n +largest)",
+                      lambda steps: STEPS.format(sentence=sentence), text)
+    assert n == 1, ("tests/starter.py looks in model.py's DecoderLayer for a comment `# Step 1.` and, behind "
+                    f"the steps, for what goes into the trace, and found {n}: change both together")
     return text
 
 
@@ -70,13 +86,14 @@ def starter(source: str, name: str = "my_module") -> str:
         given.update(e.given)
         if e.names:
             parts.append(f"\n\n# ---- Exercise {e.number}: {e.title} ({e.points} points) ----")
-        for dotted in e.names:
-            outer = node_named(tree, dotted.split(".")[0])
-            written.add(outer.name)
-            if outer.name == "DecoderLayer":
-                text = decoder_layer(source, SLIP)
-            else:
-                text = without_body(lines, outer, node_named(tree, dotted), e.not_written)
+        if e.stub:
+            parts.append(f'\n\n{e.stub}    raise NotImplementedError("{e.not_written}")')
+            continue
+        for outer in dict.fromkeys(dotted.split(".")[0] for dotted in e.names):
+            written.add(outer)
+            inner = [node_named(tree, dotted) for dotted in e.names if dotted.split(".")[0] == outer]
+            text = (without_steps(source, e.not_written) if outer == "DecoderLayer" else
+                    without_bodies(lines, node_named(tree, outer), inner, e.not_written))
             parts.append(f"\n\n{text}")
     body = "\n".join(parts)
 
@@ -84,11 +101,12 @@ def starter(source: str, name: str = "my_module") -> str:
     given |= {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} & defined
     imports = [ast.get_source_segment(source, node) for node in tree.body
                if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imports = [line for line in imports if "minioutro" not in line and "dataclass" not in line]
+    imports = [line.replace(", replace", "") for line in imports if "minioutro" not in line]
     names = textwrap.fill(", ".join(sorted(given - written)), 92, initial_indent="    ",
                           subsequent_indent="    ")
     legend = re.search(r"^Shapes, .*?\n\n", source, re.M | re.S).group().rstrip()
-    return (HEAD.format(name=name, legend=legend) + "\n" + "\n".join(imports)
+    steps = re.search(r"^  1\. .*?^  6\. .*?$", source, re.M | re.S).group()
+    return (HEAD.format(name=name, steps=steps, legend=legend) + "\n" + "\n".join(imports)
             + f"\n\nfrom minioutro.model import (\n{names},\n)\n" + body + "\n")
 
 
