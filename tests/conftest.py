@@ -1,5 +1,6 @@
 """Shapes are named as in minioutro/model.py; sizes in tests are distinct, so that no transpose passes."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -31,8 +32,10 @@ class Golden:
 
     def __init__(self, name: str):
         self.folder = FIXTURES / name
-        self.model = VideoLM.from_pretrained(self.folder)
-        self.tensors = load_file(self.folder / "golden.safetensors")
+        # Copies in memory: whoever writes to a file takes from under us what was only mapped to it.
+        self.model = copy.deepcopy(VideoLM.from_pretrained(self.folder))
+        stored = load_file(self.folder / "golden.safetensors")
+        self.tensors = {name: tensor.clone() for name, tensor in stored.items()}
         self.meta = json.loads((self.folder / "meta.json").read_text())
         self.input_ids, self.pixels = self.tensors["input_ids"], self.tensors["pixel_values"]
 
@@ -43,8 +46,8 @@ class Golden:
 
 @pytest.fixture(scope="session")
 def golden():
-    cache = {}
-    return lambda name: cache.setdefault(name, None) or cache.update({name: Golden(name)}) or cache[name]
+    """golden("dev_a") and others."""
+    return {path.name: Golden(path.name) for path in FIXTURES.iterdir() if path.is_dir()}.__getitem__
 
 
 @pytest.fixture(scope="session")

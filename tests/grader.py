@@ -8,7 +8,6 @@ import contextlib
 import copy
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -82,7 +81,7 @@ class Process:
             if message is not None:
                 send(self.process.stdin, message)
             return receive(self.process.stdout, trusted=False)
-        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError):   # its end, or no answer of ours
+        except Exception:           # its end; or, of what a solution has written there itself, whatever it is
             self.stop()
             return None
         finally:
@@ -157,26 +156,27 @@ class Implementation:
 
 
 @pytest.fixture(scope="session")
-def impl(pytestconfig, golden, decoded, three_traces):
-    """The functions that the exercises ask for: the model's own, or those of --impl. What tests read is
-    read before a solution runs, which can write to files."""
-    path = pytestconfig.stash[PATH]
+def impl(request, pytestconfig):
+    """The functions that the exercises ask for: the model's own, or those of --impl."""
+    path, grader = pytestconfig.stash[PATH], pytestconfig.pluginmanager.get_plugin("points")
     if path is None:
         yield SimpleNamespace(**vars(minioutro_model), looks_like_a_sink=mutants.looks_like_a_sink)
         return
-    for name in ("dev_a", "dev_late", "dev_natural"):
-        golden(name)
-    grader, process = pytestconfig.pluginmanager.get_plugin("points"), None
+    # What tests read is read before a solution runs, which can write to files.
+    used = {name for item in request.session.items for name in item.fixturenames}
+    for name in used & {"golden", "decoded", "three_traces"}:
+        request.getfixturevalue(name)
     try:
         if pytestconfig.getoption("usepdb"):        # in this process, where the debugger is
-            yield Implementation(Solution(import_solution(path)))
-            return
-        process = Process(path, stderr=subprocess.DEVNULL if grader.file else None)
+            solve = Solution(import_solution(path))
+        else:
+            solve = Process(path, stderr=subprocess.DEVNULL if grader.file else None)
     except ValueError as error:
         grader.broken = str(error)
         pytest.exit(grader.broken)
-    yield Implementation(process)
-    process.stop()
+    yield Implementation(solve)
+    if isinstance(solve, Process):
+        solve.stop()
 
 
 # ---- choosing tests and counting points ----
