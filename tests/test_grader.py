@@ -164,14 +164,14 @@ def test_nothing_that_a_function_does_ends_the_tests_or_holds_them_up(tmp_path):
                                                  "NameError: name 'x' is not defined\n"),
                 (lambda: impl.repeat_heads(X, 2), "exercise 4 crashes: hostile.py, line 13"),
                 (lambda: impl.find_sinks(X, 0, 1), "exercise 6 may take .*: hostile.py, line 15"),
-                (lambda: impl.looks_like_a_sink(X, X), "exercise 7 ends the process, .*"),
+                (lambda: impl.looks_like_a_sink(X, X), "exercise 7 .*"),
                 (lambda: impl.align_with_sink(X), "align_with_sink returns list; asked for: Tensor")):
             with pytest.raises(AssertionError, match=f"^{sentence}$"):
                 call()
         with pytest.raises(NotImplementedError, match="^not written yet: exercise 4$"):
             process.over.clear()
             impl.attention(X)
-        assert impl.sink_value(X[None], X > 0).equal(X)
+        assert impl.sink_value(X[None], X > 0).equal(X[:, :1])
     finally:
         process.stop()
 
