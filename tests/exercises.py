@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "minioutro" / "model.py"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ EXERCISES = (
              (), 5, (3,)),
     Exercise(10, "The layer", 20, 75, 3, "assemble a method in a decoder, for prompts, batches and decode steps",
              ("DecoderLayer.forward",), 5, (2, 3, 4, 6, 8)),
-    Exercise(11, "Seven answers more", 5, 25, 2, "compare two runs on the same questions", (), 5),
+    Exercise(11, "A few answers more", 5, 25, 2, "compare two runs on the same questions", (), 5),
     Exercise(12, "Predict, then measure", 10, 60, 3, "design a measurement, and say what its numbers allow",
              (), 10, (7, 11)),
 )

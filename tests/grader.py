@@ -22,7 +22,8 @@ from types import SimpleNamespace
 import mutants
 import pytest
 from exercises import EXERCISES, IN_WORDS, find_module, make_importable, points_table
-from solution import FOR_IMPORT, Solution, import_solution, receive, send
+from solution import FOR_IMPORT, Solution, import_solution, model_of, receive, send
+from variants import LAST, Variant
 
 from minioutro import model as minioutro_model
 from minioutro.weights import written_whole
@@ -44,15 +45,17 @@ class Process:
     Raises as Solution does, and AssertionError for what the module raises, and if its process ends.
     """
 
-    def __init__(self, path: Path, seconds: float = HALF_A_MINUTE, stderr=None):
+    def __init__(self, path: Path, seconds: float = HALF_A_MINUTE, stderr=None, variant: int = 0):
         """Raises: ValueError, in one sentence, if the module cannot be imported."""
         self.path, self.stderr, self.lines = path, stderr, tempfile.NamedTemporaryFile()
+        self.variant = variant
         self.seconds_left, self.over = dict.fromkeys((e.number for e in EXERCISES), seconds), {}
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("solution.py"), self.path, self.lines.name],
+            [sys.executable, Path(__file__).with_name("solution.py"), self.path, self.lines.name,
+             str(self.variant)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, start_new_session=True)
         answer = self.ask(None, FOR_IMPORT)
         if answer is None:
@@ -156,6 +159,12 @@ class Implementation:
 
 
 @pytest.fixture(scope="session")
+def variant(pytestconfig) -> Variant:
+    """What the exercises ask for, by --variant."""
+    return Variant(pytestconfig.getoption("--variant"))
+
+
+@pytest.fixture(scope="session")
 def impl(request, pytestconfig):
     """The functions that the exercises ask for: the model's own, or those of --impl."""
     path, grader = pytestconfig.stash[PATH], pytestconfig.pluginmanager.get_plugin("points")
@@ -170,7 +179,8 @@ def impl(request, pytestconfig):
         if pytestconfig.getoption("usepdb"):        # in this process, where the debugger is
             solve = Solution(import_solution(path))
         else:
-            solve = Process(path, stderr=subprocess.DEVNULL if grader.file else None)
+            solve = Process(path, stderr=subprocess.DEVNULL if grader.file else None,
+                            variant=pytestconfig.getoption("--variant"))
     except ValueError as error:
         grader.broken = str(error)
         pytest.exit(grader.broken)
@@ -186,6 +196,8 @@ def pytest_addoption(parser):
     parser.addoption("--impl", metavar="MODULE", default=OURS,
                      help="run the tests of the exercises, and no others, on this module: its name, "
                           "its file, or the folder of a package")
+    parser.addoption("--variant", metavar="NUMBER", type=int, choices=range(LAST + 1), default=0,
+                     help=f"with --impl: of the exercises, 0 to {LAST}, as given to tests/starter.py")
     parser.addoption("--points", metavar="FILE", type=Path,
                      help="with --impl: write the points to this file, as Gradescope reads them, and end "
                           "with 0 whatever they are; a module that cannot be run has none, and the reason")
@@ -194,12 +206,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for e in EXERCISES:
         config.addinivalue_line("markers", f"{e.mark}: {e.title}, {e.by_tests} points")
-    name, file = config.getoption("--impl"), config.getoption("--points")
+    name, file, number = map(config.getoption, ("--impl", "--points", "--variant"))
     config.stash[PATH] = None
     if name == OURS:
-        if file:
-            raise pytest.UsageError("--points is for the points of a module; give --impl my_module, too")
+        if file or number:
+            raise pytest.UsageError(f"--{'points' if file else 'variant'} is for a module; give --impl my_module, too")
         return
+    stack = contextlib.ExitStack()
+    stack.enter_context(model_of(Variant(number)))
+    config.add_cleanup(stack.close)
     grader, before = Grader(name, file), sys.path[:]
     config.pluginmanager.register(grader, "points")
     try:
@@ -301,5 +316,6 @@ class Grader:
 
     def pytest_terminal_summary(self, terminalreporter, config):
         if not config.option.collectonly:
-            terminalreporter.section("points")
+            number = config.getoption("--variant")
+            terminalreporter.section(f"points of variant {number}" if number else "points")
             terminalreporter.write_line(self.broken or points_table(self.results()))

@@ -1,9 +1,11 @@
 """Write the module in which a student does the exercises: python tests/starter.py my_module.py
 
 It is cut out of minioutro/model.py: signatures and docstrings are copied, the bodies of what is to
-be written are left out, and what is given is imported from there.
+be written are left out, and what is given is imported from there. With --variant 7 some constants are
+others (variants.py), and my_module.md beside it has the text of the exercises with them.
 """
 
+import argparse
 import ast
 import os
 import re
@@ -11,11 +13,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from exercises import EXERCISES, make_importable
+from exercises import EXERCISES, MODEL, ROOT, make_importable
+from variants import LAST, Variant
 
-MODEL = Path(__file__).parent.parent / "minioutro" / "model.py"
-
-HEAD = '''"""The exercises of minioutro's tutorial: replace each `raise` by your own lines.
+HEAD = '''"""The exercises of {text}: replace each `raise` by your own lines.
 
     python -m pytest --impl {name} -m exercise_4      checks one exercise
     python -m pytest --impl {name}                    checks all of them
@@ -78,8 +79,9 @@ def without_steps(source: str, sentence: str) -> str:
     return text
 
 
-def starter(source: str, name: str = "my_module") -> str:
+def starter(source: str, name: str = "my_module", variant: Variant = Variant()) -> str:
     """The text of the starter module, from that of model.py."""
+    source = variant(source)
     tree, lines = ast.parse(source), source.splitlines()
     parts, written, given = [], set(), set()
     for e in EXERCISES:
@@ -87,7 +89,7 @@ def starter(source: str, name: str = "my_module") -> str:
         if e.names:
             parts.append(f"\n\n# ---- Exercise {e.number}: {e.title} ({e.points} points) ----")
         if e.stub:
-            parts.append(f'\n\n{e.stub}    raise NotImplementedError("{e.not_written}")')
+            parts.append(f'\n\n{variant(e.stub)}    raise NotImplementedError("{e.not_written}")')
             continue
         for outer in dict.fromkeys(dotted.split(".")[0] for dotted in e.names):
             written.add(outer)
@@ -106,23 +108,47 @@ def starter(source: str, name: str = "my_module") -> str:
                           subsequent_indent="    ")
     legend = re.search(r"^Shapes, .*?\n\n", source, re.M | re.S).group().rstrip()
     steps = re.search(r"^  1\. .*?^  6\. .*?$", source, re.M | re.S).group()
-    return (HEAD.format(name=name, steps=steps, legend=legend) + "\n" + "\n".join(imports)
+    name, text = f"{name}{option(variant)}", f"{name}.md" if variant.number else "minioutro's tutorial"
+    return (HEAD.format(name=name, text=text, steps=steps, legend=legend) + "\n" + "\n".join(imports)
             + f"\n\nfrom minioutro.model import (\n{names},\n)\n" + body + "\n")
 
 
+def option(variant: Variant) -> str:
+    return f" --variant {variant.number}" if variant.number else ""
+
+
+def exercises(tutorial: str, name: str, variant: Variant) -> str:
+    """The tutorial's text of the exercises, for a variant."""
+    _, heading, text = tutorial.partition("## Exercises\n")
+    for command in ("python tests/starter.py my_module.py", "python -m pytest --impl my_module"):
+        text = text.replace(command, command.replace("my_module", name) + option(variant))
+    return (f"{heading}\nThis is variant {variant.number}. Its constants are not those of `tutorial.md` and `model.py`; "
+            f"so give `--variant {variant.number}` whenever you check.\n{variant(text)}")
+
+
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python tests/starter.py my_module.py", file=sys.stderr)
-        return 2
-    path = Path(arguments[0])
-    half = path.with_name(f".{path.stem}.half.py")              # then moved: whole, or not there
+    parser = argparse.ArgumentParser(description="Write the module in which a student does the exercises.")
+    parser.add_argument("module", type=Path, help="the file to write, such as my_module.py")
+    parser.add_argument("--variant", type=int, choices=range(LAST + 1), default=0, metavar="NUMBER",
+                        help=f"with other constants, by number up to {LAST}, and with the text of the "
+                             f"exercises for them in a file .md beside it")
+    options = parser.parse_args(arguments)
+    path, variant, halves = options.module, Variant(options.variant), {}
     try:
         if path.suffix != ".py":
             raise ValueError(f"{path} is no Python module; call it my_module.py, or such")
-        if os.path.lexists(path):                               # never over a student's work
-            raise ValueError(f"{path} is there already; give another name")
-        half.write_text(starter(MODEL.read_text(encoding="utf-8"), make_importable(path)), encoding="utf-8")
-        half.rename(path)
+        name = make_importable(path)
+        texts = {path: starter(MODEL.read_text(encoding="utf-8"), name, variant)}
+        if variant.number:
+            tutorial = (ROOT / "tutorial.md").read_text(encoding="utf-8")
+            texts[path.with_suffix(".md")] = exercises(tutorial, name, variant)
+        for file, text in texts.items():                        # then moved: whole, or not there
+            if os.path.lexists(file):                           # never over a student's work
+                raise ValueError(f"{file} is there already; give another name")
+            halves[file] = file.with_name(f".{file.name}.half")
+            halves[file].write_text(text, encoding="utf-8")
+        for file, half in halves.items():
+            half.rename(file)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -132,7 +158,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        half.unlink(missing_ok=True)
+        for half in halves.values():
+            half.unlink(missing_ok=True)
     return 0
 
 

@@ -392,7 +392,7 @@ def test_the_median_is_of_the_item_not_of_the_token_or_the_batch(impl):
 # ---- exercise 7: a second detector ----
 
 
-def assert_clear_cases(impl, weights, v, where):
+def assert_clear_cases(impl, variant, weights, v, where):
     """What the text calls clear; in between everything is right."""
     __tracebackhide__ = True
     found, shape = impl.looks_like_a_sink(weights, v), (weights.shape[0], weights.shape[-1])
@@ -402,32 +402,39 @@ def assert_clear_cases(impl, weights, v, where):
     given = weights.sum(-2) / n_queries                             # (B,H,S)
     for b, token in (n_queries >= 16).expand(shape).nonzero().tolist():
         least, most = given[b, :, token].min(), given[b, :, token].max()
-        fail_unless(least <= 0.6 or found[b, token],
+        fail_unless(least <= variant.sink_from or found[b, token],
                     f"{where}: every head gives token {token} {least:.2f} of its attention or more, on average "
                     f"over the {n_queries[token]} queries that may see it, and you do not call it a sink")
-        fail_unless(most >= 0.1 or not found[b, token],
+        fail_unless(most >= variant.none_below or not found[b, token],
                     f"{where}: no head gives token {token} more than {most:.2f} of its attention, on average "
                     f"over the {n_queries[token]} queries that may see it, and you call it a sink")
 
 
 @pytest.mark.exercise_7
-def test_clear_cases_by_hand(impl):
+def test_clear_cases_by_hand(impl, variant):
     """64 tokens. Nobody is a sink where all attend evenly to what they see, nor where all attend to
-    themselves alone. Then four fifths go to token 40, from where it can be seen."""
+    themselves alone. Then token 40 is given a share of all attention, from where it can be seen."""
     v = torch.randn(1, 2, 64, 5, generator=torch.Generator().manual_seed(4))
     evenly = causal_mask(64, 64) / torch.arange(1, 65)[:, None]
-    late = torch.where(torch.arange(64)[:, None] < 40, evenly, 0.2 * evenly)
-    late[40:, 40] += 0.8
+
+    def to_token_40(share):
+        part = (share - evenly[40:, 40].mean()) / (1 - evenly[40:, 40].mean())
+        weights = evenly.clone()
+        weights[40:] *= 1 - part
+        weights[40:, 40] += part
+        return weights
     for where, weights in (("all attend evenly", evenly), ("each attends to itself", torch.eye(64)),
-                           ("from token 40 on, all attend to 40", late)):
-        assert_clear_cases(impl, weights.expand(1, 4, 64, 64), v, where)
+                           ("from token 40 on, all attend to 40", to_token_40((1 + variant.sink_from) / 2)),
+                           ("from token 40 on, 40 is given enough", to_token_40(variant.sink_from + 0.01)),
+                           ("from token 40 on, 40 is given too little", to_token_40(variant.none_below - 0.01))):
+        assert_clear_cases(impl, variant, weights.expand(1, 4, 64, 64), v, where)
 
 
 @pytest.mark.exercise_7
-def test_clear_cases_of_the_three_traces(impl, three_traces):
+def test_clear_cases_of_the_three_traces(impl, variant, three_traces):
     for name, layers in three_traces.items():
         for l, (weights, v) in enumerate(layers):
-            assert_clear_cases(impl, weights, v, f"{name}, layer {l}")
+            assert_clear_cases(impl, variant, weights, v, f"{name}, layer {l}")
 
 
 @pytest.mark.exercise_7
@@ -478,13 +485,16 @@ def turned_in_a_plane(impl, o, v, temperature=0.1):
 
 
 @pytest.mark.exercise_8
-def test_alignment_by_hand(impl):
+def test_alignment_by_hand(impl, variant):
     """o = (3, 4), v = (2, 0): c = 0.6, g = tanh(6) = 1, p = (3, 0), o + 3p = (12, 4), of length
-    sqrt(160); scaled to the length 5 of o: (4.743, 1.581). Temperature 0.6: g = tanh(1) = 0.762."""
-    assert_values(turned_in_a_plane(impl, [3.0, 4.0], [2.0, 0.0]), [4.743, 1.581],
-                  "o = (3, 4), v = (2, 0), gamma 3, temperature 0.1", 1e-3)
-    assert_values(turned_in_a_plane(impl, [3.0, 4.0], [2.0, 0.0], 0.6), [4.633, 1.881],
-                  "o = (3, 4), v = (2, 0), gamma 3, temperature 0.6", 1e-3)
+    sqrt(160); scaled to the length 5 of o: (4.743, 1.581). Temperature 0.6: g = tanh(1) = 0.762.
+    The gate opens at a cosine of `cosine_from`, which is 0 here, and in other variants is not."""
+    for temperature, with_0 in ((0.1, [4.743, 1.581]), (0.6, [4.633, 1.881])):
+        x = 3 + 9 * math.tanh((0.6 - variant.cosine_from) / temperature)
+        expected = [5 * x / math.hypot(x, 4), 5 * 4 / math.hypot(x, 4)]
+        assert variant.cosine_from or expected == pytest.approx(with_0, abs=1e-3)
+        assert_values(turned_in_a_plane(impl, [3.0, 4.0], [2.0, 0.0], temperature), expected,
+                      f"o = (3, 4), v = (2, 0), gamma 3, temperature {temperature}", 1e-3)
     assert_values(turned_in_a_plane(impl, [-3.0, 4.0], [2.0, 0.0]), [-3.0, 4.0],
                   "o points away from v and stays")
 
@@ -501,22 +511,23 @@ def test_alignment_of_small_numbers_by_hand(impl):
 
 
 @pytest.mark.exercise_8
-def test_alignment_angles(impl):
-    """With v_sink along x, o at angle a becomes ((1 + 3g) cos a, sin a), g = tanh(cos a / 0.1)."""
-    for before, after in ((85, 74.8), (80, 56.0), (70, 34.5), (60, 23.4), (45, 14.0), (30, 8.2)):
+def test_alignment_angles(impl, variant):
+    """With v_sink along x, o at angle a becomes ((1 + 3g) cos a, sin a), g = tanh(cos a / 0.1), where the
+    gate opens at a cosine of 0."""
+    for before, with_0 in ((85, 74.8), (80, 56.0), (70, 34.5), (60, 23.4), (45, 14.0), (30, 8.2)):
         angle = math.radians(before)
-        g = math.tanh(math.cos(angle) / 0.1)
-        formula = math.degrees(math.atan2(math.sin(angle), (1 + 3 * g) * math.cos(angle)))
-        assert formula == pytest.approx(after, abs=0.06)
+        g = math.tanh(max(0, math.cos(angle) - variant.cosine_from) / 0.1)
+        after = math.degrees(math.atan2(math.sin(angle), (1 + 3 * g) * math.cos(angle)))
+        assert variant.cosine_from or after == pytest.approx(with_0, abs=0.06)
         o = [7 * math.cos(angle), 7 * math.sin(angle)]
         x, y = turned_in_a_plane(impl, o, [0.3, 0.0]).tolist()
         assert math.degrees(math.atan2(y, x)) == pytest.approx(after, abs=0.06), \
-            f"an angle of {before} degrees to v_sink becomes {after}"
+            f"an angle of {before} degrees to v_sink becomes {after:.1f}"
         assert math.hypot(x, y) == pytest.approx(7, rel=1e-5), "the length of o is kept"
 
 
 @pytest.mark.exercise_8
-def test_alignment_keeps_length_and_plane_and_turns_only_towards_the_sink(impl):
+def test_alignment_keeps_length_and_plane_and_turns_only_towards_the_sink(impl, variant):
     out, v_sink = heads()
     turned = impl.align_with_sink(out, v_sink, NEVER, 3.0, 0.1)
     assert_values(turned.norm(dim=-1), out.norm(dim=-1),
@@ -525,10 +536,11 @@ def test_alignment_keeps_length_and_plane_and_turns_only_towards_the_sink(impl):
         v = v_sink[:, h // 2, None]                         # two query heads share one of G = 3
         before = torch.cosine_similarity(out[:, h], v, dim=-1)
         after = torch.cosine_similarity(turned[:, h], v, dim=-1)
-        assert (after[before > 0] > before[before > 0]).all(), \
+        turns = before > variant.cosine_from
+        assert (after[turns] > before[turns]).all(), \
             f"query head {h} does not turn towards the value of its key-value head {h // 2}"
-        assert torch.allclose(turned[:, h][before <= 0], out[:, h][before <= 0], atol=1e-6), \
-            "an output whose cosine is not positive must stay"
+        assert torch.allclose(turned[:, h][~turns], out[:, h][~turns], atol=1e-6), \
+            f"an output whose cosine is not above {variant.cosine_from} must stay"
         basis = torch.stack([out[:, h], v.expand_as(out[:, h])], dim=-1)        # (B,S,D,2)
         new = turned[:, h, :, :, None]
         residual = new - basis @ torch.linalg.pinv(basis) @ new
@@ -635,7 +647,7 @@ def test_each_item_of_a_batch_is_read_as_alone(impl, golden):
 
 
 @pytest.mark.exercise_10
-def test_tokens_after_the_prompt_are_turned_at_every_layer_that_had_sinks(impl, golden):
+def test_tokens_after_the_prompt_are_turned_at_every_layer_that_had_sinks(impl, variant, golden):
     """In dev_late token 0 of the prompt is a sink; the first 12 of dev_natural end in one. One new
     token is read, then two at once, as of an answer that is known."""
     for case, n_prompt, n_image in (("dev_late", 29, 8), ("dev_natural", 12, 4)):
@@ -647,7 +659,7 @@ def test_tokens_after_the_prompt_are_turned_at_every_layer_that_had_sinks(impl, 
         for new in (token, token.repeat(1, 2)):
             step = {}
             model(new, outro=outro, cache=cache, trace=step)
-            for l in range(g.meta["L"]):
+            for l in range(variant.aligned_from, g.meta["L"]):
                 where, n = f"{case}, layer {l}", new.shape[1]
                 assert not step[f"layers.{l}.is_sink"].any(), \
                     f"{where}: of {n} tokens after the prompt one is called a sink; only prompts are searched"
@@ -655,7 +667,8 @@ def test_tokens_after_the_prompt_are_turned_at_every_layer_that_had_sinks(impl, 
                 assert v_sink.equal(prompt[f"layers.{l}.v_sink"]), \
                     f"{where}: this is not the value of the prompt's sinks"
                 before, after = cosine(out, v_sink), cosine(step[f"layers.{l}.aligned"], v_sink)
-                stays = (0.01 < before) & (before < 0.99) & (after - before < 1e-4)
+                turns = (variant.cosine_from + 0.01 < before) & (before < 0.99)
+                stays = turns & (after - before < 1e-4)
                 assert not stays.any(), \
                     f"{where} has sinks; of {n} tokens after the prompt not all were turned: are they " \
                     f"taken for sinks?"

@@ -18,7 +18,7 @@ from conftest import ROOT
 from exercises import EXERCISES, find_module, points_table
 from grader import Process
 from solution import Solution, import_solution
-from test_starter import CODED, SOURCE, checks_of, filled, impl_of, module_from, run
+from test_starter import CODED, RIGHT, SOURCE, checks_of, filled, impl_of, module_from, run
 
 from minioutro import analysis, model
 
@@ -57,7 +57,7 @@ def test_a_function_that_calls_ours_for_what_it_should_compute_earns_nothing(req
     for test in checks_of(exercise):
         with pytest.raises(AssertionError, match="^this calls the project's own function"):
             run(test, impl_of(module_from(SOURCE, **wrappers)), request)
-        run(test, impl_of(module_from(filled(starter.starter(SOURCE)))), request)   # they are as they were
+        run(test, impl_of(module_from(RIGHT)), request)   # they are as they were
 
 
 @pytest.mark.parametrize("text", [
@@ -88,7 +88,7 @@ def test_arguments_must_be_the_same_afterwards(request, exercise):
                 spoilt[0] = not spoilt[0] if first.dtype == torch.bool else spoilt[0] + 1
             return result
         return function
-    module = module_from(filled(starter.starter(SOURCE)))
+    module = module_from(RIGHT)
     vars(module).update(replaced(exercise, spoils, module))
     with pytest.raises(AssertionError, match=r"^[\w.]+ changes its argument \d; work on a copy$"):
         for test in checks_of(exercise):
@@ -177,7 +177,7 @@ def test_nothing_that_a_function_does_ends_the_tests_or_holds_them_up(tmp_path):
 
 
 def test_a_cache_in_another_process_can_be_edited(tmp_path, request):
-    (tmp_path / "mine.py").write_text(filled(starter.starter(SOURCE)))
+    (tmp_path / "mine.py").write_text(RIGHT)
     process = Process(tmp_path / "mine.py")
     try:
         for test in checks_of(EXERCISES[4]):
@@ -251,7 +251,7 @@ def pytest_impl(pytester, monkeypatch):
     return pytest_impl
 
 
-MASKS = filled(starter.starter(SOURCE)).partition("# ---- Exercise 4")[0]       # exercises 1 to 3 are right
+MASKS = RIGHT.partition("# ---- Exercise 4")[0]       # exercises 1 to 3 are right
 WRONG_MASKS = MASKS.replace(".tril(n_key - n_query)", ".tril()")
 
 
@@ -358,7 +358,7 @@ def test_for_a_course_it_has_no_points_and_the_reason(pytest_impl, given, senten
 
 @pytest.mark.parametrize("arguments, sentence", [
     (("mine", "--points", "no/folder.json"), "--points no/folder.json: *; give another file"),
-    (("minioutro.model", "--points", "points.json"), "--points is for the points of a module; give --impl my_module*")])
+    (("minioutro.model", "--points", "points.json"), "--points is for a module; give --impl my_module*")])
 def test_points_that_cannot_be_written_are_an_error_of_the_teacher(pytest_impl, arguments, sentence):
     done = pytest_impl(*arguments, mine_py=MASKS)
     assert done.ret == 4 and not Path("points.json").exists()

@@ -15,25 +15,26 @@ import pytest
 import starter
 import test_exercises
 import torch
-from exercises import EXERCISES
+from exercises import EXERCISES, MODEL
 from grader import Implementation
 from solution import Solution
+from variants import Variant
 
 from minioutro import model
 from minioutro.model import cosine
 
 CODED = [e for e in EXERCISES if e.names]
-SOURCE = starter.MODEL.read_text(encoding="utf-8")
+SOURCE = MODEL.read_text(encoding="utf-8")
 
 
 def checks_of(exercise):
     return [getattr(test_exercises, name) for name in grader.checks_of(test_exercises, exercise)]
 
 
-def run(test, impl, request):
-    """Call a test of test_exercises.py with an implementation."""
+def run(test, impl, request, **fixtures):
+    """Call a test of test_exercises.py with an implementation, and with these in place of its own fixtures."""
     names = list(inspect.signature(test).parameters)[1:]
-    test(impl, **{name: request.getfixturevalue(name) for name in names})
+    test(impl, **{name: fixtures[name] if name in fixtures else request.getfixturevalue(name) for name in names})
 
 
 def impl_of(module):
@@ -92,17 +93,19 @@ def test_what_is_missing_or_only_imported_is_not_written():
     assert impl.rotate(x).equal(x)
 
 
-def filled(text: str) -> str:
+def filled(variant: Variant = Variant()) -> str:
     """The starter, in which every `raise` is replaced by the model's own lines, or by those of mutants.py."""
-    tree, lines = ast.parse(SOURCE), SOURCE.splitlines()
+    source, text = variant(SOURCE), starter.starter(SOURCE, variant=variant)
+    tree, lines = ast.parse(source), source.splitlines()
     for e in CODED:
         for name in e.names:
             if e.stub:
                 body = inspect.getsource(mutants.looks_like_a_sink).partition('"""\n')[2].rstrip()
                 body = body.replace("given_to_each(weights)",
                                     "(weights.sum(-2) / torch.arange(weights.shape[-1], 0, -1))")
+                body = body.replace("1 / 3", f"{(variant.none_below + variant.sink_from) / 2}")
             elif name == "DecoderLayer.forward":
-                body = re.search(r"(?ms)^ +# Step 1\..*?(?=^        if trace is not None:\n +largest)", SOURCE)[0]
+                body = re.search(r"(?ms)^ +# Step 1\..*?(?=^        if trace is not None:\n +largest)", source)[0]
                 body = body.replace("fused_attention(q, k, v, may_attend, is_causal)",
                                     "attention(q, k, v, may_attend)[0]")
             else:
@@ -115,17 +118,19 @@ def filled(text: str) -> str:
     return text
 
 
+RIGHT = filled()
+
+
 def test_the_starter_with_the_models_own_lines_passes_every_test(request):
-    text = filled(starter.starter(SOURCE))
-    assert "raise" not in text.split('"""', 2)[2]
+    assert "raise" not in RIGHT.split('"""', 2)[2]
     for e in CODED:
         for test in checks_of(e):
-            run(test, impl_of(module_from(text)), request)
+            run(test, impl_of(module_from(RIGHT)), request)
 
 
 def test_the_slip_of_the_published_code_fails_after_the_prompt_alone(request):
     """As the text of exercise 10 says: for which of its tests, and for which prompts."""
-    text = filled(starter.starter(SOURCE)).replace(mutants.WHO, mutants.SLIP)
+    text = RIGHT.replace(mutants.WHO, mutants.SLIP)
     *at_prompt, turned, generated = checks_of(EXERCISES[9])
     impl = impl_of(module_from(text))
     for test in at_prompt:
@@ -154,7 +159,7 @@ def test_the_starter_is_never_written_over_a_module(tmp_path):
     assert written == starter.starter(SOURCE)
     (tmp_path / "my_module.py").write_text("my work")
     for name in ("my_module.py", "my-module.py", "my_module", "no/folder.py", "class.py", "json.py",
-                 "torch.py", "numpy.py", "exercises.py", "mutants.py", "starter.py", "conftest.py"):
+                 "torch.py", "numpy.py", "exercises.py", "conftest.py"):
         done = write_starter(name, cwd=tmp_path)
         assert done.returncode == 2 and name.removesuffix(".py") in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr

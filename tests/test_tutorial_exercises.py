@@ -6,7 +6,7 @@ import re
 import pytest
 import starter
 from conftest import ROOT
-from exercises import EXERCISES, table
+from exercises import EXERCISES, MODEL, table
 
 TEXT = (ROOT / "tutorial.md").read_text(encoding="utf-8")
 HEADING = r"^### Exercise (\d+)\. (.+) \((\d+) points\)$"
@@ -38,7 +38,7 @@ FUNCTIONS = [e for e in EXERCISES if e.names and not e.stub and e.number != 10] 
 
 @pytest.mark.parametrize("exercise", FUNCTIONS, ids=lambda e: e.title)
 def test_sizes_are_about_those_of_the_model(exercise):
-    source = starter.MODEL.read_text(encoding="utf-8")
+    source = MODEL.read_text(encoding="utf-8")
     n_lines = 0
     for name in exercise.names:
         function = starter.node_named(ast.parse(source), name)
