@@ -45,11 +45,11 @@ class Process:
     Raises as Solution does, and AssertionError for what the module raises, and if its process ends.
     """
 
-    def __init__(self, path: Path, seconds: float = HALF_A_MINUTE, stderr=None, variant: int = 0):
+    def __init__(self, path: Path, stderr=None, variant: int = 0):
         """Raises: ValueError, in one sentence, if the module cannot be imported."""
         self.path, self.stderr, self.lines = path, stderr, tempfile.NamedTemporaryFile()
         self.variant = variant
-        self.seconds_left, self.over = dict.fromkeys((e.number for e in EXERCISES), seconds), {}
+        self.seconds_left, self.over = dict.fromkeys((e.number for e in EXERCISES), HALF_A_MINUTE), {}
         self.start()
 
     def start(self) -> None:
