@@ -193,8 +193,9 @@ def told(error: BaseException, path: Path) -> dict:
 
 
 def serve(path: Path, lines) -> None:
-    """Import a module, say so, and answer calls until there is none. What it prints goes to stderr."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    """Import a module, say so, and answer calls until there is none. What it prints goes to stderr. A model
+    comes with a number, and alone with that the next time."""
+    models, requests, answers = {}, sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sys.stdin = open(os.devnull)
     torch.set_num_threads(1)
@@ -207,11 +208,13 @@ def serve(path: Path, lines) -> None:
     while True:
         faulthandler.cancel_dump_traceback_later()
         send(answers, message)
-        seconds, dotted, args = receive(requests, trusted=True)
+        seconds, dotted, (first, *others), n = receive(requests, trusted=True)
+        if n is not None:
+            first = models.setdefault(n, first)
         faulthandler.dump_traceback_later(seconds, exit=True, file=lines)
         try:
             with torch.no_grad():
-                result, changed = solution(dotted, *args)
+                result, changed = solution(dotted, first, *others)
             message = {"result": result, "changed": changed}
         except BaseException as error:
             message = told(error, path)

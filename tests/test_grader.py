@@ -166,8 +166,8 @@ def test_nothing_that_a_function_does_ends_the_tests_or_holds_them_up(tmp_path):
                 (lambda: impl.causal_mask(1, 1), f"{lines[11]}[^\"]*NameError: name 'x' is not defined\n"),
                 (lambda: impl.find_sinks(X, 0, 1), f"{lines[15]}[^\"]*{lines[17]}NotImplementedError\n"),
                 (lambda: impl.pixel_shuffle(X, 2),
-                 "exercise 1 may take half a minute and did not end in it: hostile.py, line 5"),
-                (lambda: impl.pixel_shuffle(X, 2), "exercise 1 may take half a minute and did not end .*"),
+                 "exercise 1 may take a minute and did not end in it: hostile.py, line 5"),
+                (lambda: impl.pixel_shuffle(X, 2), "exercise 1 may take a minute and did not end .*"),
                 (lambda: impl.rotate(X, X, X), r"exercise 2 ends the process, as os._exit\(\) does: hostile.py"),
                 (lambda: impl.repeat_heads(X, 2), "exercise 4 crashes: hostile.py, line 13"),
                 (lambda: impl.looks_like_a_sink(X, X), "exercise 7 .*")):
