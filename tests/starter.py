@@ -101,8 +101,7 @@ def starter(source: str, name: str = "my_module", variant: Variant = Variant()) 
 
     defined = {node.name for node in tree.body if hasattr(node, "name")}
     given |= {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} & defined
-    imports = [ast.get_source_segment(source, node) for node in tree.body
-               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports = [lines[node.lineno - 1] for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     imports = [line.replace(", replace", "") for line in imports if "minioutro" not in line]
     names = textwrap.fill(", ".join(sorted(given - written)), 92, initial_indent="    ",
                           subsequent_indent="    ")

@@ -264,7 +264,7 @@ def test_a_half_finished_module_gets_its_points(pytest_impl, monkeypatch):
     monkeypatch.setattr(grader, "Process", Process)
     head, one, two, three, _, five, *_, ten = parts(filled(Variant(2)))
     _, _, _, _, four, _, *others, _ = parts(starter.starter(SOURCE, variant=Variant(2)))
-    taken = "from minioutro.model import align_with_sink, attention, find_sinks, sink_value\n"
+    taken = "from minioutro.model import activation_ratio, align_with_sink, attention, find_sinks, sink_value\n"
     wrong = three.replace(".tril(n_key - n_query)", ".tril()")
     done = pytest_impl("my_module.py", "--variant", "2", "--points", "points.json",
                        my_module_py="".join([head, one, two, wrong, four, five, *others, taken, ten]))
