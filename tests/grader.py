@@ -31,6 +31,7 @@ from minioutro.weights import written_whole
 OURS = "minioutro.model"
 PATH = pytest.StashKey()                # of the solution; None for OURS
 A_MINUTE = 60.0                         # in seconds, for all calls of an exercise's functions together
+TO_END_ITSELF = 5.0                     # seconds, for a process whose time is over
 NOT_WRITTEN = [e.not_written for e in EXERCISES]
 LONGEST = 2000                          # letters of what one test says, in the file of points
 
@@ -58,7 +59,7 @@ class Process:
              str(self.variant)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, start_new_session=True)
         self.sent = {}                      # models, by id: a process is sent each only once
-        answer = self.ask(None, FOR_IMPORT)
+        answer = self.ask(None, 2 * FOR_IMPORT)         # also that of torch, before its clock begins
         if answer is None:
             answer = {"error": self.how_it_ended("the import", "a minute")}
         if "error" in answer:
@@ -78,8 +79,13 @@ class Process:
 
     def ask(self, message, seconds: float) -> dict | None:
         """The answer to a message, or None: the process has ended. It ends itself when the time is over,
-        and is ended 5 seconds later if something keeps it from that."""
-        killer = threading.Timer(seconds + 5, self.kill)
+        and is ended a little later if something keeps it from that."""
+        self.was_late = False
+
+        def end():
+            self.was_late = True
+            self.kill()
+        killer = threading.Timer(seconds + TO_END_ITSELF, end)
         killer.start()
         try:
             if message is not None:
@@ -96,7 +102,8 @@ class Process:
         lines = Path(self.lines.name).read_text(errors="replace")
         places = [f"{Path(file).name}, line {n}" for file, n in re.findall(r'File "(.+?)", line (\d+)', lines)
                   if self.path in (Path(file), *Path(file).parents)]
-        reason = (f"{what} may take {time} and did not end in it" if lines.startswith("Timeout") else
+        late = self.was_late or lines.startswith("Timeout")
+        reason = (f"{what} may take {time} and did not end in it" if late else
                   f"{what} crashes" if lines else f"{what} ends the process, as os._exit() does")
         return f"{reason}: {places[0] if places else self.path.name}"
 
@@ -214,7 +221,8 @@ def pytest_configure(config):
     config.stash[PATH] = None
     if name == OURS:
         if file or number:
-            raise pytest.UsageError(f"--{'points' if file else 'variant'} is for a module; give --impl my_module, too")
+            option = "--points" if file else "--variant"
+            raise pytest.UsageError(f"{option} is for a module; give --impl my_module, too")
         return
     stack = contextlib.ExitStack()
     stack.enter_context(model_of(Variant(number)))

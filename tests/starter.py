@@ -121,8 +121,8 @@ def exercises(tutorial: str, name: str, variant: Variant) -> str:
     _, heading, text = tutorial.partition("## Exercises\n")
     for command in ("python tests/starter.py my_module.py", "python -m pytest --impl my_module"):
         text = text.replace(command, command.replace("my_module", name) + option(variant))
-    return (f"{heading}\nThis is variant {variant.number}. Its constants are not those of `tutorial.md` and `model.py`; "
-            f"so give `--variant {variant.number}` whenever you check.\n{variant(text)}")
+    return (f"{heading}\nThis is variant {variant.number}. Its constants are not those of `tutorial.md` and "
+            f"`model.py`; so give `--variant {variant.number}` whenever you check.\n{variant(text)}")
 
 
 def main(arguments: list[str]) -> int:
