@@ -1,13 +1,16 @@
 """Shapes are named as in minioutro/model.py; sizes in tests are distinct, so that no transpose passes."""
 
+import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minioutro import OutRo, VideoLM, load
+from minioutro import OutRo, Trace, VideoLM, load, read_video
+from minioutro.analysis import values, with_weight
 
 torch.set_num_threads(1)             # the tensors are tiny, and a second thread only gets in the way
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -30,8 +33,10 @@ class Golden:
 
     def __init__(self, name: str):
         self.folder = FIXTURES / name
-        self.model = VideoLM.from_pretrained(self.folder)
-        self.tensors = load_file(self.folder / "golden.safetensors")
+        # Copies in memory: whoever writes to a file takes from under us what was only mapped to it.
+        self.model = copy.deepcopy(VideoLM.from_pretrained(self.folder))
+        stored = load_file(self.folder / "golden.safetensors")
+        self.tensors = {name: tensor.clone() for name, tensor in stored.items()}
         self.meta = json.loads((self.folder / "meta.json").read_text())
         self.input_ids, self.pixels = self.tensors["input_ids"], self.tensors["pixel_values"]
 
@@ -39,16 +44,59 @@ class Golden:
         names = ("abs_threshold", "median_multiple", "gamma", "temperature")
         return OutRo(**{name: self.meta[name] for name in names}, **switches)
 
+    def as_computed(self):
+        """The same with what model.py computes in place of what was computed elsewhere, for a variant of the
+        exercises."""
+        g, trace = copy.copy(self), {}
+        call = partial(self.model, self.input_ids, self.pixels)
+        g.tensors = self.tensors | {"logits_on": call(outro=self.outro(), trace=trace), "logits_off": call(),
+                                    "logits.relax_only": call(outro=self.outro(align=False)),
+                                    "logits.align_only": call(outro=self.outro(relax=False))}
+        for name, stored in (("is_sink", "is_sink"), ("relaxed", "is_relaxed")):
+            g.tensors[stored] = torch.cat([trace[f"layers.{l}.{name}"] for l in range(self.meta["L"])])
+        g.decoded = {"no_decode_alignment": [], "ids": self.model.generate(
+            self.input_ids, self.pixels, max_new_tokens=12, outro=self.outro())}
+        return g
+
+
+PUBLISHED = ("dev_late", "dev_natural")         # with what the published code computes
+
 
 @pytest.fixture(scope="session")
-def golden():
-    cache = {}
-    return lambda name: cache.setdefault(name, None) or cache.update({name: Golden(name)}) or cache[name]
+def golden(variant):
+    """golden("dev_a") and others."""
+    found = {path.name: Golden(path.name) for path in FIXTURES.iterdir() if path.is_dir()}
+    with torch.no_grad():
+        found.update((name, found[name].as_computed()) for name in PUBLISHED if variant.number)
+    return found.__getitem__
 
 
 @pytest.fixture(scope="session")
 def toy():
     return load(TOY)
+
+
+@pytest.fixture(scope="session")
+def three_traces(toy):
+    """Of exercise 7, by name: weights and values of every layer."""
+    model, processor = toy
+    inputs = processor(read_video(TOY / "clip.mp4"), "What happens in this video?")
+    ids, features = inputs.input_ids, model.encode(inputs.pixel_values)
+    layers = range(model.config.text_config.num_hidden_layers)
+
+    def traced(model, ids):
+        trace = Trace(weights_of=layers)
+        model(ids, features=features, trace=trace)
+        return trace, [(trace[f"layers.{l}.weights"], values(model, trace, l)) for l in layers]
+
+    trace, of_toy = traced(model, ids)
+    first = next(l for l in layers if trace[f"layers.{l}.ratio"].max() > 1000)
+    name = f"model.text_model.layers.{first - 1}.mlp.down_proj.weight"
+    weight = model.get_parameter(name).clone()
+    weight[trace[f"layers.{first}.hidden"][0, 0].abs().argmax()] = 0
+    late = torch.cat([ids[:, 1:201], ids[:, :1], ids[:, 201:]], dim=1)
+    return {"toy": of_toy, "without": traced(with_weight(model, name, weight), ids)[1],
+            "late": traced(model, late)[1]}
 
 
 def assert_close(ours, golden, tolerance=1e-4):
@@ -59,8 +107,9 @@ def assert_close(ours, golden, tolerance=1e-4):
 
 
 @pytest.fixture(scope="session")
-def decoded():
-    return json.loads((FIXTURES / "decode.json").read_text())
+def decoded(golden, variant):
+    found = json.loads((FIXTURES / "decode.json").read_text())
+    return {name: golden(name).decoded for name in PUBLISHED} if variant.number else found
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "minioutro" / "model.py"
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,19 @@ class Exercise:
     number: int
     title: str
     points: int
+    minutes: int                        # as fresh readers took
+    difficulty: int                     # 1 to 3
+    can: str                            # what one can do afterwards
     names: tuple[str, ...] = ()         # what is to be written, as named in model.py; () for words
+    in_words: int = 0                   # of the points, those that a person gives
+    needs: tuple[int, ...] = ()         # exercises before it
     given: tuple[str, ...] = ()         # of model.py, what the starter module imports for it
+    stub: str = ""                      # what is to be written, where model.py has nothing of that name
+    rivals: tuple[str, ...] = ()        # of model.py and analysis.py, what must not be called instead
+
+    @property
+    def by_tests(self) -> int:
+        return self.points - self.in_words
 
     @property
     def mark(self) -> str:
@@ -27,20 +39,59 @@ class Exercise:
         return f"not written yet: exercise {self.number}"
 
 
+LOOKS = '''def looks_like_a_sink(weights: Tensor, v: Tensor) -> Tensor:
+    """Which tokens does one layer treat as a sink? Judged by its attention, not by `hidden`.
+
+    weights: float[B,H,S,S], causal; v: float[B,G,S,D], the values. Returns: bool[B,S].
+    A token to which every head gives more than 0.6 on average is one, a token to which no head gives
+    as much as 0.1 is none, the average over the queries that may see it and 16 of these at least.
+    In between it is yours to say.
+    """
+'''
+
 EXERCISES = (
-    Exercise(1, "Pixel shuffle", 5, ("pixel_shuffle",)),
-    Exercise(2, "RMSNorm", 5, ("RMSNorm.forward",)),
-    Exercise(3, "Rotary positions", 5, ("rotate",)),
-    Exercise(4, "Causal mask with a cache", 5, ("causal_mask",)),
-    Exercise(5, "Grouped-query attention", 10, ("repeat_heads", "attention")),
-    Exercise(6, "Find the sinks", 10, ("activation_ratio", "find_sinks")),
-    Exercise(7, "Open the sink rows", 5, ("open_sink_rows",)),
-    Exercise(8, "A row opened in the last layer", 10),
-    Exercise(9, "Sink value", 5, ("sink_value",)),
-    Exercise(10, "Alignment", 15, ("align_with_sink",), given=("cosine",)),
-    Exercise(11, "The decode step", 15, ("DecoderLayer",)),
-    Exercise(12, "Seven answers more", 10),
+    Exercise(1, "Pixel shuffle", 5, 15, 1, "fold an image's patches into fewer tokens, without a loop",
+             ("pixel_shuffle",)),
+    Exercise(2, "Norm and positions", 5, 20, 1,
+             "write the two small pieces of a Llama layer, and say why a massive activation survives them",
+             ("RMSNorm.forward", "rotate")),
+    Exercise(3, "The masks", 5, 15, 1, "say in one matrix who may attend to whom, with a cache and with sinks",
+             ("causal_mask", "open_sink_rows")),
+    Exercise(4, "Grouped-query attention", 10, 30, 2,
+             "compute attention from its definition and hold it against a fused kernel",
+             ("repeat_heads", "attention")),
+    Exercise(5, "The cache", 10, 35, 2, "decode token by token and get the logits of one pass",
+             ("Cache.extend", "Cache.keys", "Cache.values")),
+    Exercise(6, "Find the sinks", 5, 20, 1, "find massive activations, item by item",
+             ("activation_ratio", "find_sinks")),
+    Exercise(7, "Does it look like a sink to you?", 10, 50, 2,
+             "tell what a definition says from what it is a definition of", ("looks_like_a_sink",), 5, (6,),
+             stub=LOOKS, rivals=("find_sinks", "activation_ratio", "attention_mass", "sink_share")),
+    Exercise(8, "Alignment", 10, 40, 2, "turn vectors in a plane, and know where rounding bites",
+             ("sink_value", "align_with_sink"), 0, (4,), given=("cosine",)),
+    Exercise(9, "A row opened in the last layer", 5, 15, 2, "predict from a layer's data flow what a change can reach",
+             (), 5, (3,)),
+    Exercise(10, "The layer", 20, 75, 3, "assemble a method in a decoder, for prompts, batches and decode steps",
+             ("DecoderLayer.forward",), 5, (2, 3, 4, 6, 8)),
+    Exercise(11, "A few answers more", 5, 25, 2, "compare two runs on the same questions", (), 5),
+    Exercise(12, "Predict, then measure", 10, 60, 3, "design a measurement, and say what its numbers allow",
+             (), 10, (7, 11)),
 )
+
+
+IN_WORDS = "in words, to be read by a person: exercises " + ", ".join(
+    f"{e.number} ({e.in_words})" for e in EXERCISES if e.in_words)
+
+
+def table() -> str:
+    """All exercises in Markdown, for the tutorial."""
+    lines = ["| | exercise | points | minutes | difficulty | needs | afterwards you can |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    for e in EXERCISES:
+        needs = ", ".join(map(str, e.needs))
+        lines.append(f"| {e.number} | {e.title} | {e.points} | {e.minutes} | {e.difficulty} | {needs} | {e.can} |")
+    points, minutes = sum(e.points for e in EXERCISES), sum(e.minutes for e in EXERCISES)
+    return "\n".join([*lines, f"| | all of these | {points} | {minutes} | | | |"])
 
 
 def find_module(given: str) -> Path:
@@ -99,12 +150,10 @@ def points_table(results: dict[int, list[bool | None]]) -> str:
         if e.number not in results:
             continue
         outcomes = results[e.number]
-        points = e.points if all(outcomes) else 0
-        reached, possible = reached + points, possible + e.points
+        points = e.by_tests if all(outcomes) else 0
+        reached, possible = reached + points, possible + e.by_tests
         not_run = f", {outcomes.count(None)} not run" if None in outcomes else ""
-        lines.append(f"{e.number:>4}  {e.title:<32}{points:>3} of {e.points:>3}   "
+        lines.append(f"{e.number:>4}  {e.title:<33}{points:>3} of {e.by_tests:>3}   "
                      f"{outcomes.count(True)} passed, {outcomes.count(False)} failed{not_run}")
-    lines.append(f"      {'all of these':<32}{reached:>3} of {possible:>3}")
-    words = ", ".join(f"{e.number} ({e.points})" for e in EXERCISES if not e.names)
-    lines.append(f"      in words, to be read by a person: exercises {words}")
-    return "\n".join(lines)
+    lines.append(f"      {'all of these':<33}{reached:>3} of {possible:>3}")
+    return "\n".join([*lines, f"      {IN_WORDS}"])

@@ -1,11 +1,16 @@
-"""Typical wrong solutions of the exercises: each fails a test of its own exercise.
+"""Typical wrong solutions of the exercises: each fails a test of its own exercise. Of what model.py
+does not have, a right one, too.
 
 They are graded like a student's, so none calls the model's function of its own exercise.
 """
 
+import ast
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from starter import MODEL, SLIP, decoder_layer
+from exercises import MODEL
+from starter import node_named
 
 from minioutro import model
 from minioutro.model import cosine, repeat_heads
@@ -94,70 +99,100 @@ class WithoutTheWeight(model.RMSNorm):
         return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-# ---- exercise 3 ----
-
-
-@wrong(3, "rotate")
+@wrong(2, "rotate")
 def neighbours_as_pairs(x, cos, sin):
     even, odd = x[..., 0::2], x[..., 1::2]
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
-@wrong(3, "rotate")
+@wrong(2, "rotate")
 def clockwise(x, cos, sin):
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([right, -left], dim=-1) * sin
 
 
-@wrong(3, "rotate")
+@wrong(2, "rotate")
 def cosine_and_sine_exchanged(x, cos, sin):
     left, right = x.chunk(2, dim=-1)
     return x * sin + torch.cat([-right, left], dim=-1) * cos
 
 
-@wrong(3, "rotate")
+@wrong(2, "rotate")
 def halves_not_exchanged(x, cos, sin):
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-left, right], dim=-1) * sin
 
 
-# ---- exercise 4 ----
+# ---- exercise 3 ----
 
 
-@wrong(4, "causal_mask")
+@wrong(3, "causal_mask")
 def counted_from_the_upper_left(n_query, n_key, device=None):
     return torch.ones(n_query, n_key, dtype=torch.bool).tril()
 
 
-@wrong(4, "causal_mask")
+@wrong(3, "causal_mask")
 def one_key_too_few(n_query, n_key, device=None):
     return torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query - 1)
 
 
-@wrong(4, "causal_mask")
+@wrong(3, "causal_mask")
 def one_key_too_many(n_query, n_key, device=None):
     return torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query + 1)
 
 
-@wrong(4, "causal_mask")
+@wrong(3, "causal_mask")
 def true_where_it_is_forbidden(n_query, n_key, device=None):
     return torch.ones(n_query, n_key, dtype=torch.bool).triu(n_key - n_query + 1)
 
 
-@wrong(4, "causal_mask")
+@wrong(3, "causal_mask")
 def the_future_instead_of_the_past(n_query, n_key, device=None):
     return torch.ones(n_query, n_key, dtype=torch.bool).triu(n_key - n_query)
 
 
-@wrong(4, "causal_mask")
+@wrong(3, "causal_mask")
 def zero_and_minus_infinity(n_query, n_key, device=None):
     return torch.full((n_query, n_key), float("-inf")).triu(n_key - n_query + 1)
 
 
-# ---- exercise 5 ----
+@wrong(3, "open_sink_rows")
+def columns_instead_of_rows(may_attend, is_sink):
+    return may_attend | is_sink[:, None, :]
 
 
-@wrong(5, "repeat_heads")
+@wrong(3, "open_sink_rows")
+def the_rows_of_all_others(may_attend, is_sink):
+    return may_attend | ~is_sink[:, :, None]
+
+
+@wrong(3, "open_sink_rows")
+def all_rows_of_an_item_with_a_sink(may_attend, is_sink):
+    return may_attend | is_sink.any(1)[:, None, None]
+
+
+@wrong(3, "open_sink_rows")
+def only_the_rows_of_sinks_remain(may_attend, is_sink):
+    return may_attend & is_sink[:, :, None]
+
+
+@wrong(3, "open_sink_rows")
+def the_sinks_of_the_first_item_for_all(may_attend, is_sink):
+    return may_attend | is_sink[:1, :, None].expand(len(is_sink), -1, -1)
+
+
+@wrong(3, "open_sink_rows")
+def written_into_the_mask_of_the_caller(may_attend, is_sink):
+    if may_attend.dim() == 2:
+        may_attend = may_attend[None].repeat(len(is_sink), 1, 1)
+    may_attend[is_sink] = True
+    return may_attend
+
+
+# ---- exercise 4 ----
+
+
+@wrong(4, "repeat_heads")
 def heads_repeated_in_turn(x, H):
     return x.repeat(1, H // x.shape[1], *[1] * (x.dim() - 2))
 
@@ -175,37 +210,37 @@ def softmax_attention(q, k, v, may_attend, scale=0.5, dim=-1, forbidden=float("-
     return weights @ v, weights
 
 
-@wrong(5, "attention")
+@wrong(4, "attention")
 def values_of_the_wrong_head(q, k, v, may_attend):
     return softmax_attention(q, k, v, may_attend, repeat=heads_repeated_in_turn)
 
 
-@wrong(5, "attention")
+@wrong(4, "attention")
 def scores_not_scaled(q, k, v, may_attend):
     return softmax_attention(q, k, v, may_attend, scale=0)
 
 
-@wrong(5, "attention")
+@wrong(4, "attention")
 def scaled_by_the_head_size_without_root(q, k, v, may_attend):
     return softmax_attention(q, k, v, may_attend, scale=1)
 
 
-@wrong(5, "attention")
+@wrong(4, "attention")
 def mask_inverted(q, k, v, may_attend):
     return softmax_attention(q, k, v, ~may_attend)
 
 
-@wrong(5, "attention")
+@wrong(4, "attention")
 def forbidden_scores_are_zero(q, k, v, may_attend):
     return softmax_attention(q, k, v, may_attend, forbidden=0.0)
 
 
-@wrong(5, "attention")
+@wrong(4, "attention")
 def softmax_over_the_queries(q, k, v, may_attend):
     return softmax_attention(q, k, v, may_attend, dim=-2)
 
 
-@wrong(5, "attention")
+@wrong(4, "attention")
 def masked_behind_the_softmax(q, k, v, may_attend):
     allowed = may_attend if may_attend.dim() == 2 else may_attend[:, None]
     _, weights = softmax_attention(q, k, v, torch.ones_like(may_attend))
@@ -213,9 +248,100 @@ def masked_behind_the_softmax(q, k, v, may_attend):
     return weights @ neighbours(v, q.shape[1]), weights
 
 
-@wrong(5, "attention")
+@wrong(4, "attention")
 def the_mask_of_the_first_item_for_all(q, k, v, may_attend):
     return softmax_attention(q, k, v, may_attend if may_attend.dim() == 2 else may_attend[0])
+
+
+# ---- exercise 5 ----
+
+
+@dataclass
+class Cache(model.Cache):
+    """A right one, without room to spare."""
+
+    def extend(self, layer, k, v):
+        if layer == len(self.k):
+            self.k.append(k)
+            self.v.append(v)
+        else:
+            self.k[layer] = torch.cat([self.k[layer][:, :, :self.length], k], dim=2)
+            self.v[layer] = torch.cat([self.v[layer][:, :, :self.length], v], dim=2)
+        return self.k[layer], self.v[layer]
+
+    def keys(self, layer):
+        return self.k[layer][:, :, :self.length]
+
+    def values(self, layer):
+        return self.v[layer][:, :, :self.length]
+
+
+@wrong(5, "Cache")
+class OnlyTheNewOnesReturned(Cache):
+    def extend(self, layer, k, v):
+        super().extend(layer, k, v)
+        return k, v
+
+
+@wrong(5, "Cache")
+class LengthMovedByEachLayer(Cache):
+    def extend(self, layer, k, v):
+        result = super().extend(layer, k, v)
+        self.length += k.shape[2]
+        return result
+
+
+@wrong(5, "Cache")
+class OneBufferForAllLayers(Cache):
+    def extend(self, layer, k, v):
+        return super().extend(0, k, v)
+
+
+@wrong(5, "Cache")
+class NewTokensInFrontOfTheOthers(Cache):
+    def extend(self, layer, k, v):
+        if layer < len(self.k):
+            k, v = torch.cat([k, self.k[layer]], dim=2), torch.cat([v, self.v[layer]], dim=2)
+            self.k[layer], self.v[layer] = k, v
+            return k, v
+        return super().extend(layer, k, v)
+
+
+@wrong(5, "Cache")
+class OnlyOneOfTwoNewTokensKept(Cache):
+    def extend(self, layer, k, v):
+        n = 1 if layer < len(self.k) else k.shape[2]
+        return super().extend(layer, k[:, :, -n:], v[:, :, -n:])
+
+
+@wrong(5, "Cache")
+class TheOldestForgottenFrom512On(Cache):
+    def extend(self, layer, k, v):
+        k, v = super().extend(layer, k, v)
+        return k[:, :, -512:], v[:, :, -512:]
+
+
+@wrong(5, "Cache")
+class ValuesForKeys(Cache):
+    def keys(self, layer):
+        return self.v[layer][:, :, :self.length]
+
+
+@wrong(5, "Cache")
+class KeysOfTokensThatAreNotThroughAllLayers(Cache):
+    def extend(self, layer, k, v):
+        k, v = super().extend(layer, k, v)
+        self.k[layer] = F.pad(k, (0, 0, 0, 256))                # room to spare
+        return k, v
+
+    def keys(self, layer):
+        return self.k[layer]
+
+
+@wrong(5, "Cache")
+class ACopyThatNoEditChanges(Cache):
+    def keys(self, layer):
+        return super().keys(layer).clone()
 
 
 # ---- exercise 6 ----
@@ -287,40 +413,55 @@ def written_into_the_hidden_states(hidden, abs_threshold, median_multiple):
 # ---- exercise 7 ----
 
 
-@wrong(7, "open_sink_rows")
-def columns_instead_of_rows(may_attend, is_sink):
-    return may_attend | is_sink[:, None, :]
+def given_to_each(weights):
+    """The mean weight of each key over the queries that may see it, (B,H,S)."""
+    return weights.sum(-2) / torch.arange(weights.shape[-1], 0, -1)
 
 
-@wrong(7, "open_sink_rows")
-def the_rows_of_all_others(may_attend, is_sink):
-    return may_attend | ~is_sink[:, :, None]
+def looks_like_a_sink(weights, v):
+    """A right one: most heads give it a third or more, and 16 queries say so."""
+    enough = torch.arange(weights.shape[-1], 0, -1) >= 16
+    return ((given_to_each(weights) > 1 / 3).float().mean(1) > 0.5) & enough
 
 
-@wrong(7, "open_sink_rows")
-def all_rows_of_an_item_with_a_sink(may_attend, is_sink):
-    return may_attend | is_sink.any(1)[:, None, None]
+@wrong(7, "looks_like_a_sink")
+def the_first_token_always(weights, v):
+    return (torch.arange(weights.shape[-1]) == 0).expand(len(weights), -1)
 
 
-@wrong(7, "open_sink_rows")
-def only_the_rows_of_sinks_remain(may_attend, is_sink):
-    return may_attend & is_sink[:, :, None]
+@wrong(7, "looks_like_a_sink")
+def whoever_draws_most(weights, v):
+    given = given_to_each(weights).mean(1)
+    return given == given.amax(-1, keepdim=True)
 
 
-@wrong(7, "open_sink_rows")
-def the_sinks_of_the_first_item_for_all(may_attend, is_sink):
-    return may_attend | is_sink[:1, :, None].expand(len(is_sink), -1, -1)
+@wrong(7, "looks_like_a_sink")
+def average_over_queries_that_cannot_see_it(weights, v):
+    return weights.mean(-2).mean(1) > 1 / 3
 
 
-@wrong(7, "open_sink_rows")
-def written_into_the_mask_of_the_caller(may_attend, is_sink):
-    if may_attend.dim() == 2:
-        may_attend = may_attend[None].repeat(len(is_sink), 1, 1)
-    may_attend[is_sink] = True
-    return may_attend
+@wrong(7, "looks_like_a_sink")
+def average_over_its_own_row(weights, v):
+    return weights.mean(-1).mean(1) > 1 / 3
 
 
-# ---- exercise 9 ----
+@wrong(7, "looks_like_a_sink")
+def one_query_is_enough(weights, v):
+    return weights.amax(-2).mean(1) > 1 / 2
+
+
+@wrong(7, "looks_like_a_sink")
+def average_over_the_batch(weights, v):
+    return (given_to_each(weights).mean((0, 1)) > 1 / 3).expand(len(weights), -1)
+
+
+@wrong(7, "looks_like_a_sink")
+def a_value_that_is_small(weights, v):
+    length = v.norm(dim=-1).mean(1)
+    return length < 0.5 * length.median(-1, keepdim=True).values
+
+
+# ---- exercise 8 ----
 
 
 def mean_of(v, chosen):
@@ -328,37 +469,34 @@ def mean_of(v, chosen):
     return of_chosen / chosen.sum(1).clamp(min=1)[:, None, None]
 
 
-@wrong(9, "sink_value")
+@wrong(8, "sink_value")
 def mean_over_all_tokens(v, is_sink):
     return v.masked_fill(~is_sink[:, None, :, None], 0).mean(2)
 
 
-@wrong(9, "sink_value")
+@wrong(8, "sink_value")
 def sum_instead_of_mean_value(v, is_sink):
     return v.masked_fill(~is_sink[:, None, :, None], 0).sum(2)
 
 
-@wrong(9, "sink_value")
+@wrong(8, "sink_value")
 def nan_without_sinks(v, is_sink):
     return v.masked_fill(~is_sink[:, None, :, None], 0).sum(2) / is_sink.sum(1)[:, None, None]
 
 
-@wrong(9, "sink_value")
+@wrong(8, "sink_value")
 def one_value_for_all_heads(v, is_sink):
     return mean_of(v, is_sink).mean(1, keepdim=True).expand(-1, v.shape[1], -1)
 
 
-@wrong(9, "sink_value")
+@wrong(8, "sink_value")
 def only_the_first_sink(v, is_sink):
     return mean_of(v, is_sink & (is_sink.cumsum(1) == 1))
 
 
-@wrong(9, "sink_value")
+@wrong(8, "sink_value")
 def the_mean_of_the_others(v, is_sink):
     return mean_of(v, ~is_sink)
-
-
-# ---- exercise 10 ----
 
 
 def turn(out, v_sink, ever_sink, gamma, gate, power=2, restore=True, repeat=repeat_heads):
@@ -377,55 +515,55 @@ def usual_gate(out, v_sink, temperature):
     return torch.tanh(cosine(out, v_sink).relu() / temperature)
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def length_not_restored(out, v_sink, ever_sink, gamma, temperature):
     return turn(out, v_sink, ever_sink, gamma, usual_gate(out, v_sink, temperature), restore=False)
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def gate_without_relu(out, v_sink, ever_sink, gamma, temperature):
     return turn(out, v_sink, ever_sink, gamma, torch.tanh(cosine(out, v_sink).abs() / temperature))
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def gate_without_tanh(out, v_sink, ever_sink, gamma, temperature):
     return turn(out, v_sink, ever_sink, gamma, cosine(out, v_sink).relu() / temperature)
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def gate_always_open(out, v_sink, ever_sink, gamma, temperature):
     return turn(out, v_sink, ever_sink, gamma, torch.ones_like(cosine(out, v_sink)))
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def multiplied_by_the_temperature(out, v_sink, ever_sink, gamma, temperature):
     return turn(out, v_sink, ever_sink, gamma, torch.tanh(cosine(out, v_sink).relu() * temperature))
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def projection_over_the_length_not_its_square(out, v_sink, ever_sink, gamma, temperature):
     return turn(out, v_sink, ever_sink, gamma, usual_gate(out, v_sink, temperature), power=1)
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def towards_the_value_of_another_head(out, v_sink, ever_sink, gamma, temperature):
     shuffled = heads_repeated_in_turn(v_sink, out.shape[1])
     gate = usual_gate(out, shuffled, temperature)
     return turn(out, v_sink, ever_sink, gamma, gate, repeat=heads_repeated_in_turn)
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def sinks_turned_too(out, v_sink, ever_sink, gamma, temperature):
     return turn(out, v_sink, torch.zeros_like(ever_sink), gamma, usual_gate(out, v_sink,
                 temperature))
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def only_sinks_turned(out, v_sink, ever_sink, gamma, temperature):
     return turn(out, v_sink, ~ever_sink, gamma, usual_gate(out, v_sink, temperature))
 
 
-@wrong(10, "align_with_sink")
+@wrong(8, "align_with_sink")
 def computed_in_half_precision(out, v_sink, ever_sink, gamma, temperature):
     v = repeat_heads(v_sink, out.shape[1])[:, :, None]
     p = (out * v).sum(-1, keepdim=True) / (v.pow(2).sum(-1, keepdim=True) + 1e-8) * v
@@ -434,15 +572,36 @@ def computed_in_half_precision(out, v_sink, ever_sink, gamma, temperature):
     return torch.where(ever_sink[:, None, :, None], out, turned)
 
 
-# ---- exercise 11: the same layer, with another answer to who was a sink ----
+# ---- exercise 10: the layer, with one line changed ----
 
 
-for what, who_was_a_sink in (
-        ("the_published_slip", SLIP),
-        ("the_prompt_told_by_its_length", "cache.sinks.ever_sink[:, :S] if S > 1 else none"),
-        ("the_end_of_the_prompt_looked_up", "cache.sinks.ever_sink[:, -S:]"),
-        ("generated_tokens_left_alone", "cache.sinks.ever_sink if is_prompt else ~none"),
-        ("sinks_of_the_prompt_turned_too", "none")):
+def layer_with(old, new):
+    source = MODEL.read_text(encoding="utf-8")
+    node = node_named(ast.parse(source), "DecoderLayer")
+    text = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
+    assert text.count(old) == 1, old
     namespace = dict(vars(model))
-    exec(decoder_layer(MODEL.read_text(encoding="utf-8"), who_was_a_sink), namespace)
-    WRONG.append((11, "DecoderLayer", namespace["DecoderLayer"], what))
+    exec(text.replace(old, new), namespace)
+    return namespace["DecoderLayer"]
+
+
+WHO = "cache.sinks.ever_sink if is_prompt else none"
+SLIP = "cache.sinks.ever_sink[:, :S]"               # as in the published code
+for what, old, new in (
+        ("the_published_slip", WHO, SLIP),
+        ("the_prompt_told_by_its_length", WHO, "cache.sinks.ever_sink[:, :S] if S > 1 else none"),
+        ("the_end_of_the_prompt_looked_up", WHO, "cache.sinks.ever_sink[:, -S:]"),
+        ("generated_tokens_left_alone", WHO, "cache.sinks.ever_sink if is_prompt else ~none"),
+        ("sinks_of_the_prompt_turned_too", WHO, "none"),
+        ("sinks_of_earlier_layers_turned_again", WHO, "is_sink if is_prompt else none"),
+        ("rows_opened_more_than_once", "opened = is_sink & ~cache.sinks.opened", "opened = is_sink"),
+        ("rows_opened_in_every_layer", "l % (outro.relax_every or max(1, L // 7)) == 0", "True"),
+        ("relax_every_ignored", "outro.relax_every or max(1, L // 7)", "max(1, L // 7)"),
+        ("relaxation_cannot_be_switched_off", "outro.relax and", ""),
+        ("alignment_cannot_be_switched_off", "touched and outro.align", "touched"),
+        ("the_mask_is_not_opened", "open_sink_rows(may_attend, opened), False", "may_attend, False"),
+        ("the_value_of_opened_sinks_alone", "sink_value(v, is_sink)", "sink_value(v, opened)"),
+        ("the_value_of_another_layer", "align_with_sink(out, cache.sinks.v_sink[l]",
+         "align_with_sink(out, cache.sinks.v_sink[-1 - l]"),
+        ("the_first_item_for_all", "sink_value(v, is_sink)", "sink_value(v, is_sink[:1].expand(B, S))")):
+    WRONG.append((10, "DecoderLayer", layer_with(old, new), what))

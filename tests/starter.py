@@ -1,9 +1,11 @@
 """Write the module in which a student does the exercises: python tests/starter.py my_module.py
 
 It is cut out of minioutro/model.py: signatures and docstrings are copied, the bodies of what is to
-be written are left out, and what is given is imported from there.
+be written are left out, and what is given is imported from there. With --variant 7 some constants are
+others (variants.py), and my_module.md beside it has the text of the exercises with them.
 """
 
+import argparse
 import ast
 import os
 import re
@@ -11,18 +13,20 @@ import sys
 import textwrap
 from pathlib import Path
 
-from exercises import EXERCISES, make_importable
+from exercises import EXERCISES, MODEL, ROOT, make_importable
+from variants import LAST, Variant
 
-MODEL = Path(__file__).parent.parent / "minioutro" / "model.py"
-SLIP = "cache.sinks.ever_sink[:, :S]"       # as in the published code: see exercise 11
-
-HEAD = '''"""The exercises of minioutro's tutorial: replace each `raise` by your own lines.
+HEAD = '''"""The exercises of {text}: replace each `raise` by your own lines.
 
     python -m pytest --impl {name} -m exercise_4      checks one exercise
     python -m pytest --impl {name}                    checks all of them
 
 You may import a function from minioutro.model that you did not write, so that later ones can use
 it: only its own exercise is then without points.
+
+The method, in the order in which a decoder layer takes its steps:
+
+{steps}
 
 {legend}
 """
@@ -37,74 +41,113 @@ def node_named(tree: ast.Module, dotted: str) -> ast.AST:
     return node
 
 
-def without_body(lines: list[str], outer: ast.AST, inner: ast.AST, sentence: str) -> str:
-    """The source of `outer`, in which the body of `inner` behind its docstring is a `raise`."""
-    if ast.get_docstring(inner) is None:
-        end_of_head = inner.body[0].lineno - 1
-    else:
-        end_of_head = inner.body[0].end_lineno
-    indent = " " * inner.body[0].col_offset
-    kept = lines[outer.lineno - 1:end_of_head]
-    return "\n".join([*kept, f'{indent}raise NotImplementedError("{sentence}")',
-                      *lines[inner.end_lineno:outer.end_lineno]])
+def first_line(node: ast.AST) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 
-def decoder_layer(source: str, who_was_a_sink: str) -> str:
-    """The source of DecoderLayer with another answer to: which of these tokens were ever a sink?"""
+def without_bodies(lines: list[str], outer: ast.AST, inner: list[ast.AST], sentence: str) -> str:
+    """The source of `outer`, in which the body of each `inner`, behind its docstring, is a `raise`."""
+    kept, start = [], first_line(outer)
+    for node in inner:
+        end_of_head = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
+        indent = " " * node.body[0].col_offset
+        kept += [*lines[start - 1:end_of_head], f'{indent}raise NotImplementedError("{sentence}")']
+        start = node.end_lineno + 1
+    return "\n".join([*kept, *lines[start - 1:outer.end_lineno]])
+
+
+STEPS = """\
+        # From q, k, v of all tokens so far, steps 1 to 6. What stands below them needs
+        #   is_sink, opened   bool[B,S]       found in this layer; of these, opened in this layer
+        #   out, aligned      float[B,H,S,D]  the heads' outputs, before and after step 6
+        # and cache.sinks keeps what later layers and calls need.
+        is_prompt, none = cache.length == 0, hidden.new_zeros(B, S, dtype=torch.bool)
+        touched = outro is not None and l < L - outro.skip_last         # else steps 1, 3, 5, 6 do nothing
+        raise NotImplementedError("{sentence}")
+
+"""
+
+
+def without_steps(source: str, sentence: str) -> str:
+    """The source of DecoderLayer without steps 1 to 6: given are what they need and what needs them."""
     node = node_named(ast.parse(source), "DecoderLayer")
     text = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
-    text, n_lines = re.subn(r"(?m)^( +ever_sink =) .+$", rf"\1 {who_was_a_sink}", text)
-    text, n_comments = re.subn(r"(?m)^( +# Step 6\.).*\n(?: +#.*\n)*",
-                               r"\1 Sinks are left alone.\n", text)
-    assert (n_lines, n_comments) == (1, 1), (
-        "tests/starter.py looks in model.py's DecoderLayer for one line `ever_sink = ...` below a "
-        f"comment `# Step 6.`, and found {n_lines} and {n_comments}: change both together")
+    text, n = re.subn(r"(?ms)^ +# Step 1\..*?(?=^        if trace is not None:\n +largest)",
+                      lambda steps: STEPS.format(sentence=sentence), text)
+    assert n == 1, ("tests/starter.py looks in model.py's DecoderLayer for a comment `# Step 1.` and, behind "
+                    f"the steps, for what goes into the trace, and found {n}: change both together")
     return text
 
 
-def starter(source: str, name: str = "my_module") -> str:
+def starter(source: str, name: str = "my_module", variant: Variant = Variant()) -> str:
     """The text of the starter module, from that of model.py."""
+    source = variant(source)
     tree, lines = ast.parse(source), source.splitlines()
     parts, written, given = [], set(), set()
     for e in EXERCISES:
         given.update(e.given)
         if e.names:
             parts.append(f"\n\n# ---- Exercise {e.number}: {e.title} ({e.points} points) ----")
-        for dotted in e.names:
-            outer = node_named(tree, dotted.split(".")[0])
-            written.add(outer.name)
-            if outer.name == "DecoderLayer":
-                text = decoder_layer(source, SLIP)
-            else:
-                text = without_body(lines, outer, node_named(tree, dotted), e.not_written)
+        if e.stub:
+            parts.append(f'\n\n{variant(e.stub)}    raise NotImplementedError("{e.not_written}")')
+            continue
+        for outer in dict.fromkeys(dotted.split(".")[0] for dotted in e.names):
+            written.add(outer)
+            inner = [node_named(tree, dotted) for dotted in e.names if dotted.split(".")[0] == outer]
+            text = (without_steps(source, e.not_written) if outer == "DecoderLayer" else
+                    without_bodies(lines, node_named(tree, outer), inner, e.not_written))
             parts.append(f"\n\n{text}")
     body = "\n".join(parts)
 
     defined = {node.name for node in tree.body if hasattr(node, "name")}
     given |= {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} & defined
-    imports = [ast.get_source_segment(source, node) for node in tree.body
-               if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imports = [line for line in imports if "minioutro" not in line and "dataclass" not in line]
+    imports = [lines[node.lineno - 1] for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports = [line.replace(", replace", "") for line in imports if "minioutro" not in line]
     names = textwrap.fill(", ".join(sorted(given - written)), 92, initial_indent="    ",
                           subsequent_indent="    ")
     legend = re.search(r"^Shapes, .*?\n\n", source, re.M | re.S).group().rstrip()
-    return (HEAD.format(name=name, legend=legend) + "\n" + "\n".join(imports)
+    steps = re.search(r"^  1\. .*?^  6\. .*?$", source, re.M | re.S).group()
+    name, text = f"{name}{option(variant)}", f"{name}.md" if variant.number else "minioutro's tutorial"
+    return (HEAD.format(name=name, text=text, steps=steps, legend=legend) + "\n" + "\n".join(imports)
             + f"\n\nfrom minioutro.model import (\n{names},\n)\n" + body + "\n")
 
 
+def option(variant: Variant) -> str:
+    return f" --variant {variant.number}" if variant.number else ""
+
+
+def exercises(tutorial: str, name: str, variant: Variant) -> str:
+    """The tutorial's text of the exercises, for a variant."""
+    _, heading, text = tutorial.partition("## Exercises\n")
+    for command in ("python tests/starter.py my_module.py", "python -m pytest --impl my_module"):
+        text = text.replace(command, command.replace("my_module", name) + option(variant))
+    return (f"{heading}\nThis is variant {variant.number}. Its constants are not those of `tutorial.md` and "
+            f"`model.py`; so give `--variant {variant.number}` whenever you check.\n{variant(text)}")
+
+
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python tests/starter.py my_module.py", file=sys.stderr)
-        return 2
-    path = Path(arguments[0])
-    half = path.with_name(f".{path.stem}.half.py")              # then moved: whole, or not there
+    parser = argparse.ArgumentParser(description="Write the module in which a student does the exercises.")
+    parser.add_argument("module", type=Path, help="the file to write, such as my_module.py")
+    parser.add_argument("--variant", type=int, choices=range(LAST + 1), default=0, metavar="NUMBER",
+                        help=f"with other constants, by number up to {LAST}, and with the text of the "
+                             f"exercises for them in a file .md beside it")
+    options = parser.parse_args(arguments)
+    path, variant, halves = options.module, Variant(options.variant), {}
     try:
         if path.suffix != ".py":
             raise ValueError(f"{path} is no Python module; call it my_module.py, or such")
-        if os.path.lexists(path):                               # never over a student's work
-            raise ValueError(f"{path} is there already; give another name")
-        half.write_text(starter(MODEL.read_text(encoding="utf-8"), make_importable(path)), encoding="utf-8")
-        half.rename(path)
+        name = make_importable(path)
+        texts = {path: starter(MODEL.read_text(encoding="utf-8"), name, variant)}
+        if variant.number:
+            tutorial = (ROOT / "tutorial.md").read_text(encoding="utf-8")
+            texts[path.with_suffix(".md")] = exercises(tutorial, name, variant)
+        for file, text in texts.items():                        # then moved: whole, or not there
+            if os.path.lexists(file):                           # never over a student's work
+                raise ValueError(f"{file} is there already; give another name")
+            halves[file] = file.with_name(f".{file.name}.half")
+            halves[file].write_text(text, encoding="utf-8")
+        for file, half in halves.items():
+            half.rename(file)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -114,7 +157,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        half.unlink(missing_ok=True)
+        for half in halves.values():
+            half.unlink(missing_ok=True)
     return 0
 
 

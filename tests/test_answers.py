@@ -1,4 +1,4 @@
-"""The answers to the exercises in words, 8 and 12: try yourself before you read on."""
+"""The answers to the exercises in words, 9 and 11: try yourself before you read on."""
 
 import pytest
 from conftest import TOY
@@ -8,7 +8,7 @@ from minioutro.evaluate import sign_test
 
 
 def test_a_row_opened_in_the_last_layer_does_not_reach_the_answer(toy, golden):
-    """Exercise 8: no effect. Opening a row changes the output of that position alone; the layer's
+    """Exercise 9: no effect. Opening a row changes the output of that position alone; the layer's
     keys and values are computed before it, and there is no later layer in which others could read
     it. The logits at the sink itself move, but the answer is read from the last position."""
     model, processor = toy
@@ -26,7 +26,7 @@ def test_a_row_opened_in_the_last_layer_does_not_reach_the_answer(toy, golden):
 
 
 def test_seven_more_right_answers_are_evidence_only_if_few_answers_changed():
-    """Exercise 12: at most 9 may have changed, 8 for the better and 1 for the worse (p = 0.039). By
+    """Exercise 11: at most 9 may have changed, 8 for the better and 1 for the worse (p = 0.039). By
     chance each change is for the better with probability 1/2, and p is twice the upper tail. The
     standard error of 80 % among 1,000 is 1.3 points, but it says how the share would vary with
     other questions; both runs had the same. So a report prints both counts of changes."""
