@@ -50,10 +50,11 @@ class Examples:
         return torch.cat([self.input_ids, self.answer_ids], dim=1)
 
 
-def examples(model: VideoLM, processor: Processor, n: int, most: int = 3) -> Examples:
+def examples(model: VideoLM, processor: Processor, n: int, most: int = 3,
+             noise: int | None = None) -> Examples:
     """n clips that the toy has never seen, of 1 to `most` shapes, all asked QUESTION, with their
-    right answers."""
-    clips = [Clip(FIRST_SEED + i, 1 + i % most) for i in range(n)]
+    right answers. noise: see `Clip`."""
+    clips = [Clip(FIRST_SEED + i, 1 + i % most, noise) for i in range(n)]
     indices = sample_indices(FPS * DURATION, FPS, DURATION)
     inputs, answers = [], []
     for clip in clips:

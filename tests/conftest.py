@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from minioutro import OutRo, Trace, VideoLM, load, read_video
-from minioutro.analysis import values, with_weight
+from minioutro.analysis import without_row
 
 torch.set_num_threads(1)             # the tensors are tiny, and a second thread only gets in the way
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -85,17 +85,15 @@ def three_traces(toy):
     layers = range(model.config.text_config.num_hidden_layers)
 
     def traced(model, ids):
-        trace = Trace(weights_of=layers)
-        model(ids, features=features, trace=trace)
-        return trace, [(trace[f"layers.{l}.weights"], values(model, trace, l)) for l in layers]
+        trace, cache = Trace(weights_of=layers), Cache()
+        model(ids, features=features, trace=trace, cache=cache)
+        return trace, [(trace[f"layers.{l}.weights"], cache.values(l)) for l in layers]
 
     trace, of_toy = traced(model, ids)
     first = next(l for l in layers if trace[f"layers.{l}.ratio"].max() > 1000)
-    name = f"model.text_model.layers.{first - 1}.mlp.down_proj.weight"
-    weight = model.get_parameter(name).clone()
-    weight[trace[f"layers.{first}.hidden"][0, 0].abs().argmax()] = 0
+    massive = trace[f"layers.{first}.hidden"][0, 0].abs().argmax()
     late = torch.cat([ids[:, 1:201], ids[:, :1], ids[:, 201:]], dim=1)
-    return {"toy": of_toy, "without": traced(with_weight(model, name, weight), ids)[1],
+    return {"toy": of_toy, "without": traced(without_row(model, first - 1, massive), ids)[1],
             "late": traced(model, late)[1]}
 
 
