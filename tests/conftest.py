@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minioutro import OutRo, Trace, VideoLM, load, read_video
+from minioutro import Cache, OutRo, Trace, VideoLM, load, read_video
 from minioutro.analysis import without_row
 
 torch.set_num_threads(1)             # the tensors are tiny, and a second thread only gets in the way
