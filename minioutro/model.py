@@ -27,7 +27,7 @@ The architecture is that of SmolVLM2 in transformers; attributes are named as th
 
 Shapes, here, in the tests and in every comment:
   B batch            F frames           P patches a frame    M image tokens a frame
-  S tokens of a call, the prompt or one new token            Q query positions, K key positions
+  S tokens of a call: the prompt, or those that follow it    Q query positions, K key positions
   H query heads      G key-value heads  D head size          C hidden size (Cv in the encoder)
   N sinks            V vocabulary       L layers, l one of them, 0-based
 
@@ -260,13 +260,13 @@ def causal_mask(n_query: int, n_key: int, device=None) -> Tensor:
     The triangle counts from the lower right corner, so that with a cache (Q < K) new tokens see all
     that came before:
 
-        Q = K = 4        Q = 2, K = 4      sink 1 opened (open_sink_rows)
+        Q = K = 4        Q = 2, K = 4      the sink at 1 opened (open_sink_rows)
         ■ · · ·                            ■ · · ·
         ■ ■ · ·                            ■ ■ ■ ■
         ■ ■ ■ ·          ■ ■ ■ ·           ■ ■ ■ ·
         ■ ■ ■ ■          ■ ■ ■ ■           ■ ■ ■ ■
 
-    Every row has a True: a row without one would be 0/0 in the softmax.
+    Every row has a True, as the softmax needs it.
     """
     assert 0 < n_query <= n_key, f"{n_query} queries are not the last of {n_key} positions"
     return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
@@ -420,16 +420,16 @@ class Sinks:
 
 @dataclass
 class Cache:
-    """Keys and values of all tokens so far. The call that finds it empty brings the prompt."""
+    """Keys and values of all tokens so far. The first call, at length 0, brings the prompt."""
     k: list[Tensor] = field(default_factory=list)   # of each layer, float[B,G,.,D], K or longer
     v: list[Tensor] = field(default_factory=list)
     length: int = 0                                 # K, tokens that went through all layers
-    sinks: Sinks | None = None                      # None: without OutRo, from here on if set later
+    sinks: Sinks | None = None                      # None: no OutRo; set later: none from then on
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new positions of a layer, in a buffer with room to spare.
+        """Keep the S new positions of a layer; `length` moves when all layers have theirs.
 
-        k, v: float[B,G,S,D]. Returns: those of all tokens so far, float[B,G,K,D].
+        k, v: float[B,G,S,D]. Returns: the first `length` and these, float[B,G,length + S,D].
         """
         if layer == len(self.k):
             self.k.append(k)
@@ -437,14 +437,14 @@ class Cache:
             return k, v
         end = self.length + k.shape[2]
         if end > self.k[layer].shape[2]:
-            more = (0, 0, 0, k.shape[2] + 256)
+            more = (0, 0, 0, k.shape[2] + 256)                              # with room to spare
             self.k[layer], self.v[layer] = F.pad(self.k[layer], more), F.pad(self.v[layer], more)
         all_k, all_v = self.k[layer], self.v[layer]
         all_k[:, :, self.length:end], all_v[:, :, self.length:end] = k, v
         return all_k[:, :, :end], all_v[:, :, :end]
 
     def keys(self, layer: int) -> Tensor:
-        """The rotated keys of all tokens so far, float[B,G,K,D]: a view, to read or to edit."""
+        """Rotated keys of the first `length` tokens, float[B,G,K,D]: a view, to read or to edit."""
         return self.k[layer][:, :, :self.length]
 
     def values(self, layer: int) -> Tensor:

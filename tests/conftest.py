@@ -92,9 +92,9 @@ def three_traces(toy):
     trace, of_toy = traced(model, ids)
     first = next(l for l in layers if trace[f"layers.{l}.ratio"].max() > 1000)
     massive = trace[f"layers.{first}.hidden"][0, 0].abs().argmax()
-    late = torch.cat([ids[:, 1:201], ids[:, :1], ids[:, 201:]], dim=1)
+    twice = torch.cat([ids[:, :200], ids[:, :1], ids[:, 200:]], dim=1)
     return {"toy": of_toy, "without": traced(without_row(model, first - 1, massive), ids)[1],
-            "late": traced(model, late)[1]}
+            "twice": traced(model, twice)[1]}
 
 
 def assert_close(ours, golden, tolerance=1e-4):

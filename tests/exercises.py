@@ -3,6 +3,7 @@
 import importlib.util
 import keyword
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,17 @@ class Exercise:
     number: int
     title: str
     points: int
-    minutes: int                        # as fresh readers took
+    minutes: int                        # as two fresh readers reckoned, to five
     difficulty: int                     # 1 to 3
     can: str                            # what one can do afterwards
     names: tuple[str, ...] = ()         # what is to be written, as named in model.py; () for words
     in_words: int = 0                   # of the points, those that a person gives
+    sections: tuple[str, ...] = ()      # of the tutorial, by title, to be read before
     needs: tuple[int, ...] = ()         # exercises before it
     given: tuple[str, ...] = ()         # of model.py, what the starter module imports for it
     stub: str = ""                      # what is to be written, where model.py has nothing of that name
     rivals: tuple[str, ...] = ()        # of model.py and analysis.py, what must not be called instead
+    asked: tuple[str, ...] = ()         # for the words, line by line
 
     @property
     def by_tests(self) -> int:
@@ -42,40 +45,57 @@ class Exercise:
 LOOKS = '''def looks_like_a_sink(weights: Tensor, v: Tensor) -> Tensor:
     """Which tokens does one layer treat as a sink? Judged by its attention, not by `hidden`.
 
-    weights: float[B,H,S,S], causal; v: float[B,G,S,D], the values. Returns: bool[B,S].
-    A token to which every head gives more than 0.6 on average is one, a token to which no head gives
-    as much as 0.1 is none, the average over the queries that may see it and 16 of these at least.
-    In between it is yours to say.
+    weights: float[B,H,S,S], causal; v: float[B,G,S,D], the values, which you may ignore.
+    Returns: bool[B,S]. Clear are these, on average over the queries that may see a token: one to
+    which every head gives more than 0.6 of its attention is a sink, one to which no head gives
+    as much as 0.1 is none. In between it is yours to say. Tokens that fewer than 16 queries may see
+    are not tested.
     """
 '''
 
 EXERCISES = (
     Exercise(1, "Pixel shuffle", 5, 15, 1, "fold an image's patches into fewer tokens, without a loop",
-             ("pixel_shuffle",)),
+             ("pixel_shuffle",), sections=("Patches and image tokens",)),
     Exercise(2, "Norm and positions", 5, 20, 1,
              "write the two small pieces of a Llama layer, and say why a massive activation survives them",
-             ("RMSNorm.forward", "rotate")),
-    Exercise(3, "The masks", 5, 15, 1, "say in one matrix who may attend to whom, with a cache and with sinks",
-             ("causal_mask", "open_sink_rows")),
-    Exercise(4, "Grouped-query attention", 10, 30, 2,
-             "compute attention from its definition and hold it against a fused kernel",
-             ("repeat_heads", "attention")),
+             ("RMSNorm.forward", "rotate"), sections=("The decoder",)),
+    Exercise(3, "The masks", 5, 10, 1, "say in one matrix who may attend to whom, with a cache and with sinks",
+             ("causal_mask", "open_sink_rows"), sections=("The mask", "OutRo, step by step")),
+    Exercise(4, "Grouped-query attention", 10, 25, 2,
+             "compute attention from its definition, with fewer key-value heads than query heads",
+             ("repeat_heads", "attention"), sections=("The mask",)),
     Exercise(5, "The cache", 10, 35, 2, "decode token by token and get the logits of one pass",
-             ("Cache.extend", "Cache.keys", "Cache.values")),
-    Exercise(6, "Find the sinks", 5, 20, 1, "find massive activations, item by item",
-             ("activation_ratio", "find_sinks")),
-    Exercise(7, "Does it look like a sink to you?", 10, 50, 2,
-             "tell what a definition says from what it is a definition of", ("looks_like_a_sink",), 5, (6,),
-             stub=LOOKS, rivals=("find_sinks", "activation_ratio", "attention_mass", "sink_share")),
+             ("Cache.extend", "Cache.keys", "Cache.values"), sections=("The trap in the decode steps",)),
+    Exercise(6, "Find the sinks", 5, 10, 1, "find massive activations, item by item",
+             ("activation_ratio", "find_sinks"), sections=("The sink, in three definitions",)),
+    Exercise(7, "Does it look like a sink to you?", 10, 60, 2,
+             "tell what a definition says from what it is a definition of", ("looks_like_a_sink",), 5,
+             ("The sink, in three definitions", "Why a sink exists, and what it holds"), (6,),
+             stub=LOOKS, rivals=("find_sinks", "activation_ratio", "attention_mass", "sink_share"),
+             asked=("Table, by trace and layer: tokens that the rule finds, tokens that mine finds:",
+                    "Where the two differ, or from which threshold on they would:",
+                    "What the losses say of these tokens, and which question each of the two answers:")),
     Exercise(8, "Alignment", 10, 40, 2, "turn vectors in a plane, and know where rounding bites",
-             ("sink_value", "align_with_sink"), 0, (4,), given=("cosine",)),
-    Exercise(9, "A row opened in the last layer", 5, 15, 2, "predict from a layer's data flow what a change can reach",
-             (), 5, (3,)),
-    Exercise(10, "The layer", 20, 75, 3, "assemble a method in a decoder, for prompts, batches and decode steps",
-             ("DecoderLayer.forward",), 5, (2, 3, 4, 6, 8)),
-    Exercise(11, "A few answers more", 5, 25, 2, "compare two runs on the same questions", (), 5),
-    Exercise(12, "Predict, then measure", 10, 60, 3, "design a measurement, and say what its numbers allow",
-             (), 10, (7, 11)),
+             ("sink_value", "align_with_sink"), 0, ("OutRo, step by step",), (4,), given=("cosine",)),
+    Exercise(9, "A row opened in the last layer", 5, 20, 2, "predict from a layer's data flow what a change can reach",
+             (), 5, ("OutRo, step by step",), (3,),
+             asked=("Prediction, before the measurement:", "Measured:", "What in the layer explains it:")),
+    Exercise(10, "The layer", 20, 80, 3, "assemble a method in a decoder, for prompts, batches and decode steps",
+             ("DecoderLayer.forward",), 5, ("OutRo, step by step", "The trap in the decode steps"),
+             (2, 3, 4, 5, 6, 8),
+             asked=("With the published line, which of the three tokens are turned, and from which layer on not:",
+                    "Why, and which should be:")),
+    Exercise(11, "A few answers more", 5, 30, 2, "compare two runs on the same questions", (), 5,
+             ("What it does to answers, and what it costs",), asked=("(a)", "(b)", "(c)")),
+    Exercise(12, "Predict, then measure", 10, 100, 3, "design a measurement, and say what its numbers allow",
+             (), 10, ("Why a sink exists, and what it holds", "The paper's questions"), (7, 11),
+             asked=("Before. I expect that ..., because ...; the opposite would be ...:",
+                    "What is measured, on which clips, and against what:",
+                    "The control, in which ... is absent and all else is the same:",
+                    "Mean difference ± standard error over clips, of the question and of the control:",
+                    "The other half of the clips:",
+                    "These numbers allow me to say that ...:",
+                    "They do not allow me to say that ..., since ...:")),
 )
 
 
@@ -87,8 +107,11 @@ def table() -> str:
     """All exercises in Markdown, for the tutorial."""
     lines = ["| | exercise | points | minutes | difficulty | needs | afterwards you can |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
+    text = (ROOT / "tutorial.md").read_text(encoding="utf-8")
+    number = {title: n for n, title in re.findall(r"^## (\d+)\. (.+)$", text, re.M)}
     for e in EXERCISES:
-        needs = ", ".join(map(str, e.needs))
+        needs = "section" + "s" * (len(e.sections) > 1) + " " + ", ".join(number[title] for title in e.sections)
+        needs += f"; exercise{'s' * (len(e.needs) > 1)} {', '.join(map(str, e.needs))}" if e.needs else ""
         lines.append(f"| {e.number} | {e.title} | {e.points} | {e.minutes} | {e.difficulty} | {needs} | {e.can} |")
     points, minutes = sum(e.points for e in EXERCISES), sum(e.minutes for e in EXERCISES)
     return "\n".join([*lines, f"| | all of these | {points} | {minutes} | | | |"])

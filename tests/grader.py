@@ -32,7 +32,7 @@ OURS = "minioutro.model"
 PATH = pytest.StashKey()                # of the solution; None for OURS
 A_MINUTE = 60.0                         # in seconds, for all calls of an exercise's functions together
 TO_END_ITSELF = 5.0                     # seconds, for a process whose time is over
-NOT_WRITTEN = [e.not_written for e in EXERCISES]
+NOT_WRITTEN = {e.not_written: e for e in EXERCISES}
 LONGEST = 2000                          # letters of what one test says, in the file of points
 
 
@@ -219,6 +219,8 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{e.mark}: {e.title}, {e.by_tests} points")
     name, file, number = map(config.getoption, ("--impl", "--points", "--variant"))
     config.stash[PATH] = None
+    if name != OURS and config.option.tbstyle == "auto":
+        config.option.tbstyle = "short"             # the sentence, and not the whole test above it
     if name == OURS:
         if file or number:
             option = "--points" if file else "--variant"
@@ -246,7 +248,7 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call():
+def pytest_runtest_call(item):
     """An exercise that is not written yet fails with that sentence, not with a traceback."""
     try:
         return (yield)
@@ -254,6 +256,9 @@ def pytest_runtest_call():
         sentence = str(missing)
         if sentence not in NOT_WRITTEN:
             raise
+    if not item.get_closest_marker(NOT_WRITTEN[sentence].mark):
+        sentence += (", and this one calls it; write it, or import it from minioutro.model and delete its stub, "
+                     "which hides the import")
     pytest.fail(sentence, pytrace=False)
 
 

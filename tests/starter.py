@@ -21,8 +21,9 @@ HEAD = '''"""The exercises of {text}: replace each `raise` by your own lines.
     python -m pytest --impl {name} -m exercise_4      checks one exercise
     python -m pytest --impl {name}                    checks all of them
 
-You may import a function from minioutro.model that you did not write, so that later ones can use
-it: only its own exercise is then without points.
+The tutorial's text and this module say all that you need. What you do not write you may import from
+minioutro.model, for later exercises to use: then delete its stub here, which would hide the import.
+Its own exercise alone is without points. Answers in words go to the end of this file.
 
 The method, in the order in which a decoder layer takes its steps:
 
@@ -31,6 +32,15 @@ The method, in the order in which a decoder layer takes its steps:
 {legend}
 """
 '''
+
+WORDS = """
+
+# ---- In words: read by a person, as a table or code of yours below them ----
+
+r'''
+{answers}
+'''
+"""
 
 
 def node_named(tree: ast.Module, dotted: str) -> ast.AST:
@@ -98,6 +108,8 @@ def starter(source: str, name: str = "my_module", variant: Variant = Variant()) 
                     without_bodies(lines, node_named(tree, outer), inner, e.not_written))
             parts.append(f"\n\n{text}")
     body = "\n".join(parts)
+    answers = "\n\n".join("\n".join([f"Exercise {e.number}: {e.title} ({e.in_words} points)", *e.asked])
+                          for e in EXERCISES if e.in_words)
 
     defined = {node.name for node in tree.body if hasattr(node, "name")}
     given |= {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} & defined
@@ -109,7 +121,7 @@ def starter(source: str, name: str = "my_module", variant: Variant = Variant()) 
     steps = re.search(r"^  1\. .*?^  6\. .*?$", source, re.M | re.S).group()
     name, text = f"{name}{option(variant)}", f"{name}.md" if variant.number else "minioutro's tutorial"
     return (HEAD.format(name=name, text=text, steps=steps, legend=legend) + "\n" + "\n".join(imports)
-            + f"\n\nfrom minioutro.model import (\n{names},\n)\n" + body + "\n")
+            + f"\n\nfrom minioutro.model import (\n{names},\n)\n" + body + variant(WORDS.format(answers=answers)))
 
 
 def option(variant: Variant) -> str:

@@ -1,10 +1,36 @@
-"""The answers to the exercises in words, 9 and 11: try yourself before you read on."""
+"""The answers to the exercises in words, 7, 9, 10 and 11: try yourself before you read on."""
 
+from types import SimpleNamespace
+
+import mutants
 import pytest
+import torch
 from conftest import TOY
 
 from minioutro import OutRo, read_video
+from minioutro.analysis import attention_mass
 from minioutro.evaluate import sign_test
+
+
+def test_the_rule_and_the_attention_come_apart_both_ways(three_traces):
+    """Exercise 7, by a mean over the heads above 0.3; what the rule finds is printed by its text. In `without` it
+    finds nobody, and attention token 0. In `twice` it finds both copies, and attention the first alone."""
+    found = {}
+    for name, layers in three_traces.items():
+        for l, (weights, _) in enumerate(layers):
+            enough = torch.arange(weights.shape[-1], 0, -1) >= 16
+            is_one = (attention_mass(weights)[0].mean(0) > 0.3) & enough
+            found.setdefault(name, []).append(is_one.nonzero().flatten().tolist())
+    assert found["toy"] == found["twice"] == [[], []] + 6 * [[0]]
+    assert found["without"][:2] == [[], []] and [0] in found["without"]
+
+
+def test_the_published_line_takes_the_index_in_a_call_for_a_position_of_the_prompt():
+    """Exercise 10: position 1 of a prompt is a sink. One new token has index 0, and is turned; of two at once
+    the first is, and the second, which has index 1, is not. None of them was ever searched: all should be."""
+    cache = SimpleNamespace(sinks=SimpleNamespace(ever_sink=torch.tensor([[False, True, False, False]])))
+    left_alone = [eval(mutants.SLIP, {"cache": cache, "S": S}).tolist() for S in (1, 2)]
+    assert left_alone == [[[False]], [[False, True]]]
 
 
 def test_a_row_opened_in_the_last_layer_does_not_reach_the_answer(toy, golden):

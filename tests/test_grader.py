@@ -287,6 +287,17 @@ def test_a_half_finished_module_gets_its_points(pytest_impl, monkeypatch):
     assert "not written yet: exercise 8" in by_name["8. Alignment"]["output"]
 
 
+def test_a_stub_that_hides_an_import_is_told_and_what_fails_without_its_source(pytest_impl):
+    stub = "\ndef attention(*args): raise NotImplementedError('not written yet: exercise 4')\n"
+    done = pytest_impl("mine", "-k", "constants_of_outro or attention_by_hand", mine_py=RIGHT + stub)
+    done.stdout.fnmatch_lines(["not written yet: exercise 4",
+                               "not written yet: exercise 4, and this one calls it; * delete its stub, *"])
+    slip = RIGHT.replace(mutants.WHO, mutants.SLIP)
+    done = pytest_impl("its", "-k", "tokens_after_the_prompt", its_py=slip)
+    done.stdout.fnmatch_lines(["E * dev_late, layer 3 has sinks; of 1 tokens after the prompt not all were turned*"])
+    done.stdout.no_fnmatch_line("*prompt, cache = *")
+
+
 @pytest.mark.parametrize("arguments, expected", [
     (("-m", "exercise_3"), "5 of 5 5 passed, 0 failed"),
     (("-k", "causal_mask_by_hand"), "0 of 5 1 passed, 0 failed, 4 not run"),

@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from operator import attrgetter
 from types import SimpleNamespace
 
@@ -128,6 +129,16 @@ def test_the_starter_with_the_models_own_lines_passes_every_test(request):
             run(test, impl_of(module_from(RIGHT)), request)
 
 
+def test_a_layer_of_ones_own_watches_the_clip_as_the_text_says(monkeypatch, capsys):
+    text = (conftest.ROOT / "tutorial.md").read_text(encoding="utf-8").split("Your layer fits into the toy.")[1]
+    code = re.search(r"(?m)^\n((?:(?: {4}.*)?\n)+)", text)[1]
+    monkeypatch.setitem(sys.modules, "my_module", module_from(RIGHT))
+    monkeypatch.chdir(conftest.ROOT)
+    exec(textwrap.dedent(code), {})
+    baseline, treated = capsys.readouterr().out.splitlines()
+    assert baseline != treated and baseline.startswith("A ") and treated.startswith("A ")
+
+
 def test_the_slip_of_the_published_code_fails_after_the_prompt_alone(request):
     """As the text of exercise 10 says: for which of its tests, and for which prompts."""
     text = RIGHT.replace(mutants.WHO, mutants.SLIP)
@@ -138,6 +149,17 @@ def test_the_slip_of_the_published_code_fails_after_the_prompt_alone(request):
     for test in (turned, generated):
         with pytest.raises(AssertionError, match="^dev_late, layer .* not all were turned|^dev_late: .*prompt only"):
             run(test, impl, request)
+
+
+def test_each_answer_in_words_has_its_place_at_the_end_of_the_starter():
+    words = starter.starter(SOURCE, variant=Variant(2)).split("# ---- In words")[1]
+    assert ast.parse(f"#{words}").body
+    parts = re.findall(r"(?m)^Exercise (\d+): .* \((\d+) points\)\n((?:.+\n)+)", words)
+    assert [(int(number), int(points)) for number, points, _ in parts] == [
+        (e.number, e.in_words) for e in EXERCISES if e.in_words]
+    assert all(len(lines.splitlines()) >= 2 for *_, lines in parts)
+    assert all(len(e.asked) >= 2 for e in EXERCISES if e.in_words) and not any(
+        e.asked for e in EXERCISES if not e.in_words)
 
 
 def test_the_docstrings_of_the_starter_need_nothing_that_is_not_in_it():
@@ -194,6 +216,7 @@ def test_a_typical_wrong_solution_fails_a_test_of_its_exercise(request, number, 
             run(test, impl, request)
         except AssertionError as failure:
             assert str(failure), f"{test.__name__} fails without a sentence for the student"
+            assert str(failure).count("\n") < 30, "more than one can read"
             assert "the project's own" not in str(failure), "not for what it is named"
             return
     pytest.fail(f"every test of exercise {number} passes")

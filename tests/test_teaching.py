@@ -1,12 +1,14 @@
 """The teacher's file: what it gives points for adds up, and its figures are right."""
 
 import re
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
 from exercises import EXERCISES
 from variants import CONSTANTS
 
+from minioutro import analysis, model
 from minioutro.evaluate import sign_test
 
 TEXT = (ROOT / "tests" / "teaching.md").read_text(encoding="utf-8")
@@ -27,6 +29,12 @@ def test_there_is_no_other_rubric_and_students_are_not_led_to_it():
     assert re.findall(r"^### (\d+)\.", TEXT, re.M) == [str(e.number) for e in WORDS]
     assert f"{sum(e.by_tests for e in EXERCISES)} are given by the tests" in TEXT
     assert "teaching" not in (ROOT / "tutorial.md").read_text(encoding="utf-8")
+
+
+def test_functions_that_it_names_are_there():
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", TEXT))
+    there = {*vars(analysis), *vars(model), *(field.name for field in fields(model.Sinks)), "my_module"}
+    assert "loss_of" in named and named <= there, named - there
 
 
 def rows(heading: str) -> list[list[str]]:
