@@ -654,7 +654,7 @@ def report(model: VideoLM, processor: Processor,
         by_kind = {kind: {name: of_kind[name] for name in BY_KIND if name in of_kind}
                    for kind, of_kind in found["tasks"].items()}
         text = table_of_differences({**found, "tasks": by_kind})
-        yield f"{text}\n\n{sink_table(sinks)}" if noise is None else text
+        yield f"{text.rstrip()}\n\n{sink_table(sinks)}" if noise is None else text
     yield in_a_line(*measured, sinks)
 
 
