@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import math  # noqa: E402
 import time  # noqa: E402
 from bisect import bisect_right  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
@@ -37,28 +36,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {shown(message)} (try --help)\n")
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:9]) or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 1 to 9 digits")
-    return int(text)
-
-
-def strength(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return value
-
-
-def positive(text: str) -> float:
-    if not strength(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
-    return float(text)
+def numbers(least: float, most: float, kind: type = float):
+    """As weights.numbers, which needs torch: what reads a number from `least` to `most`."""
+    def number(text: str):
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not from {least} to {most}")
+        return value
+    return number
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, count, strength = parser.add_argument, numbers(1, 10**9 - 1, int), numbers(0, 1e12)
     add("video", nargs="?", help="a video, animation or picture (default: the bundled clip)")
     add("question", nargs="?", default="What happens in this video?", help="default: %(default)s")
     add("--model", metavar="DIR_OR_REPO", help="folder of a checkpoint, or repository of the hub "
@@ -68,13 +57,13 @@ def arguments() -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of weights and activations (default: %(default)s)")
     add("--frames", type=count, metavar="N", help="at most (default: the checkpoint's, mostly 64)")
-    add("--fps", type=positive, metavar="F",
+    add("--fps", type=numbers(1e-9, 1e9), metavar="F",
         help="frames a second (default: the checkpoint's, mostly 1)")
     add("--max-new-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
     add = parser.add_argument_group("OutRo").add_argument
     add("--gamma", type=strength, default=3.0, metavar="G",
         help="strength of the alignment (default: %(default)s)")
-    add("--temperature", type=positive, default=0.1, metavar="T",
+    add("--temperature", type=numbers(1e-12, 1e12), default=0.1, metavar="T",
         help="of the alignment's gate (default: %(default)s)")
     add("--no-relax", action="store_true", help="do not open the rows of the sinks")
     add("--no-align", action="store_true", help="do not align the other tokens with the sinks")
