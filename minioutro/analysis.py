@@ -14,7 +14,6 @@ import json
 import math
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +26,10 @@ from minioutro.model import (attention, causal_mask, find_sinks, merge_heads, re
 from minioutro.prompt import END
 from minioutro.shapes import DURATION, FPS, UNSEEN, Clip
 from minioutro.video import sample_indices
+from minioutro.weights import HUB_MODEL, TOY, add_options, one_line_errors
 
 QUESTION = "What happens in this video?"            # it asks for all that a clip shows
 FIRST_SEED = UNSEEN + 10_000                        # so that evaluate.py's clips are others
-TOY = Path(__file__).parent / "toy"
-HUB_MODEL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
 UNSCORED = 16               # tokens at the head of a text, which are guessed from next to nothing
 MARK = OutRo(relax=False, align=False)              # marks the sinks and changes nothing
 
@@ -458,38 +456,25 @@ the loss, largest move of a logit, argmaxes changed (share and error).
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m minioutro.analysis", usage=argparse.SUPPRESS,       # an error is one line
-        description="The paper's questions, for any SmolVLM2 checkpoint and video: who is a sink, "
-        "what it holds, what happens without it, and what OutRo does to it.")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("video", nargs="?", help="a video, animation or picture (default: the bundled clip)")
     add("question", nargs="?", default=QUESTION, help="default: %(default)s")
-    add("--model", metavar="DIR_OR_REPO", help="folder of a checkpoint, or repository of the hub "
-        f"(default: {HUB_MODEL}; for the bundled clip the bundled toy)")
-    add("--frames", type=int, metavar="N", help="at most (default: the checkpoint's, mostly 64)")
-    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of weights and activations (default: %(default)s)")
-    add("--json", action="store_true", help="print one JSON object instead of text")
+    add_options(parser, of_outro=False)
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")   # not every terminal can show all
-    try:
+    with one_line_errors("analysis.py"), torch.inference_mode():
         if "" in (args.video, args.model):
             raise ValueError("the name of video or model is empty; give one, or leave it out")
         path = args.video or TOY / "clip.mp4"
         read_video(path, max_frames=1)      # a wrong file is told before a model is downloaded
         model, processor = load(args.model or (HUB_MODEL if args.video else TOY), None, args.device,
                                 getattr(torch, args.dtype))
-        frames = processor.max_frames if args.frames is None else args.frames
-        video = read_video(path, processor.fps, frames, processor.longest_edge)
+        video = read_video(path, processor.fps, args.frames or processor.max_frames,
+                           processor.longest_edge)
         inputs = processor(video, args.question)
-        with torch.inference_mode():
-            features = model.encode(inputs.pixel_values.to(args.device))
+        features = model.encode(inputs.pixel_values.to(args.device))
         found = analyse(model, inputs.input_ids.to(args.device), features)
-    except (ValueError, OSError) as error:
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-        parser.exit(2, f"{parser.prog}: {line}\n")
-    except KeyboardInterrupt:
-        parser.exit(130)
     answer = processor.decode(found["answer_ids"])
     if args.json:
         print(json.dumps({"video": str(path), "question": args.question, "answer": answer} | found))

@@ -80,19 +80,27 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
     if folder.exists():
         raise ValueError(f"{folder} is a file; give the folder that holds config.json")
 
-    # There is no narrower class than Exception: proxies, addresses, servers and hotel networks make
-    # the library raise OSError, ValueError, ImportError, KeyError and the HTTP library's errors.
-    try:
-        return fetch(str(path_or_repo), revision, patterns)
-    except Exception as error:
-        problem = error
-    try:
-        return fetch(str(path_or_repo), revision, patterns, local_files_only=True)
-    except Exception:
-        cause = problem.__cause__ or problem
-        cause = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0][:300]
+    # imported here: it takes longer to import than the rest of the module, and a folder needs none
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (GatedRepoError, HFValidationError, RepositoryNotFoundError,
                                         RevisionNotFoundError)
+    from huggingface_hub.utils import logging, tqdm
+
+    class TerminalBar(tqdm):
+        """A progress bar that is silent where nobody watches, as in a log file or a pipe."""
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{"disable": None, **kwargs})
+
+    logging.set_verbosity_error()           # not each of its retries: what failed is told below
+    problem = None
+    for options in ({}, {"local_files_only": True}):
+        try:
+            return Path(snapshot_download(str(path_or_repo), revision=revision, **options,
+                                          allow_patterns=patterns, tqdm_class=TerminalBar))
+        except Exception as error:          # nothing narrower: proxies, addresses, servers and
+            problem = problem or error      # hotel networks make it raise errors of many kinds
+    cause = problem.__cause__ or problem
+    cause = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0][:300]
     name = f"{path_or_repo} at revision {revision}" if revision else path_or_repo
     sentences = {
         HFValidationError: f"{path_or_repo} is neither a folder here nor the name of a repository "
@@ -107,22 +115,6 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
                    f"fetched from the hub ({cause}); try again, or copy its files into a folder "
                    f"and give that"}
     raise ValueError(next(text for kind, text in sentences.items() if isinstance(problem, kind)))
-
-
-def fetch(repo: str, revision: str | None, patterns: tuple[str, ...], **options) -> Path:
-    """The folder of the hub's cache that has these files of a repository, after fetching them."""
-    # imported here: it takes longer to import than the rest of the module, and a folder needs none
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import logging, tqdm
-
-    class TerminalBar(tqdm):
-        """A progress bar that is silent where nobody watches, as in a log file or a pipe."""
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **{"disable": None, **kwargs})
-
-    logging.set_verbosity_error()           # not each of its retries: `find` tells what failed
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
-                                  tqdm_class=TerminalBar, **options))
 
 
 def read_json(path: Path) -> dict:
@@ -450,16 +442,19 @@ def numbers(least: float, most: float, kind: type = float):
     return number
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of run.py that other commands share."""
+def add_options(parser: argparse.ArgumentParser, of_outro: bool = True) -> None:
+    """The options of run.py that other commands share; those of the method only if wanted."""
     add, count, strength = parser.add_argument, numbers(1, 10**9 - 1, int), numbers(0, 1e12)
     add("--model", metavar="DIR_OR_REPO", help="folder of a checkpoint, or repository of the hub "
-        f"(default: {HUB_MODEL}; for the toy's world the bundled toy)")
-    add("--revision", help="branch, tag or commit of the repository (default: the newest)")
+        f"(default: {HUB_MODEL}; for the toy's own clips the bundled toy)")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of weights and activations (default: %(default)s)")
     add("--frames", type=count, metavar="N", help="at most (default: the checkpoint's, mostly 64)")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    if not of_outro:
+        return
+    add("--revision", help="branch, tag or commit of the repository (default: the newest)")
     add("--fps", type=numbers(1e-9, 1e9), metavar="F",
         help="frames a second (default: the checkpoint's, mostly 1)")
     add("--max-new-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
@@ -470,7 +465,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--abs-threshold", type=strength, default=100.0, metavar="A",
         help="and of at least A (default: %(default)s)")
     add("--figures", metavar="DIR", help="write pictures into this folder")
-    add("--json", action="store_true", help="print one JSON object instead of text")
 
 
 @contextmanager
@@ -479,8 +473,10 @@ def one_line_errors(name: str):
     try:
         yield
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what it has saved", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())             # what would steer a terminal is escaped
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        print(f"{name}: {line}", file=sys.stderr)
         sys.exit(2)

@@ -428,9 +428,11 @@ def test_the_command_prints_the_tables_or_one_json_object(call, clip):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["nofile.mp4"], "nofile.mp4: no such file"), (["a\nb.mp4"], "no such file"), ([""], "is empty"),
-    (["--model", ""], "is empty"), (["--model", "no/where/here"], "no/where/here"), (["--frames", "0"], "max_frames 0"),
-    (["--frames", "x"], "invalid int"), (["--dtype", "int8"], "int8"),
+    (["nofile.mp4"], "nofile.mp4: no such file"), (["a\nb\x1b.mp4"], r"a b\x1b.mp4: no such file"),
+    ([""], "is empty"),
+    (["--model", ""], "is empty"), (["--model", "no/where/here"], "no/where/here"),
+    (["--frames", "0"], "'0' is not from 1"),
+    (["--frames", "x"], "invalid number"), (["--dtype", "int8"], "int8"),
     ([str(TOY / "clip.mp4"), " ", "--model", str(TOY)], "question is empty")])
 def test_a_mistake_is_one_line_and_exit_code_2(call, arguments, says):
     code, out, err = call(*arguments)
