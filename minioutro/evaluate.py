@@ -180,9 +180,10 @@ def summarise(answers: list[dict], seed: int = 0) -> dict:
             "tasks": {task: compare(tasks[task], names, seed) for task in sorted(tasks) if task}}
 
 
-def read_answers(path: str, data: bytes, settings: str | None = None) -> tuple[list[dict], int]:
+def read_answers(path: str, settings: str | None = None) -> tuple[list[dict], int]:
     """The answers that an earlier run wrote to a file, and how many bytes their whole lines are.
     Raises: ValueError if it holds something else, or answers under other settings than these."""
+    data = Path(path).read_bytes()
     whole = data.rfind(b"\n") + 1                                # a killed run leaves half a line
     lines = read_json_lines(path, data[:whole].decode(errors="replace"))
     if not b'{"id": '.startswith(data[whole:whole + 7]) or any(
@@ -224,8 +225,7 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
         records = [record for record in records if record.video in mine]
         args.out += f".{args.rank}"
         args.device += f":{os.environ.get('LOCAL_RANK', args.rank)}" * (args.device == "cuda")
-    data = Path(args.out).read_bytes() if Path(args.out).exists() else b""
-    answers, whole = read_answers(args.out, data, settings)
+    answers, whole = read_answers(args.out, settings) if Path(args.out).exists() else ([], 0)
     old = {(line["id"], line["variant"]): line for line in answers}
     done = {key for key, line in old.items() if not line["error"]}
     model, processor = load(args.model or (TOY if args.toy else HUB_MODEL), args.revision,
@@ -280,8 +280,7 @@ def main() -> None:
         if args.report:
             answers = []
             for path in args.report:
-                first = answers[0]["settings"] if answers else None
-                answers += read_answers(path, Path(path).read_bytes(), first)[0]
+                answers += read_answers(path, answers[0]["settings"] if answers else None)[0]
         else:
             answers = run(args, temporary)
             if args.world > 1:
