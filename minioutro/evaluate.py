@@ -206,6 +206,7 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
     notes, clips, videos = [], {}, Path(temporary)
     if args.toy:
         records, clips = toy_questions(args.toy, args.seed, args.noise)
+        torch.set_num_threads(1)                # its tensors are too small to be shared
     else:
         records = read_questions(args.questions, args.format, args.answers, notes)
         videos = Path(args.videos or Path(args.questions).parent)
