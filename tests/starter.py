@@ -35,6 +35,7 @@ The method, in the order in which a decoder layer takes its steps:
 
 WORDS = """
 
+
 # ---- In words: read by a person, as a table or code of yours below them ----
 
 r'''
