@@ -14,6 +14,11 @@ from minioutro.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Cli
 from minioutro.train import MOTIONS, NOT_ASKED, Stage, draw_batch
 
 
+@pytest.fixture(autouse=True)
+def few_held_out(monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 2)
+
+
 def colour_at(clip, index, x, y):
     """The name of the colour of frame `index` there, or None for the grey background."""
     pixel = clip.frame(index).getpixel((int(x), int(y)))
