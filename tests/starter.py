@@ -23,7 +23,8 @@ HEAD = '''"""The exercises of {text}: replace each `raise` by your own lines.
 
 The tutorial's text and this module say all that you need. What you do not write you may import from
 minioutro.model, for later exercises to use: then delete its stub here, which would hide the import.
-Its own exercise alone is without points. Answers in words go to the end of this file.
+An import costs you the points of its own exercise, and of no other. Answers in words go to the end
+of this file.
 
 The method, in the order in which a decoder layer takes its steps:
 
@@ -36,7 +37,7 @@ The method, in the order in which a decoder layer takes its steps:
 WORDS = """
 
 
-# ---- In words: read by a person, as a table or code of yours below them ----
+# ---- In words: read by a person, as a table or code of yours below them, without ''' in it ----
 
 r'''
 {answers}
