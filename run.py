@@ -143,7 +143,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.model = args.model or (HUB_MODEL if args.video else TOY)
     args.video = Path(args.video or TOY / "clip.mp4")
     if args.figures:
-        from minioutro.weights import writable_folder
+        from minioutro.support.cli import writable_folder
         args.figures = writable_folder(f"--figures {args.figures}", args.figures)
 
 
@@ -306,7 +306,7 @@ def list_sinks(seen: Seen, texts: list[str]) -> list[dict]:
 
 def sink_lines(seen: Seen, texts: list[str], outro):
     """Yield the lines about sinks, mask and alignment."""
-    from minioutro.figures import sketch_positions
+    from minioutro.lab.figures import sketch_positions
     from minioutro.model import causal_mask, open_sink_rows, show_mask
 
     searched = max(0, len(seen.is_sink) - outro.skip_last)
@@ -374,7 +374,8 @@ def write_figures(args: argparse.Namespace, model, video, input_ids, features, t
     """
     import torch
 
-    from minioutro import Trace, figures
+    from minioutro import Trace
+    from minioutro.lab import figures
 
     rows_opened = seen.opened.any(1)
     layer = (rows_opened.int() if rows_opened.any() else seen.ratio.amax(1)).argmax().item()

@@ -3,7 +3,8 @@
 import torch
 
 from minioutro.model import Cache, OutRo, Trace, VideoLM
-from minioutro.prompt import Processor, check_pair
+from minioutro.prompt import Processor
+from minioutro.support.checks import check_pair
 from minioutro.video import Video, read_video
 
 __all__ = ["Cache", "OutRo", "Processor", "Trace", "Video", "VideoLM", "load", "read_video"]

@@ -49,6 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minioutro import weights as checkpoint
+from minioutro.support.checks import check_device, check_multiples, check_sizes
 
 # ---- 1. Configuration: the fields of config.json that change the mathematics, with its names ----
 # A field that is absent from the file takes the default that transformers gives it.
@@ -97,7 +98,7 @@ def read_config(folder) -> Config:
     text = replace(text, num_key_value_heads=text.num_key_value_heads or H,
                    head_dim=text.head_dim or text.hidden_size // H)
     config = checkpoint.fill(Config, raw, "top level", vision_config=vision, text_config=text)
-    checkpoint.check_multiples(config)
+    check_multiples(config)
     return config
 
 
@@ -738,10 +739,10 @@ class VideoLM(nn.Module):
         `load_report` says in one line what was loaded. The parameters ask for no gradient.
         Raises: ValueError or OSError that names the file and what is wrong with it.
         """
-        checkpoint.check_device(device)
+        check_device(device)
         folder = checkpoint.find(path_or_repo, revision, checkpoint.MODEL_FILES)
         config, stored = read_config(folder), checkpoint.read_headers(folder)
-        checkpoint.check_sizes(config, stored)
+        check_sizes(config, stored)
         with torch.device("meta"):                     # only shapes: the tensors come from the file
             model = cls(config, checkpoint.read_eos(folder))
         model.load_report = checkpoint.load_tensors(model, folder, stored, device, dtype)

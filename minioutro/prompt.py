@@ -4,12 +4,10 @@ The route is that of transformers' SmolVLM processor at the models' release: pix
 prompt by the chat template, which is short enough to be written out here.
 """
 
-import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from reprlib import repr as shown
-from string import ascii_uppercase as LETTERS
 
 import torch
 from PIL import Image
@@ -17,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minioutro import weights as checkpoint
+from minioutro.support.checks import check_fields, check_number
 from minioutro.video import Video, resize_longest_edge
 
 START, END = "<|im_start|>", "<end_of_utterance>"
@@ -73,7 +72,7 @@ def read_settings(folder: Path) -> dict:
         value = settings
         for key in setting.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        checkpoint.check_number(where, setting, value, kind, least, most)
+        check_number(where, setting, value, kind, least, most)
         return value
 
     tokens_per_frame = number("image_seq_len", int, 1, 4096)
@@ -85,7 +84,7 @@ def read_settings(folder: Path) -> dict:
         path = folder / "video_preprocessor_config.json"
         path = path if path.exists() else folder / "preprocessor_config.json"
         where, settings = str(path), checkpoint.read_json(path)
-    checkpoint.check_fields(where, settings, FIXED, KNOWN)
+    check_fields(where, settings, FIXED, KNOWN)
     edge, fps, frames = "size", "fps", "num_frames"
     if "video_sampling" in settings:
         edge, fps, frames = (f"video_sampling.{key}" for key in ("video_size", "fps", "max_frames"))
@@ -206,68 +205,3 @@ class Processor:
     def token_text(self, token_id: int) -> str:
         """What one token stands for, special or not, for showing it."""
         return self.tokenizer.decode([token_id], skip_special_tokens=False)
-
-
-def check_pair(model, processor) -> None:
-    """Raise ValueError if processor and model do not fit together."""
-    config, vision = model.config, model.config.vision_config
-    per_frame = (vision.image_size // vision.patch_size // config.scale_factor)**2
-    for what, ours, theirs in (
-            ("frame size", processor.size, vision.image_size),
-            ("tokens a frame", processor.tokens_per_frame, per_frame),
-            (f"id of {IMAGE}", processor.tokenizer.token_to_id(IMAGE), config.image_token_id)):
-        if ours != theirs:
-            raise ValueError(f"{what}: the processor's files say {ours}, config.json {theirs}; "
-                             f"take all files from one checkpoint")
-
-
-# ---- questions with choices ----
-
-
-def is_yes_no(choices: tuple[str, ...]) -> bool:
-    return sorted(map(str.casefold, choices)) == ["no", "yes"]
-
-
-def with_choices(question: str, choices: tuple[str, ...]) -> str:
-    """A question that asks for a letter, or for yes or no; without choices it stays as it is.
-
-    Source: release, the wording of both requests; ours, the options' layout.
-    """
-    if not choices:
-        return question
-    if is_yes_no(choices):
-        return f"{question} Answer yes or no."
-    *first, last = LETTERS[:len(choices)]
-    letters = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}"
-    return "\n".join([question, *map("{}. {}".format, LETTERS, choices),
-                      f"Respond with only the letter ({letters}) of the correct option."])
-
-
-def plain(text: str) -> str:
-    """What texts have in common that differ by case, articles, spaces and end marks."""
-    words = text.casefold().strip(" \t\n.!?,;:").split()
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
-
-
-def chosen(text: str, choices: tuple[str, ...]) -> str | None:
-    """The choice that an answer names, if it does: by the first whole word yes or no; else by a
-    letter, alone or before . ) or :, or by the choice's text. Source: release; the latter ours."""
-    if is_yes_no(choices):
-        word = re.search(r"\b(yes|no)\b", text.casefold())
-        return {choice.casefold(): choice for choice in choices}.get(word and word[0])
-    letter = re.match(r"\(?([A-Z])([.):]|$)", text.strip())
-    by_text = {plain(choice): choice for choice in choices}.get(plain(text))
-    return dict(zip(LETTERS, choices)).get(letter[1], by_text) if letter else by_text
-
-
-def first_tokens(processor: Processor, choices: tuple[str, ...]) -> Tensor:
-    """The tokens that answer with each choice's letter, or yes and no: int64[forms,choices].
-
-    Forms are with a space before it and without; those that are one token for every choice.
-    """
-    names = choices if is_yes_no(choices) else LETTERS[:len(choices)]
-    forms = [[processor.tokenize([space + name]) for name in names] for space in (" ", "")]
-    whole = [sum(form, []) for form in forms if all(len(ids) == 1 for ids in form)]
-    if not whole:
-        raise ValueError(f"the tokenizer has no token for {' or '.join(names)}; generate answers")
-    return torch.tensor(whole)

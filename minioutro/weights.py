@@ -8,21 +8,26 @@ Nothing in these files is trusted: a setting that would change what is computed 
 by name, and every size in config.json is compared with the weights before anything is built.
 """
 
-import argparse
-import csv
 import json
 import os
-import sys
-import tempfile
-from contextlib import contextmanager
 from dataclasses import fields
 from math import prod
 from pathlib import Path
-from reprlib import repr as shown           # a value in an error message: cut if it is long or deep
+from reprlib import repr as shown  # a value in an error message: cut if it is long or deep
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from minioutro.support.checks import (
+    CHANGING,
+    DECODER,
+    FIXED,
+    IGNORED,
+    NEUTRAL,
+    check_fields,
+    check_number,
+)
 
 TOY = Path(__file__).parent / "toy"
 HUB_MODEL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
@@ -32,38 +37,6 @@ PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json", "video_preproce
                    "processor_config.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")      # of the stored tensors, as safetensors calls them
-ENCODER, DECODER = "model.vision_model.", "model.text_model."
-
-# What the code computes. Another value of these is refused, unless it is null.
-NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1,
-           "guidance_scale": 1}
-FIXED = {
-    "top level": {"model_type": "smolvlm", **NEUTRAL},
-    "text_config": {"model_type": "llama", "hidden_act": "silu", "rope_type": "default",
-                    "partial_rotary_factor": 1, **NEUTRAL},
-    "vision_config": {"model_type": "smolvlm_vision", "hidden_act": "gelu_pytorch_tanh",
-                      "num_channels": 3, **NEUTRAL},
-}
-# The other generation settings with which transformers gives another than the greedy answer. They
-# are refused unless they are off (null, false, zero, empty).
-CHANGING = """
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids sequence_bias min_length
-    min_new_tokens forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens watermarking_config stop_strings token_healing
-    penalty_alpha dola_layers constraints force_words_ids""".split()
-# Fields of config.json that SmolVLM's own code does not read, or that say nothing about what is
-# computed here. Any other field is refused unless it is off: it may change the mathematics. Last
-# come settings of sampling and beam search, two fields that count in another section, and what is
-# left over from Idefics, SmolVLM's ancestor, whose perceiver_config repeats names of real fields.
-IGNORED = """
-    _name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range
-    neftune_noise_alpha is_llama_config pretraining_tp attention_dropout bos_token_id eos_token_id
-    pad_token_id _pad_token_id image_seq_len video_token_id transformers.js_config
-    _flash_attn_2_enabled _attn_implementation_autoset chunk_size_feed_forward is_encoder_decoder
-    output_hidden_states output_attentions return_dict problem_type id2label label2id
-    do_sample temperature top_k top_p typical_p max_length length_penalty num_beam_groups
-    num_return_sequences vocab_size tie_word_embeddings perceiver_config pixel_shuffle_factor
-    max_image_size size use_base_siglip use_reentrant_checkpointing""".split()
 
 
 def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -82,8 +55,12 @@ def find(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -> Path:
 
     # imported here: it takes longer to import than the rest of the module, and a folder needs none
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (GatedRepoError, HFValidationError, RepositoryNotFoundError,
-                                        RevisionNotFoundError)
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.utils import logging, tqdm
 
     class TerminalBar(tqdm):
@@ -129,39 +106,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_json_lines(path: Path, text: str) -> list:
-    """The values of a JSON text, or of its lines. Raises: ValueError with the line that is none."""
-    is_one = text.lstrip()[:1] == "[" or text.split("\n")[0].strip() == "{"
-    values = []
-    for n, line in enumerate([text] if is_one else text.split("\n"), start=1):
-        try:
-            values += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            n = getattr(error, "lineno", n) if is_one else n
-            raise ValueError(f"{path}: line {n} is no JSON ({error}); correct it") from None
-    return values
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a csv file, of a JSON list or of JSON lines; one object is a list of one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path")
-    if path.suffix.lower() == ".parquet":
-        raise ValueError(f"{path} is no text; convert it, for one with pandas: read_parquet(...)."
-                         f"to_json(..., orient='records', lines=True)")
-    try:
-        if path.suffix.lower() == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file, restkey="further"))
-        rows = read_json_lines(path, path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read ({error}); give another file") from None
-    rows = rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} holds {shown(rows)}, not objects; give another file")
-    return rows
-
-
 def read_sections(folder: Path) -> dict:
     """config.json as it was written before transformers 5.
 
@@ -188,32 +132,6 @@ def read_sections(folder: Path) -> dict:
     return config
 
 
-def check_number(where: str, field: str, value, kind: type, least: float, most: float) -> None:
-    """Raise ValueError unless a value is a boolean, or a number of this kind within its limits."""
-    if kind is bool:
-        fits, what = isinstance(value, bool), "true or false"
-    else:
-        kinds = (int, float) if kind is float else int
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
-        what = f"a {'whole ' * (kind is int)}number from {least} to {most}"
-    if not fits:
-        raise ValueError(f"{where}: {field} = {shown(value)} must be {what}; correct it")
-
-
-def check_fields(where: str, section: dict, fixed: dict, known) -> None:
-    """Raise ValueError for a field that asks for something else than what is computed.
-
-    fixed: field -> the value that is implemented; known: other fields that may have any value.
-    """
-    for field, value in section.items():
-        if field in fixed and value not in (None, fixed[field]):
-            raise ValueError(f"{where}: {field} = {shown(value)} is not implemented, only "
-                             f"{fixed[field]!r}; give another checkpoint")
-        if value and field not in fixed and field not in known:
-            raise ValueError(f"{where}: {field} = {shown(value)} is not implemented and may change "
-                             f"what is computed; remove it if it does not")
-
-
 def fill(config_class, section: dict, name: str, **parts):
     """Make a config dataclass of the fields that it has; parts are given, not read.
 
@@ -230,21 +148,6 @@ def fill(config_class, section: dict, name: str, **parts):
             check_number(where, field.name, value, kind, *limits)
             values[field.name] = value
     return config_class(**values, **parts)
-
-
-def check_multiples(config) -> None:
-    """Raise ValueError if a size does not divide into the parts that the model cuts it into."""
-    text, vision = config.text_config, config.vision_config
-    for name, whole, part, of in (
-            ("num_attention_heads", text.num_attention_heads, text.num_key_value_heads,
-             "num_key_value_heads"),
-            ("head_dim", text.head_dim, 2, "positions turn pairs"),
-            ("hidden_size", vision.hidden_size, vision.num_attention_heads, "num_attention_heads"),
-            ("image_size // patch_size", vision.image_size // vision.patch_size,
-             config.scale_factor, "scale_factor")):
-        if whole < part or whole % part:
-            raise ValueError(f"config.json: {name} = {whole} is no multiple of {part} ({of}); "
-                             f"correct it")
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:
@@ -307,50 +210,6 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def check_sizes(config, stored: dict[str, Stored]) -> None:
-    """Compare every size of config.json with the weights, before anything of that size is built.
-
-    Raises: ValueError with the fields, their values, and what the weights have instead.
-    """
-    text, vision = config.text_config, config.vision_config
-    V, C, Cv, D, patch = (text.vocab_size, text.hidden_size, vision.hidden_size, text.head_dim,
-                          vision.patch_size)
-    layer, encoder = f"{DECODER}layers.0", f"{ENCODER}encoder.layers.0"
-    for where, names, tensor, shape in (
-            ("text_config", "vocab_size hidden_size", f"{DECODER}embed_tokens", (V, C)),
-            ("text_config", "intermediate_size", f"{layer}.mlp.gate_proj",
-             (text.intermediate_size, C)),
-            ("text_config", "num_attention_heads head_dim", f"{layer}.self_attn.q_proj",
-             (text.num_attention_heads * D, C)),
-            ("text_config", "num_key_value_heads head_dim", f"{layer}.self_attn.k_proj",
-             (text.num_key_value_heads * D, C)),
-            ("vision_config", "hidden_size patch_size", f"{ENCODER}embeddings.patch_embedding",
-             (Cv, 3, patch, patch)),
-            ("vision_config", "image_size patch_size", f"{ENCODER}embeddings.position_embedding",
-             ((vision.image_size // patch)**2, Cv)),
-            ("vision_config", "intermediate_size", f"{encoder}.mlp.fc1",
-             (vision.intermediate_size, Cv)),
-            ("top level", "scale_factor", "model.connector.modality_projection.proj",
-             (C, Cv * config.scale_factor**2))):
-        there = stored[f"{tensor}.weight"].shape if f"{tensor}.weight" in stored else "none"
-        if there != shape:
-            section = getattr(config, where, config)
-            values = ", ".join(f"{name} = {getattr(section, name)}" for name in names.split())
-            raise ValueError(f"config.json, {where}: {values} ask for {tensor}.weight {shape}, but "
-                             f"the weights have {there}; correct it, or fetch the weights again")
-    for where, prefix in (("text_config", f"{DECODER}layers."),
-                          ("vision_config", f"{ENCODER}encoder.layers.")):
-        layers = getattr(config, where).num_hidden_layers
-        found = len({name.removeprefix(prefix).split(".")[0] for name in stored
-                     if name.startswith(prefix)})
-        if layers != found:
-            raise ValueError(f"config.json, {where}: num_hidden_layers = {layers}, but the weights "
-                             f"have {found} layers; correct it, or fetch the weights again")
-    if config.image_token_id >= V:
-        raise ValueError(f"config.json, top level: image_token_id = {config.image_token_id} is "
-                         f"none of {V} tokens; correct it")
-
-
 def load_tensors(model: torch.nn.Module, folder: Path, stored: dict[str, Stored], device,
                  dtype: torch.dtype) -> str:
     """Fill a model that was built on the meta device, and report in one line.
@@ -397,86 +256,3 @@ def load_tensors(model: torch.nn.Module, folder: Path, stored: dict[str, Stored]
     numbers = sum(tensor.numel() for tensor in tensors.values())
     return (f"{len(tensors)} tensors, {numbers:,} parameters as {str(dtype).split('.')[-1]}; "
             f"0 missing, 0 unexpected, ignored: {', '.join(ignored) or 'none'}")
-
-
-# ---- What the commands share: devices, files, options, errors ----
-
-
-def check_device(device) -> None:
-    """Raise ValueError if there is no such device here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):      # the latter where torch was built without CUDA
-        raise ValueError(f"device {device}: there is none here; leave it out") from None
-
-
-def writable_folder(name: str, folder) -> Path:
-    """A folder that need not exist yet. Raises: ValueError if it cannot be written to."""
-    folder = Path(os.path.expanduser(folder))
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()          # the only sure way to know
-    except OSError:
-        raise ValueError(f"{name}: {nearest} is no folder that can be written to; give "
-                         f"another") from None
-    return folder
-
-
-@contextmanager
-def written_whole(path: Path):
-    """A path to write to instead; what is there in the end is moved to `path`, or is removed."""
-    half = path.with_name(f".{path.stem}.half{path.suffix}")
-    try:
-        yield half
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
-
-
-def numbers(least: float, most: float, kind: type = float):
-    """For argparse: what reads a number from `least` to `most`."""
-    def number(text: str):
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not from {least} to {most}")
-        return value
-    return number
-
-
-def add_options(parser: argparse.ArgumentParser, of_outro: bool = True) -> None:
-    """The options of run.py that other commands share; those of the method only if wanted."""
-    add, count, strength = parser.add_argument, numbers(1, 10**9 - 1, int), numbers(0, 1e12)
-    add("--model", metavar="DIR_OR_REPO", help="folder of a checkpoint, or repository of the hub "
-        f"(default: {HUB_MODEL}; for the toy's own clips the bundled toy)")
-    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of weights and activations (default: %(default)s)")
-    add("--frames", type=count, metavar="N", help="at most (default: the checkpoint's, mostly 64)")
-    add("--json", action="store_true", help="print one JSON object instead of text")
-    if not of_outro:
-        return
-    add("--revision", help="branch, tag or commit of the repository (default: the newest)")
-    add("--fps", type=numbers(1e-9, 1e9), metavar="F",
-        help="frames a second (default: the checkpoint's, mostly 1)")
-    add("--max-new-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
-    add("--temperature", type=strength, default=0.1, metavar="T",
-        help="of the alignment's gate (default: %(default)s)")
-    add("--median-multiple", type=strength, default=1000.0, metavar="M",
-        help="a sink has an activation of at least M times the median (default: %(default)s)")
-    add("--abs-threshold", type=strength, default=100.0, metavar="A",
-        help="and of at least A (default: %(default)s)")
-    add("--figures", metavar="DIR", help="write pictures into this folder")
-
-
-@contextmanager
-def one_line_errors(name: str):
-    """End the program as run.py does: by one line and code 2 for an error of the user's."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())             # what would steer a terminal is escaped
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(f"{name}: {line}", file=sys.stderr)
-        sys.exit(2)

@@ -8,14 +8,33 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY
+from helpers import TOY
 
-from minioutro import Cache, OutRo, Trace, analysis, model, read_video
-from minioutro.analysis import (QUESTION, Examples, analyse, attention_mass, detectors, examples,
-                                heads_by_sink_attention, image_token_masks, logits_of, loss_of, nop_or_broadcast,
-                                overlap, phi, probe, report, sink_dimensions, sink_share, sources, table,
-                                token_losses, value_split, weights_by_head, with_zeros, without_head, without_row,
-                                without_token)
+from minioutro import Cache, OutRo, Trace, model, read_video
+from minioutro.lab import analysis, sink_report
+from minioutro.lab.analysis import (
+    QUESTION,
+    Examples,
+    attention_mass,
+    detectors,
+    examples,
+    heads_by_sink_attention,
+    image_token_masks,
+    logits_of,
+    loss_of,
+    nop_or_broadcast,
+    overlap,
+    phi,
+    probe,
+    sink_dimensions,
+    sink_share,
+    token_losses,
+    value_split,
+    with_zeros,
+    without_head,
+    without_row,
+)
+from minioutro.lab.sink_report import analyse, report, sources, table, weights_by_head, without_token
 from minioutro.model import causal_mask
 
 WEIGHTS = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.7, 0.1]])         # one head, (Q,K)
@@ -381,7 +400,7 @@ def test_no_more_than_two_heads_weights_are_there_at_a_time(toy, clip, monkeypat
         storages.add(weights.untyped_storage())
         assert len(storages) <= 2
         return out, weights
-    monkeypatch.setattr(analysis, "attention", one_head)
+    monkeypatch.setattr(sink_report, "attention", one_head)
     traced = []
     monkeypatch.setattr(model.DecoderLayer, "forward", lambda self, *args, forward=model.DecoderLayer.forward:
                         traced.append(args[-1]) or forward(self, *args))
@@ -405,7 +424,7 @@ def call(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["analysis", *map(str, arguments)])
         code = 0
         try:
-            analysis.main()
+            sink_report.main()
         except SystemExit as stop:
             code = stop.code
         return code, *capfd.readouterr()

@@ -1,7 +1,7 @@
 """The benchmark is run by hand; here its rows on a model of the same depth that is small otherwise."""
 
-import bench
-from conftest import TOY
+from by_hand import bench
+from helpers import TOY
 
 
 def test_every_row_about_the_model_can_be_printed(tmp_path, monkeypatch, capsys):

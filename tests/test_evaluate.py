@@ -7,12 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import TOY
+from helpers import TOY
 
-from minioutro import OutRo, evaluate, read_video
-from minioutro.evaluate import ask, compare, detectable, holm, interval, sign_test, summarise, variants_of
-from minioutro.prompt import with_choices
-from minioutro.questions import Record
+from minioutro import OutRo, read_video
+from minioutro.lab import evaluate
+from minioutro.lab.compare import compare, detectable, holm, interval, sign_test, summarise
+from minioutro.lab.evaluate import ask, variants_of
+from minioutro.lab.questions import Record, with_choices
 
 COLOURS = ("red", "green", "blue")
 RECORDS = [

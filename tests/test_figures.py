@@ -5,9 +5,27 @@ import torch
 from PIL import Image
 
 from minioutro import OutRo, Video
-from minioutro.figures import (BLUE, INK, MARK, PALE, PAPER, SMALL, WIDTH, chart, draw_attention,
-                               draw_attention_on_frames, draw_cosines, draw_differences, draw_frames,
-                               draw_masks, draw_ratios, draw_rotation, heat, shorten, sketch_positions)
+from minioutro.lab.compare import draw_differences
+from minioutro.lab.figures import (
+    BLUE,
+    INK,
+    MARK,
+    PALE,
+    PAPER,
+    SMALL,
+    WIDTH,
+    chart,
+    draw_attention,
+    draw_attention_on_frames,
+    draw_cosines,
+    draw_frames,
+    draw_masks,
+    draw_ratios,
+    draw_rotation,
+    heat,
+    shorten,
+    sketch_positions,
+)
 
 
 def places(picture, colour):

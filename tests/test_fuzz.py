@@ -3,9 +3,9 @@
 import sys
 import time
 
-import fuzz
 import pytest
-from conftest import TOY
+from by_hand import fuzz
+from helpers import TOY
 
 
 def test_damaged_and_senseless_inputs_end_in_an_answer_or_in_one_line(tmp_path):

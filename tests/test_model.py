@@ -6,11 +6,10 @@ Its functions are tested one by one in test_exercises.py.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close
+from helpers import assert_close
 
 from minioutro import Cache, OutRo, Trace, VideoLM
-from minioutro.model import (align_with_sink, causal_mask, find_sinks, open_sink_rows, show_mask,
-                             sink_value)
+from minioutro.model import align_with_sink, causal_mask, find_sinks, open_sink_rows, show_mask, sink_value
 
 CASES = ("dev_a", "dev_c")
 

@@ -8,12 +8,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_close
+from helpers import assert_close
 
 from minioutro import Cache, OutRo, Trace, VideoLM
 from minioutro import model as module
-from minioutro.model import (Config, TextConfig, VisionConfig, align_with_sink, attention, causal_mask,
-                             find_sinks, open_sink_rows, rope_tables, rotate)
+from minioutro.model import (
+    Config,
+    TextConfig,
+    VisionConfig,
+    align_with_sink,
+    attention,
+    causal_mask,
+    find_sinks,
+    open_sink_rows,
+    rope_tables,
+    rotate,
+)
 
 CASES = ("dev_late", "dev_natural")
 

@@ -6,7 +6,7 @@ from reprlib import repr as shown
 
 import pytest
 import torch
-from conftest import FIXTURES, TOY
+from helpers import FIXTURES, TOY
 from PIL import Image
 from safetensors.torch import load_file
 

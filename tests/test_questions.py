@@ -5,9 +5,18 @@ import random
 
 import pytest
 
-from minioutro.prompt import LETTERS, chosen, plain, with_choices
-from minioutro.questions import FORMATS, OF_A_CLIP, Record, read_questions, toy_questions
-from minioutro.shapes import UNSEEN, Clip
+from minioutro.lab.questions import (
+    FORMATS,
+    LETTERS,
+    OF_A_CLIP,
+    Record,
+    chosen,
+    plain,
+    read_questions,
+    toy_questions,
+    with_choices,
+)
+from minioutro.lab.shapes import UNSEEN, Clip
 
 OURS = {"id": "1", "video": "a.mp4", "question": "Which colour?", "choices": ["red", "blue"],
         "answer": "blue"}

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from test_tutorial import lesson, run_blocks
 
-from minioutro import analysis
-from minioutro.analysis import examples
+from minioutro.lab import analysis
+from minioutro.lab.analysis import examples
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NUMBER = r"\d[\d,]*\.?\d*"

@@ -1,10 +1,10 @@
-"""tests/real_decoder.py is run by hand; here what can go wrong in it without its two packages."""
+"""tests/by_hand/real_decoder.py is run by hand; here what can go wrong in it without its two packages."""
 
 import sys
 
 import pytest
-import real_decoder
 import torch
+from by_hand import real_decoder
 
 from minioutro.model import rope_tables, rotate
 

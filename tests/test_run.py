@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TOY
+from helpers import FIXTURES, ROOT, TOY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -153,7 +153,7 @@ def test_what_would_steer_a_terminal_is_shown_escaped(call, tmp_path):
     assert_refused(call("--nonsense\x1b"), r"--nonsense\x1b")
 
 
-@pytest.mark.parametrize("moment", ["argparse", "numpy", "torch.nn", "minioutro.prompt", "minioutro.figures"])
+@pytest.mark.parametrize("moment", ["argparse", "numpy", "torch.nn", "minioutro.prompt", "minioutro.lab.figures"])
 def test_ctrl_c_ends_it_at_once_with_130(moment, tmp_path):
     """Also where an exception would be swallowed, as in the depths of torch's import."""
     code = f"""

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import TOY
+from helpers import TOY
 
-from minioutro import read_video, train
-from minioutro.questions import OF_A_CLIP, toy_questions
-from minioutro.shapes import HARD_NOISE
+from minioutro import read_video
+from minioutro.lab import toy_page as train
+from minioutro.lab.questions import OF_A_CLIP, toy_questions
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FIXTURES, TOY, assert_close
+from helpers import FIXTURES, TOY, assert_close
 from safetensors.torch import load_file
 
-from minioutro import OutRo, Processor, Trace, VideoLM, read_video, train
-from minioutro.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip, Question, Shape
-from minioutro.train import MOTIONS, NOT_ASKED, Stage, draw_batch
+from minioutro import OutRo, Processor, Trace, VideoLM, read_video
+from minioutro.lab import train_toy as train
+from minioutro.lab.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip, Question, Shape
+from minioutro.lab.train_toy import MOTIONS, NOT_ASKED, Stage, draw_batch
 
 
 @pytest.fixture(autouse=True)
@@ -276,7 +277,7 @@ def check_no_device(device):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--evaluate", "--folder", "/no/toy"], "/no/toy is neither a folder here nor the name of a repository"),
+    (["--threads", "0"], "--threads '0' makes no sense; give another"),
     (["--device", "mps"], "device mps: there is none here"),
 ])
 def test_errors_of_the_command_line_are_one_line(arguments, said, monkeypatch, capsys):
@@ -285,7 +286,7 @@ def test_errors_of_the_command_line_are_one_line(arguments, said, monkeypatch, c
     with pytest.raises(SystemExit) as stopped:
         train.main()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith(f"train.py: {said}") and error.count("\n") == 1
+    assert stopped.value.code == 2 and error.startswith(f"train_toy.py: {said}") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--folder", ""], ["--threads", "-1"], ["--threads", "0"], ["--seed", "9" * 400]])

@@ -11,13 +11,12 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image, ImageChops
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from minioutro.weights import written_whole  # noqa: E402
+from minioutro.support.cli import written_whole  # noqa: E402
 
 TUTORIAL = ROOT / "tutorial.md"
 # code, the output behind it if there is one, and the picture behind that if there is one

@@ -9,7 +9,7 @@ from reprlib import repr as shown
 import huggingface_hub
 import pytest
 import torch
-from conftest import FIXTURES, assert_close
+from helpers import FIXTURES, assert_close
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 

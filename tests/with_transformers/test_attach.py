@@ -3,17 +3,16 @@
 import pytest
 import torch
 import transformers
-from conftest import assert_close
+from helpers import assert_close
 from tiny import PLANTED, TEXT, TINY, text
 from torch import nn
-from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig,
-                          StaticCache)
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minioutro import OutRo
-from minioutro import attach as attach_module
-from minioutro.attach import attach
+from minioutro.lab import attach as attach_module
+from minioutro.lab.attach import attach
 from minioutro.model import align_with_sink
 
 LONG = [PLANTED, 3, 4, 5, 9, PLANTED, 11, 12, 13, 14]

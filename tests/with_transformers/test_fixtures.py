@@ -4,7 +4,7 @@ import json
 
 import pytest
 import write_fixtures
-from conftest import FIXTURES, assert_close
+from helpers import FIXTURES, assert_close
 from safetensors.torch import load_file
 
 

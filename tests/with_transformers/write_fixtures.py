@@ -19,8 +19,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache,
-                          SmolVLMForConditionalGeneration)
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, SmolVLMForConditionalGeneration
 from transformers.image_utils import PILImageResampling
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward

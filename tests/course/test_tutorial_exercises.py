@@ -5,8 +5,8 @@ import re
 
 import pytest
 import starter
-from conftest import ROOT
 from exercises import EXERCISES, MODEL, table
+from helpers import ROOT
 
 TEXT = (ROOT / "tutorial.md").read_text(encoding="utf-8")
 HEADING = r"^### Exercise (\d+)\. (.+) \((\d+) points\)$"

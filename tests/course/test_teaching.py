@@ -4,14 +4,15 @@ import re
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
 from exercises import EXERCISES
+from helpers import ROOT
 from variants import CONSTANTS
 
-from minioutro import analysis, model
-from minioutro.evaluate import sign_test
+from minioutro import model
+from minioutro.lab import analysis
+from minioutro.lab.compare import sign_test
 
-TEXT = (ROOT / "tests" / "teaching.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "tests" / "course" / "README.md").read_text(encoding="utf-8")
 WORDS = [e for e in EXERCISES if e.in_words]
 
 

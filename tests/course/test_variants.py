@@ -4,8 +4,8 @@ import re
 
 import pytest
 import starter
-from conftest import PUBLISHED, ROOT, Golden
 from exercises import EXERCISES, MODEL
+from helpers import PUBLISHED, ROOT, Golden
 from solution import model_of
 from test_starter import checks_of, filled, impl_of, module_from, run
 from variants import CONSTANTS, LAST, Variant

@@ -9,8 +9,8 @@ import textwrap
 from operator import attrgetter
 from types import SimpleNamespace
 
-import conftest
 import grader
+import helpers as conftest
 import mutants
 import pytest
 import starter
@@ -171,7 +171,7 @@ def test_the_docstrings_of_the_starter_need_nothing_that_is_not_in_it():
 
 
 def write_starter(*arguments, cwd):
-    command = [sys.executable, conftest.ROOT / "tests" / "starter.py", *arguments]
+    command = [sys.executable, conftest.ROOT / "tests" / "course" / "starter.py", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 

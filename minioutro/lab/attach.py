@@ -1,6 +1,6 @@
 """OutRo in a model that somebody else wrote: any decoder of transformers that is like Llama's.
 
-    from minioutro.attach import attach
+    from minioutro.lab.attach import attach
     with attach(model, OutRo()) as seen:         # everything is put back at the end of the block
         output = model.generate(**inputs)
     print(seen.is_sink, seen.opened)             # by layer; empty where nothing was found
@@ -24,8 +24,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers import (AttentionInterface, AttentionMaskInterface, Cache, GenerationConfig,
-                          PreTrainedModel)
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

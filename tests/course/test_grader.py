@@ -14,14 +14,15 @@ import mutants
 import pytest
 import starter
 import torch
-from conftest import ROOT
 from exercises import EXERCISES, find_module, points_table
 from grader import Process
+from helpers import ROOT
 from solution import Solution, import_solution
 from test_starter import CODED, RIGHT, SOURCE, checks_of, filled, impl_of, module_from, run
 from variants import Variant
 
-from minioutro import analysis, model
+from minioutro import model
+from minioutro.lab import analysis
 
 pytest_plugins = ["pytester"]
 TESTS = str(ROOT / "tests" / "test_exercises.py")
@@ -317,7 +318,7 @@ def test_a_test_that_did_not_end_has_failed(pytest_impl):
 
 
 REFUSED = [
-    ("no_such_module", "no_such_module is not here; python tests/starter.py *"),
+    ("no_such_module", "no_such_module is not here; python tests/course/starter.py *"),
     ("nothing.py", "nothing.py is not here; *"),
     ("", "nothing is neither a file .py nor a folder with an __init__.py; *"),
     ("a_folder", "a_folder is neither a file .py nor a folder with an __init__.py; *"),

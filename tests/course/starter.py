@@ -1,4 +1,4 @@
-"""Write the module in which a student does the exercises: python tests/starter.py my_module.py
+"""Write the module in which a student does the exercises: python tests/course/starter.py my_module.py
 
 It is cut out of minioutro/model.py: signatures and docstrings are copied, the bodies of what is to
 be written are left out, and what is given is imported from there. With --variant 7 some constants are
@@ -86,7 +86,7 @@ def without_steps(source: str, sentence: str) -> str:
     text = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
     text, n = re.subn(r"(?ms)^ +# Step 1\..*?(?=^        if trace is not None:\n +largest)",
                       lambda steps: STEPS.format(sentence=sentence), text)
-    assert n == 1, ("tests/starter.py looks in model.py's DecoderLayer for a comment `# Step 1.` and, behind "
+    assert n == 1, ("tests/course/starter.py looks in model.py's DecoderLayer for a comment `# Step 1.` and, behind "
                     f"the steps, for what goes into the trace, and found {n}: change both together")
     return text
 
@@ -133,7 +133,7 @@ def option(variant: Variant) -> str:
 def exercises(tutorial: str, name: str, variant: Variant) -> str:
     """The tutorial's text of the exercises, for a variant."""
     _, heading, text = tutorial.partition("## Exercises\n")
-    for command in ("python tests/starter.py my_module.py", "python -m pytest --impl my_module"):
+    for command in ("python tests/course/starter.py my_module.py", "python -m pytest --impl my_module"):
         text = text.replace(command, command.replace("my_module", name) + option(variant))
     return (f"{heading}\nThis is variant {variant.number}. Its constants are not those of `tutorial.md` and "
             f"`model.py`; so give `--variant {variant.number}` whenever you check.\n{variant(text)}")

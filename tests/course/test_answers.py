@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import mutants
 import pytest
 import torch
-from conftest import TOY
+from helpers import TOY
 
 from minioutro import OutRo, read_video
-from minioutro.analysis import attention_mass
-from minioutro.evaluate import sign_test
+from minioutro.lab.analysis import attention_mass
+from minioutro.lab.compare import sign_test
 
 
 def test_the_rule_and_the_attention_come_apart_both_ways(three_traces):

@@ -1,6 +1,6 @@
 """Somebody's module, whose functions the tests call; and, as a program, the process in which it runs.
 
-    python tests/solution.py my_module.py LINES VARIANT     answers the calls that it reads from stdin
+    python tests/course/solution.py my_module.py LINES VARIANT     answers the calls that it reads from stdin
 
 LINES is a file for what the grader tells of a process that ended: where it was.
 """
@@ -24,7 +24,8 @@ from torch import nn
 from variants import Variant
 
 sys.path.insert(0, str(ROOT))
-from minioutro import analysis, model  # noqa: E402
+from minioutro import model  # noqa: E402
+from minioutro.lab import analysis  # noqa: E402
 
 FOR_IMPORT = 60.0                       # seconds
 

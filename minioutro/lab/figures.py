@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from minioutro.model import OutRo, align_with_sink, causal_mask, open_sink_rows
+from minioutro.support.cli import written_whole
 from minioutro.video import Video
-from minioutro.weights import written_whole
 
 INK, PALE, PAPER, MARK = (40, 40, 48), (226, 226, 232), (255, 255, 255), (205, 60, 45)
 BLUE = (95, 150, 205)
@@ -328,70 +328,4 @@ def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Im
             x, y = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
             draw.line((x0, y0, x0 + r * x, y0 + r * y), colour, 2)
             draw.text((x0 + (r + 18) * x, y0 + (r + 18) * y), f"{angle:.0f}°", colour, SMALL, "mm")
-    return image
-
-
-# ---- What evaluate.py found ---------------------------------------------------------------------
-
-
-def table_of_differences(found: dict) -> str:
-    """The report in numbers and words, of `evaluate.summarise`; differences are in points.
-
-    A difference is shown where p, corrected, is below 0.05 and the interval leaves out 0: p takes
-    questions for independent, the interval only videos. Source: ours.
-    """
-    lines = [f"{found['questions']} questions on {found['videos']} videos; seed {found['seed']}",
-             "", f"{'':14}{'right':>7}{'unparsed':>10}{'gained':>8}{'lost':>6}"
-             f"{'difference, 95 % interval':>27}{'p':>9}{'Holm':>9}{'detectable':>12}  shown"]
-    for task, variants in [("all", found["variants"]), *found["tasks"].items()]:
-        n, errors = variants["baseline"]["n"], variants["baseline"]["errors"]
-        lines.append(f"{task}: {n} questions" + f", {errors} errors" * (errors > 0))
-        for name, v in variants.items():
-            line = f"  {name:12}{v['right'] / max(n, 1):>7.1%}{v['unparsed']:>10}"
-            if name != "baseline":
-                points = "{:+.2f} ({:+.2f} to {:+.2f})".format(
-                    *(100 * share for share in (v["difference"], *v["interval"])))
-                line += (f"{v['gained']:>8}{v['lost']:>6}{points:>27}{v['p']:>9.2g}"
-                         f"{v['p_holm']:>9.2g}{100 * v['detectable']:>12.2f}  {verdict(v)}")
-            lines.append(line)
-    lines.append("")
-    for name, v in list(found["variants"].items())[1:]:
-        if verdict(v) == "no":
-            lines.append(f"{name}: no difference from the baseline is shown; with so many changed "
-                         f"answers, {100 * v['detectable']:.2f} points could be")
-        else:
-            lines.append(f"{name}: {verdict(v)} than the baseline, by "
-                         f"{abs(100 * v['difference']):.2f} points")
-    if len(found["variants"]) > 2:
-        lines.append("The best of several variants, picked by the questions that it is judged by, "
-                     "is no result.")
-    return "\n".join(lines)
-
-
-def verdict(variant: dict) -> str:
-    low, high = variant["interval"]
-    if variant["p_holm"] >= 0.05 or low <= 0 <= high:
-        return "no"
-    return "better" if low > 0 else "worse"
-
-
-def draw_differences(found: dict) -> Image.Image:
-    """Every variant's difference from the baseline with its interval, of `evaluate.summarise`."""
-    rows = [(f"{task}: {name}", *(100 * x for x in (v["difference"], *v["interval"])))
-            for task, variants in [("all", found["variants"]), *found["tasks"].items()]
-            for name, v in variants.items() if name != "baseline"]
-    height, left = 24 * len(rows) + 24, 300
-    most = max([1.0, *(abs(x) for _, *points in rows for x in points)])
-    image, draw = canvas(height + 90, (
-        f"Right answers more than the baseline's, in points, with 95 % intervals by resampling "
-        f"videos (seed {found['seed']}): {found['questions']} questions on {found['videos']} "
-        f"videos. Where the interval holds 0, no difference is shown."))
-    marks = [("line", [(0, 0), (0, len(rows) + 1)], PALE)]
-    for y, (_, difference, low, high) in enumerate(reversed(rows), start=1):
-        marks += [("line", [(low, y), (high, y)], BLUE), ("dots", [(difference, y)], MARK)]
-    labels = {y: shorten(label, left - 30).strip("'")
-              for y, (label, *_) in enumerate(reversed(rows), start=1)}
-    chart(image, (left, 40, WIDTH - 40, 40 + height),
-          {most * n / 2: f"{most * n / 2:+.1f}" for n in range(-2, 3)},
-          {0: "", **labels, len(rows) + 1: ""}, ("points", ""), marks)
     return image

@@ -1,8 +1,8 @@
 """Does OutRo help? The same questions to the plain model and to OutRo, compared in pairs.
 
-    python -m minioutro.evaluate QUESTIONS --videos FOLDER --out FILE
-    torchrun --nproc-per-node 2 -m minioutro.evaluate QUESTIONS --videos FOLDER --out FILE
-    python -m minioutro.evaluate --report FILE.0 FILE.1
+    python -m minioutro.lab.evaluate QUESTIONS --videos FOLDER --out FILE
+    torchrun --nproc-per-node 2 -m minioutro.lab.evaluate QUESTIONS --videos FOLDER --out FILE
+    python -m minioutro.lab.evaluate --report FILE.0 FILE.1
 
 An interrupted run goes on with the same command. torchrun's processes share the videos.
 """
@@ -10,13 +10,12 @@ An interrupted run goes on with the same command. torchrun's processes share the
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,14 +23,28 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from minioutro import OutRo, Processor, Video, VideoLM, load, read_video
-from minioutro.figures import draw_differences, save, table_of_differences
-from minioutro.prompt import chosen, first_tokens, plain, with_choices
-from minioutro.questions import FORMATS, Record, read_questions, toy_questions
-from minioutro.weights import (HUB_MODEL, TOY, add_options, numbers, one_line_errors,
-                               read_json_lines, writable_folder)
+from minioutro.lab.compare import draw_differences, summarise, table_of_differences
+from minioutro.lab.figures import save
+from minioutro.lab.questions import (
+    FORMATS,
+    Record,
+    chosen,
+    first_tokens,
+    plain,
+    read_questions,
+    toy_questions,
+    with_choices,
+)
+from minioutro.support.cli import (
+    add_options,
+    numbers,
+    one_line_errors,
+    read_json_lines,
+    writable_folder,
+)
+from minioutro.weights import HUB_MODEL, TOY
 
 SWITCHES = {"relax": {"align": False}, "align": {"relax": False}, "both": {}}
-RESAMPLES = 10_000
 
 
 def variants_of(names: str, gammas: list[float], **rule) -> dict[str, OutRo | None]:
@@ -101,83 +114,6 @@ def ask(model: VideoLM, processor: Processor, records: list[Record],
             except (ValueError, OSError) as error:
                 line["error"] = " ".join(str(error).split())
             yield line
-
-
-def sign_test(gained: int, lost: int) -> float:
-    """Two-sided p value of so many gained and lost answers, if either were as likely (McNemar)."""
-    n, k = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
-def holm(p: list[float]) -> list[float]:
-    """Holm's correction for n tests: the k-th smallest p times n + 1 - k, never falling with k."""
-    order = sorted(range(len(p)), key=p.__getitem__)
-    larger = accumulate((min(1.0, (len(p) - k) * p[i]) for k, i in enumerate(order)), max)
-    return [corrected for _, corrected in sorted(zip(order, larger))]
-
-
-def detectable(n: int, changes: int) -> float:
-    """The smallest |gained - lost| / n with p < 0.05, if so many of n answers change.
-
-    Where fewer than six change no p is below, and it is six that all change one way. Source: ours.
-    """
-    changes = max(changes, 6)
-    return next(d for d in range(changes % 2, changes + 1, 2)
-                if sign_test((changes + d) // 2, (changes - d) // 2) < 0.05) / n
-
-
-def interval(changes: list[int], videos: list[str], seed: int) -> list[float]:
-    """95 % interval of the mean change, percentiles over resampled videos, whose questions hang
-    together; the whole range if there is one video. changes: of each question +1 (right now),
-    -1 (wrong now) or 0; videos: that of each question."""
-    number = {video: n for n, video in enumerate(sorted(set(videos)))}
-    V, random = len(number), torch.Generator().manual_seed(seed)
-    if V < 2:
-        return [-1.0, 1.0]
-    sums = torch.zeros(V, 2).double()                       # of each video: changes, and questions
-    sums.index_add_(0, torch.tensor([number[video] for video in videos]),
-                    torch.tensor([[change, 1] for change in changes]).double())
-    drawn = torch.cat([sums[torch.randint(V, (100, V), generator=random)].sum(1)
-                       for _ in range(RESAMPLES // 100)])                           # (RESAMPLES,2)
-    return (drawn[:, 0] / drawn[:, 1]).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-
-
-def compare(questions: list[dict[str, dict]], names: list[str], seed: int) -> dict[str, dict]:
-    """Each variant against the baseline, on the questions, of each the answers by variant, that all
-    of them could be asked."""
-    asked = [q for q in questions if not any(line["error"] for line in q.values())]
-    found, videos = {}, [q["baseline"]["video"] for q in asked]
-    for name in names:
-        changes = [q[name]["right"] - q["baseline"]["right"] for q in asked]
-        gained, lost, n = changes.count(1), changes.count(-1), max(1, len(asked))
-        found[name] = {
-            "n": len(asked), "right": sum(q[name]["right"] for q in asked),
-            "unparsed": sum(q[name]["unparsed"] for q in asked), "gained": gained, "lost": lost,
-            "p": sign_test(gained, lost), "p_holm": 1.0, "difference": (gained - lost) / n,
-            "interval": interval(changes, videos, seed), "detectable": detectable(n, gained + lost),
-            "errors": len(questions) - len(asked)}
-    tried = [found[name] for name in names if name != "baseline"]
-    for variant, p in zip(tried, holm([variant["p"] for variant in tried])):
-        variant["p_holm"] = p
-    return found
-
-
-def summarise(answers: list[dict], seed: int = 0) -> dict:
-    """What --json prints: of the questions with an answer of every variant, the last of each.
-    Raises: ValueError if there are none."""
-    by_id, tasks = defaultdict(dict), defaultdict(list)
-    for line in answers:
-        by_id[line["id"]][line["variant"]] = line
-    names = list(dict.fromkeys(line["variant"] for line in answers))
-    questions = [by_id[id] for id in sorted(by_id) if len(by_id[id]) == len(names)]
-    for q in questions:
-        tasks[q["baseline"]["task"]].append(q)
-    if not questions:
-        raise ValueError("no question has an answer of every variant yet; let the run go on")
-    found = compare(questions, names, seed)
-    return {"questions": len(questions), "videos": len({q["baseline"]["video"] for q in questions}),
-            "errors": found["baseline"]["errors"], "seed": seed, "variants": found,
-            "tasks": {task: compare(tasks[task], names, seed) for task in sorted(tasks) if task}}
 
 
 def read_answers(path: str, settings: str | None = None) -> tuple[list[dict], int]:
@@ -254,7 +190,7 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m minioutro.evaluate", usage=argparse.SUPPRESS,       # an error is one line
+        prog="python -m minioutro.lab.evaluate", usage=argparse.SUPPRESS,       # an error is one line
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, numbers(1, 10**9 - 1, int)
     add("questions", nargs="?", help="a file of questions")

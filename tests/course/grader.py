@@ -26,7 +26,7 @@ from solution import FOR_IMPORT, Solution, import_solution, model_of, receive, s
 from variants import LAST, Variant
 
 from minioutro import model as minioutro_model
-from minioutro.weights import written_whole
+from minioutro.support.cli import written_whole
 
 OURS = "minioutro.model"
 PATH = pytest.StashKey()                # of the solution; None for OURS
@@ -208,7 +208,7 @@ def pytest_addoption(parser):
                      help="run the tests of the exercises, and no others, on this module: its name, "
                           "its file, or the folder of a package")
     parser.addoption("--variant", metavar="NUMBER", type=int, choices=range(LAST + 1), default=0,
-                     help=f"with --impl: of the exercises, 0 to {LAST}, as given to tests/starter.py")
+                     help=f"with --impl: of the exercises, 0 to {LAST}, as given to tests/course/starter.py")
     parser.addoption("--points", metavar="FILE", type=Path,
                      help="with --impl: write the points to this file, as Gradescope reads them, and end "
                           "with 0 whatever they are; a module that cannot be run has none, and the reason")

@@ -1,4 +1,4 @@
-"""Damaged videos, senseless checkpoints and odd questions: python tests/fuzz.py --minutes 10 --seed 1
+"""Damaged videos, senseless checkpoints and odd questions: python tests/by_hand/fuzz.py --minutes 10 --seed 1
 
 Each input is asked about by run.py's own `main`, in a process that may die without harm. It must end in
 an answer, or in one line on stderr and exit code 2, within a minute. The first input that does not is
@@ -23,7 +23,7 @@ from pathlib import Path
 import av
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TOY = ROOT / "minioutro" / "toy"
 SECONDS = 60                            # the most that one input may take
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from minioutro import Cache
-from minioutro.model import (causal_mask, cosine, fused_attention, open_sink_rows, rope_tables,
-                             show_mask)
+from minioutro.model import causal_mask, cosine, fused_attention, open_sink_rows, rope_tables, show_mask
 
 
 def fail_unless(equal, sentence):

@@ -1,4 +1,4 @@
-"""How fast, and how much memory: `python tests/bench.py` prints one table, in about ten minutes.
+"""How fast, and how much memory: `python tests/by_hand/bench.py` prints one table, in about ten minutes.
 
 It is run by hand, on an otherwise quiet machine; CI does not call it. The model has the shape of
 SmolVLM2-256M and random weights, with a massive activation planted in the embedding of the first
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 CONFIG = {
     "architectures": ["SmolVLMForConditionalGeneration"], "model_type": "smolvlm",

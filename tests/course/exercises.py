@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ROOT / "minioutro" / "model.py"
 
 
@@ -136,7 +136,7 @@ def find_module(given: str) -> Path:
                if (path.suffix == ".py" and path.is_file()) or (path / "__init__.py").is_file()]
     if not modules:
         what = "is neither a file .py nor a folder with an __init__.py" if found else "is not here"
-        raise ValueError(f"{given or 'nothing'} {what}; python tests/starter.py my_module.py writes a "
+        raise ValueError(f"{given or 'nothing'} {what}; python tests/course/starter.py my_module.py writes a "
                          f"module to start from, for --impl my_module")
     ours = {ROOT / name for name in ("minioutro", "conftest.py", "run.py")}
     if ours & {modules[0].resolve(), *modules[0].resolve().parents}:

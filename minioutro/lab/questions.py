@@ -12,11 +12,15 @@ from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as shown
+from string import ascii_uppercase as LETTERS
 from typing import NamedTuple
 
-from minioutro.prompt import LETTERS, chosen
-from minioutro.shapes import UNSEEN, Clip
-from minioutro.weights import read_rows
+import torch
+from torch import Tensor
+
+from minioutro.lab.shapes import UNSEEN, Clip
+from minioutro.prompt import Processor
+from minioutro.support.cli import read_rows
 
 
 class Record(NamedTuple):
@@ -150,3 +154,55 @@ def toy_questions(n: int, seed: int = 0, noise: int | None = None
         records += [Record(f"{number}-{k}", video, q.text, (), q.answer, q.kind)
                     for k, q in enumerate(asked)]
     return records[:n], clips
+
+
+# ---- How choices are asked, and answers are read ----
+
+
+def is_yes_no(choices: tuple[str, ...]) -> bool:
+    return sorted(map(str.casefold, choices)) == ["no", "yes"]
+
+
+def with_choices(question: str, choices: tuple[str, ...]) -> str:
+    """A question that asks for a letter, or for yes or no; without choices it stays as it is.
+
+    Source: release, the wording of both requests; ours, the options' layout.
+    """
+    if not choices:
+        return question
+    if is_yes_no(choices):
+        return f"{question} Answer yes or no."
+    *first, last = LETTERS[:len(choices)]
+    letters = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}"
+    return "\n".join([question, *map("{}. {}".format, LETTERS, choices),
+                      f"Respond with only the letter ({letters}) of the correct option."])
+
+
+def plain(text: str) -> str:
+    """What texts have in common that differ by case, articles, spaces and end marks."""
+    words = text.casefold().strip(" \t\n.!?,;:").split()
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+
+
+def chosen(text: str, choices: tuple[str, ...]) -> str | None:
+    """The choice that an answer names, if it does: by the first whole word yes or no; else by a
+    letter, alone or before . ) or :, or by the choice's text. Source: release; the latter ours."""
+    if is_yes_no(choices):
+        word = re.search(r"\b(yes|no)\b", text.casefold())
+        return {choice.casefold(): choice for choice in choices}.get(word and word[0])
+    letter = re.match(r"\(?([A-Z])([.):]|$)", text.strip())
+    by_text = {plain(choice): choice for choice in choices}.get(plain(text))
+    return dict(zip(LETTERS, choices)).get(letter[1], by_text) if letter else by_text
+
+
+def first_tokens(processor: Processor, choices: tuple[str, ...]) -> Tensor:
+    """The tokens that answer with each choice's letter, or yes and no: int64[forms,choices].
+
+    Forms are with a space before it and without; those that are one token for every choice.
+    """
+    names = choices if is_yes_no(choices) else LETTERS[:len(choices)]
+    forms = [[processor.tokenize([space + name]) for name in names] for space in (" ", "")]
+    whole = [sum(form, []) for form in forms if all(len(ids) == 1 for ids in form)]
+    if not whole:
+        raise ValueError(f"the tokenizer has no token for {' or '.join(names)}; generate answers")
+    return torch.tensor(whole)
