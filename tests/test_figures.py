@@ -22,6 +22,7 @@ from minioutro.lab.figures import (
     draw_masks,
     draw_ratios,
     draw_rotation,
+    font,
     heat,
     shorten,
     sketch_positions,
@@ -47,7 +48,7 @@ def test_a_heat_map_never_loses_a_single_peak():
 def test_token_texts_are_cut_and_escaped():
     assert shorten(" from\n", 200) == r"' from\n'" and shorten("日", 200) == r"'\u65e5'"
     long = shorten("W" * 300, 100)
-    assert long.endswith("W...") and 80 < SMALL.getlength(long) <= 100
+    assert long.endswith("W...") and 80 < font(SMALL).getlength(long) <= 100
 
 
 def test_sketched_positions_are_spread_and_hold_the_sinks():

@@ -13,11 +13,9 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from minioutro import Cache, VideoLM, load, read_video
+from minioutro import Cache, OutRo, VideoLM, load, read_video
 from minioutro.lab.analysis import (
-    MARK,
     QUESTION,
-    UNSCORED,
     Examples,
     attention_mass,
     detectors,
@@ -40,6 +38,9 @@ from minioutro.model import (
 )
 from minioutro.support.cli import add_options, one_line_errors
 from minioutro.weights import HUB_MODEL, TOY
+
+UNSCORED = 16               # tokens at the head of a text, which are guessed from next to nothing
+MARK = OutRo(relax=False, align=False)              # marks the sinks and changes nothing
 
 
 def weights_by_head(model: VideoLM, trace: dict, cache: Cache, l: int):
