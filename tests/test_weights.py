@@ -105,7 +105,7 @@ def test_memory_is_given_back_while_reading(folder, monkeypatch, dtype, files_pe
             read.append(tensor.numel())
             return tensor
 
-    stored = weights.read_headers(folder)
+    stored = weights.read_headers(folder, read_config(folder))
     with torch.device("meta"):
         model = VideoLM(read_config(folder))
     original = weights.safe_open
@@ -508,11 +508,11 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download",
                         lambda repo, **options: asked.append((repo, options)) or str(tmp_path))
-    assert weights.find("owner/name", "v1", weights.MODEL_FILES) == tmp_path
+    assert weights.find_folder("owner/name", "v1", weights.MODEL_FILES) == tmp_path
     bar = asked[0][1]["tqdm_class"]
     assert bar(total=3).disable and bar(total=3).total == 3         # silent where nobody watches
     assert not bar(total=3, disable=False).disable
-    weights.find("owner/name", None, weights.PROCESSOR_FILES)
+    weights.find_folder("owner/name", None, weights.PROCESSOR_FILES)
     fetched = [[name for name in hub if any(fnmatch(name, p) for p in options["allow_patterns"])]
                for _, options in asked]
     assert fetched == [hub[1:6], ["tokenizer.json", *hub[-4:-1]]]

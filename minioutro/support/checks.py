@@ -202,7 +202,7 @@ def parts_of(value) -> list:
     return parts
 
 
-# ---- 4. The hub, devices, and parts that must fit together -----------------------------------------------
+# ---- 4. The hub, devices, and parts that must fit together --------------------------------------
 
 
 def why_not_fetched(problem: Exception, repo: str, revision: str | None) -> str:
