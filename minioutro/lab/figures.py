@@ -6,6 +6,7 @@ are those of one prompt, without B. Shapes are named as in model.py, colours are
 
 import math
 import textwrap
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minioutro.model import OutRo, align_with_sink, causal_mask, open_sink_rows
+from minioutro.model import OutRo, Trace, VideoLM, align_with_sink, causal_mask, open_sink_rows
 from minioutro.support.cli import written_whole
 from minioutro.video import Video
 
@@ -446,3 +447,50 @@ def draw_turns(draw: ImageDraw.ImageDraw, turned: list[float]) -> None:
             draw.line((x0, y0, x0 + r * x, y0 + r * y), colour, 2)
             place = (x0 + (r + 18) * x, y0 + (r + 18) * y)
             draw.text(place, f"{angle:.0f}°", colour, font(SMALL), "mm")
+
+
+def draw_run(model: VideoLM, video: Video, input_ids: Tensor, features: Tensor, texts: list[str],
+             outro: OutRo, layer: int) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the pictures of a run by name, after one more pass that keeps the attention weights.
+
+    texts: of each token; layer: whose mask, attention and rotation are drawn. The head is the one
+    whose last token attends most to the sinks, or to token 0 if there are none.
+    Raises: ValueError if the attention weights are not finite.
+    """
+    trace = Trace(weights_of=[layer])
+    with torch.inference_mode():
+        model.hidden_states(input_ids, features=features, outro=outro, trace=trace)
+    n_layers = model.config.text_config.num_hidden_layers
+    is_sink, ratio, before, after = (
+        torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(n_layers)]).cpu()
+        for name in ("is_sink", "ratio", "cosine", "cosine_aligned"))
+    opened = trace[f"layers.{layer}.relaxed"][0].cpu()                                  # (S,)
+    weights = finite_weights(trace, layer)                                              # (H,S,S)
+    ever_sink = is_sink.any(0)                                                          # (S,)
+    attended = ever_sink.nonzero().flatten() if ever_sink.any() else torch.tensor([0])
+    head = weights[:, -1, attended].sum(1).argmax().item()
+    is_image = input_ids[0].cpu() == model.config.image_token_id
+    ratio = ratio.nan_to_num(posinf=torch.finfo(torch.float32).max)     # where the median is 0
+    # tokens that were not a sink so far, in the layers with a sink: (L,S)
+    counts = is_sink.any(1, keepdim=True) & (is_sink.cumsum(0) == 0)
+    counted = counts[layer]
+
+    yield "frames", draw_frames(video, is_image.sum().item() // len(video.frames))
+    yield "masks", draw_masks(opened, layer, texts)
+    yield "sinks", draw_ratios(ratio, is_sink, outro.median_multiple)
+    yield "attention", draw_attention(weights, is_image, ever_sink, layer, head)
+    yield "attention_frames", draw_attention_on_frames(
+        video, weights, is_image, opened, layer, head)
+    yield "cosine", draw_cosines(before, after, counts)
+    yield "rotation", draw_rotation(
+        before[layer][:, counted], after[layer][:, counted], layer, outro)
+
+
+def finite_weights(trace: dict, layer: int) -> Tensor:
+    """The attention weights of a layer, float[H,S,S]. Raises: ValueError if some are not finite."""
+    weights = trace[f"layers.{layer}.weights"][0]
+    if not weights.isfinite().all():
+        dtype = str(weights.dtype).removeprefix("torch.")
+        raise ValueError(f"the attention weights of layer {layer} are not finite as {dtype}, so "
+                         f"they cannot be drawn; leave --figures out, or try another --dtype")
+    return weights.float().cpu()
