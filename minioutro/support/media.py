@@ -130,8 +130,8 @@ def milliseconds_shown(image: Image.Image, total: int) -> float:
     """How long the present frame of an animation is shown."""
     if total > 1:
         image.load()                                # some formats know the duration only then
-    stated = image.info.get("duration")
-    if stated is None or stated <= 10:
+    stated = image.info.get("duration")             # in a PNG it may be some text of that name
+    if not isinstance(stated, (int, float)) or stated <= 10:
         return 100      # up to 10 ms stand for "not stated", which is 0.1 s in browsers and FFmpeg
     return stated
 
@@ -142,7 +142,7 @@ def hidden_frames(image: Image.Image) -> int:
     An animated PNG may begin with a picture that is not part of the animation, for programs that
     cannot show animations. Source: the PNG specification, section 4.9 (APNG).
     """
-    return int(image.info.get("default_image", False))
+    return 1 if image.info.get("default_image") is True else 0      # some text has that name too
 
 
 @contextmanager
