@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import threading
-from contextlib import nullcontext
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -121,16 +120,13 @@ def test_sampling_by_hand():
     assert sample_indices(101, 10.0, 10.1, max_frames=2, fps=4.0) == [10, 91]
 
 
-def test_sampling_keeps_all_where_two_seconds_are_all():
-    """3 frames in 2.5 s: frame 1 is the first after one second and also the last before the last second."""
+def test_sampling_in_rare_cases():
+    """Where two seconds are all, none is left out: frame 1 of 3 in 2.5 s is the first after one second and the
+    last before the last second. 122 / 14 * 7 is 61, but in floating point, in this order, 60.999..."""
     assert sample_indices(3, 1.2, 2.5, fps=0.1, max_frames=1) == [0]
     assert sample_indices(10, 25.0, 100.0, max_frames=4) == [0, 3, 6, 9]            # the header is wrong
     assert sample_indices(10, 0.0, 100.0, max_frames=4) == [0, 3, 6, 9]
-
-
-def test_sampling_rounds_as_numpy_does():
-    """122 / 14 * 7 is 61, but in floating point, in this order, 60.999..., which numpy cuts to 60."""
-    assert sample_indices(123, 123 / 15, 15.0)[7] == 60
+    assert sample_indices(123, 123 / 15, 15.0)[7] == 60                 # as numpy, which cuts
     assert sample_indices(62, 62 / 8, 8.0)[-2:] == [52, 61]             # 61 / 7 * 7 is 60.999... as well
 
 
@@ -152,17 +148,15 @@ def test_plain_video(tmp_path):
 
 
 def test_variable_rate_is_sampled_by_number(tmp_path):
-    """20 frames every 0.1 s, then 20 every 0.3 s: 8 s, 8 frames, evenly spread in number and not in time."""
-    pts = [10 * k if k < 20 else 200 + 30 * (k - 20) for k in range(40)]
+    """20 frames every 0.1 s, then 20 every 0.3 s: 8 s, 8 frames, evenly spread in number and not in time.
+
+    Times count from the first frame, which is at 3 s of the file's clock.
+    """
+    pts = [300 + 10 * k if k < 20 else 500 + 30 * (k - 20) for k in range(40)]
     video = read_video(write(tmp_path / "a.mkv", pts=pts))
     indices = [0, 5, 11, 16, 22, 27, 33, 39]
-    assert_shows(video, indices, [pts[i] / 100 for i in indices])
+    assert_shows(video, indices, [pts[i] / 100 - 3 for i in indices])
     assert video.duration == pytest.approx(8.0, abs=0.31)           # the last step is not in the file
-
-
-def test_times_count_from_the_first_frame(tmp_path):
-    video = read_video(write(tmp_path / "a.mkv", pts=[300 + 10 * k for k in range(40)]))
-    assert_shows(video, [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
 
 
 # ---- parts ----
@@ -285,14 +279,6 @@ def test_seeking_that_fails_or_saves_little(tmp_path, decoded):
         assert len(decoded) == 2 and decoded[-1] > 800
 
 
-def test_seeking_has_to_save_a_lot():
-    """Four times the frames to decode, and 1000 more, must be fewer than the frames up to the last one."""
-    def worth(indices, keyframes):
-        return media.Clip("", [], 0.0, [], keyframes).is_worth_seeking(indices)
-    assert worth([1005], [1005]) and not worth([1004], [1004])                      # 1 frame
-    assert worth([3, 1037], [0, 1033]) and not worth([4, 1037], [0, 1033])          # 9 frames, and 10
-
-
 def test_false_keyframe_is_not_believed(tmp_path, decoded):
     """A frame that is only called a keyframe depends on others, so everything is decoded."""
     video = read_video(long_video(tmp_path / "a.mp4", codec="mpeg4", qscale="2", all_keys=True), max_frames=3)
@@ -312,24 +298,20 @@ def test_seeking_that_fails_late_is_finished_in_order(tmp_path, decoded, monkeyp
 # ---- memory and threads ----
 
 
-def test_background_work_overlaps_in_order_and_bounded():
-    """Item n + 1 can be fetched while item n is worked on, but item n + 2 only when that is done."""
-    fetched, begun = [], [threading.Event() for _ in range(9)]
+def test_scaling_overlaps_with_decoding():
+    """The next item is fetched while one is worked on: here it waits until that has begun."""
+    begun = [threading.Event() for _ in range(5)]
 
     def items():
-        for n in range(9):
+        for n in range(5):
             assert n == 0 or begun[n - 1].wait(60)
-            fetched.append(n)
             yield n
 
-    def work(n):
+    def square(n):
         begun[n].set()
         return n * n
-    for n, square in enumerate(media.in_background(work, items())):
-        assert square == n * n and len(fetched) <= n + 2
-    assert len(fetched) == 9 and list(media.in_background(work, [])) == []
-    with pytest.raises(TypeError):
-        list(media.in_background(work, ["no number"]))
+    assert list(media.in_background(square, items())) == [0, 1, 4, 9, 16]
+    assert list(media.in_background(square, [])) == []
 
 
 def test_whole_frames_do_not_pile_up(tmp_path, monkeypatch):
@@ -445,14 +427,12 @@ def test_video_frames_with_exif_are_upright(tmp_path, orientation):
 
 @pytest.mark.parametrize("kind", ("png", "tiff"))
 def test_16_bit_grey_keeps_its_upper_8(tmp_path, kind):
+    """32 bits are refused, because nothing says which number is white."""
     values = [256 * (k % 256) + 255 - k // 8 for k in range(48 * 32)]
     data = b"".join(value.to_bytes(2, "little") for value in values)
     Image.frombytes("I;16", (48, 32), data).save(tmp_path / f"a.{kind}")
     frame = read_video(tmp_path / f"a.{kind}").frames[0]
     assert list(frame.get_flattened_data()) == [3 * (value // 256,) for value in values]
-
-
-def test_32_bits_a_pixel_are_refused(tmp_path):
     for mode in "IF":
         Image.new(mode, (48, 32)).save(tmp_path / "a.tiff")
         assert "32 bits" in refused(tmp_path / "a.tiff")
@@ -553,44 +533,26 @@ def test_default_stream_is_shown_and_never_a_cover(tmp_path):
     assert "no video stream that can be decoded, only a header" in refused(mux(tmp_path / "a.mp4", [cover]))
 
 
-class Streams(tuple):
-    """The streams of a container without packets."""
-
-
-def container_of(best, *streams, others=()):
-    found = Streams(streams + others)
-    found.video, found.best = streams, {"video": best}.get
-    return SimpleNamespace(streams=found)
-
-
-def stream_of(disposition=Disposition(0), width=48):
-    return SimpleNamespace(disposition=disposition, width=width, height=32, type="video",
-                           codec_context=SimpleNamespace(options={}))
-
-
 def test_best_stream_may_be_a_cover_or_unknown():
-    cover, one, two, unknown = stream_of(Disposition.attached_pic), stream_of(), stream_of(), stream_of()
-    unknown.codec_context = None
-    for best, streams, chosen in ((cover, (cover, one, two), one), (two, (cover, one, two), two),
-                                  (unknown, (unknown, two), two)):
-        assert media.choose_stream("a", container_of(best, *streams)) is chosen
-    tile = stream_of(Disposition.dependent)
-    for streams, message in (((tile, tile), "in tiles"), ((one, tile), "in tiles"), ((unknown,), "only a header")):
+    class Streams(tuple):
+        pass
+
+    def stream(kind="video", disposition=Disposition(0), codec=object()):
+        return SimpleNamespace(type=kind, disposition=disposition, codec_context=codec)
+
+    def chosen(best, *streams):
+        found = Streams(streams)
+        found.video, found.best = [s for s in streams if s.type == "video"], {"video": best}.get
+        return media.choose_stream("a", SimpleNamespace(streams=found))
+    cover, unknown, tile = stream(disposition=Disposition.attached_pic), stream(codec=None), \
+        stream(disposition=Disposition.dependent)
+    one, two = stream(), stream()
+    assert chosen(cover, cover, one, two) is one and chosen(two, cover, one, two) is two
+    assert chosen(unknown, unknown, two) is two
+    for streams, message in (((tile, tile), "in tiles"), ((one, tile), "in tiles"), ((unknown,), "only a header"),
+                             ((cover, stream("subtitle"), stream("audio")), "only audio, subtitle; give a video")):
         with pytest.raises(ValueError, match=message):
-            media.choose_stream("a", container_of(streams[0], *streams))
-    others = tuple(SimpleNamespace(type=kind) for kind in ("subtitle", "audio", "audio"))
-    with pytest.raises(ValueError, match="only audio, subtitle; give a video"):
-        media.choose_stream("a", container_of(cover, cover, others=others))
-
-
-def test_stream_may_have_64_megapixels(monkeypatch):
-    def opened(stream):
-        monkeypatch.setattr(av, "open", lambda *_, **__: nullcontext(container_of(stream, stream)))
-        with media.open_video("a") as found:
-            return found.codec_context.options
-    assert opened(stream_of(width=2 ** 21)) == {"max_pixels": str(2 ** 26)}
-    with pytest.raises(ValueError, match="a has 2097153 x 32 pixels, too many"):
-        opened(stream_of(width=2 ** 21 + 1))
+            chosen(streams[0], *streams)
 
 
 # ---- the clock ----
@@ -609,21 +571,18 @@ def times(pts, durations, rate=None):
 
 
 def test_duration_of_the_last_frame():
-    """As long as it says; else as long as most frames; else one unit of the clock, here 1/100 s."""
+    """As long as it says; else as long as most frames; else one unit of the clock, here 1/100 s.
+
+    It is not believed if most durations are below half a step: then the container guessed 100 frames a second
+    of a clip of ten. Without a clock or a rate, frames are counted at 25 a second.
+    """
     assert times([50, 60, 80, 90], [10, 20, 10, 3]) == ([0.0, 0.1, 0.3, 0.4], 0.43)
     assert times([90, 80, 60, 50], [0] * 4) == ([0.0, 0.1, 0.3, 0.4], 0.5)
     assert times([50, 60, 80], [0, 0, 0]) == ([0.0, 0.1, 0.3], 0.5)         # of two steps, the longer
     assert times([50], [0]) == times([50], [-7]) == ([0.0], 0.01)
     assert times([], []) == ([], 0.0)
-
-
-def test_durations_below_half_a_step_are_not_believed():
-    """The container guessed 100 frames a second of a clip of ten. At half, it may be a clip with pauses."""
     assert times([0, 10, 20, 30], [4, 10, 1, 1])[1] == 0.4 == times([0, 10, 20, 30], [4, 4, 9, 4])[1]
     assert times([0, 10, 20, 30], [1, 10, 5, 1])[1] == pytest.approx(0.31)
-
-
-def test_without_a_clock_or_rate_25_frames_a_second():
     assert times([None, 7, None], [3, 3, 3]) == ([0.0, 0.04, 0.08], 0.12)
     assert times([None, None], [0, 0], Fraction(10)) == ([0.0, 0.1], 0.2)
 
@@ -666,27 +625,15 @@ def test_b_frames_are_not_a_step_back(packets):
     assert clock(*packets) == [(pts, dts) for pts, dts, _ in packets]
 
 
-def test_clock_at_its_end_ends_the_file():
+def test_file_that_cannot_be_read_on():
+    """A clock at its end and a failure end it. PyAV's IndexError does not: a stream began late."""
     assert clock((2 ** 63 - 1, 5, True), (0, 0, True), (9, 9, True)) == [(2 ** 63 - 1, 5)]
-
-
-def test_stream_that_begins_late_is_passed_over():
-    """In damaged transport streams, where PyAV misses it in its own list of streams."""
-    calls = []
+    failures = [IndexError(), IndexError(), av.error.InvalidDataError(1, "no more")]
 
     def demux(_):
-        calls.append(len(calls))
-        yield av.Packet(b"x" * len(calls))
-        if len(calls) < 3:
-            raise IndexError
-    assert [packet.size for packet in media.demux(source(demux))] == [1, 2, 3] and calls == [0, 1, 2]
-
-
-def test_file_ends_where_reading_fails():
-    def demux(_):
-        yield av.Packet(b"x")
-        raise av.error.InvalidDataError(1, "no more")
-    assert len(list(media.demux(source(demux)))) == 1
+        yield av.Packet(b"x" * len(failures))
+        raise failures.pop(0)
+    assert [packet.size for packet in media.demux(source(demux))] == [3, 2, 1] and not failures
 
 
 def test_timelines_of_packets_and_of_frames(tmp_path, monkeypatch):
@@ -776,7 +723,7 @@ def spoil(path, first, last):
     path.write_bytes(data)
 
 
-def test_broken_packets_are_not_frames(tmp_path):
+def test_broken_packets_are_not_frames(tmp_path, decoded):
     """If the last ten frames do not decode, the others are sampled. If frame 5 does not, the frame of 1.0 s is
     the tenth to come, and it is found by its time."""
     path = write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2")
@@ -784,15 +731,9 @@ def test_broken_packets_are_not_frames(tmp_path):
     video = read_video(path)
     assert video.total_frames == 30
     assert_shows(video, [0, 14, 29], [0.0, 1.4, 2.9])
+    assert decoded == [0, 30, 30, 30]           # packets, sampled frames (not all come), all, sampled frames
     spoil(write(path, codec="mpeg4", g="1", qscale="2"), 5, 6)
     assert_shows(read_video(path, max_frames=1), [10], [1.0])
-
-
-def test_damaged_video_is_decoded_to_see(tmp_path, decoded):
-    """First the packets, then the sampled frames, which fails, then all frames, then those sampled of them."""
-    spoil(write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2"), 30, 40)
-    read_video(tmp_path / "a.mkv")
-    assert decoded == [0, 30, 30, 30]
 
 
 def test_frame_without_an_image_names_its_file(tmp_path, monkeypatch):
