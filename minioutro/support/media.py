@@ -1,7 +1,7 @@
 """What lies in real video files: containers, clocks, seeking, rotation, animations, still pictures.
 
-The only door is `readings(path)`. A reading says when each frame of the file appears and how long
-the file lasts, and it fetches frames by their indices, whole and upright:
+Begin at `readings(path)`. A reading says when each frame of the file appears and how long the file
+lasts, and it fetches frames by their indices, whole and upright:
 
     reading.seconds, reading.duration
     reading.frames([0, 13, 26]) -> an iterator of RGB images
@@ -194,7 +194,7 @@ class Clip:
         found = 0
         if self.is_worth_seeking(indices):
             with open_video(self.path) as stream:
-                stream.thread_type = "SLICE"        # threads that take a frame each would restart
+                stream.thread_type = "SLICE"    # threads per frame would have to refill at each seek
                 for frame in self.seek(stream, indices):
                     found += 1
                     yield upright(frame)
