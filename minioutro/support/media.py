@@ -32,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Only these formats are opened, by the names that the libraries give them. Without such a list
 # FFmpeg draws text files as pictures, and it follows playlists to other files and to the network.
 PICTURES = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "PNG", "TIFF", "WEBP")         # by Pillow
-ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")     # in the others, further frames are pages or previews
+ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")     # further frames of the others are pages
 STILLS = "ppm pgm pbm pam pfm dds dpx exr hdr j2k jpegls jpegxl pcx psd qoi sgi sunrast tiff"
 CONTAINERS = ("mov matroska avi mpegts mpeg flv asf ogg mxf nut av1 avs2 avs3 cavsvideo dirac "
               "dnxhd dv flic gxf h261 h263 h264 hevc ivf jpegxl_anim m4v mjpeg mpegvideo nsv obu "
@@ -186,7 +186,7 @@ class Clip:
     path: Path
     seconds: list[float]        # when each frame appears, counted from the first one
     duration: float             # of the whole video, in seconds
-    pts: list[int | None]       # each frame's presentation time on the stream's clock, if it has one
+    pts: list[int | None]       # presentation time of each frame; None without a clock
     keyframes: list[int]        # indices of the frames at which decoding can begin, increasing
 
     def frames(self, indices: list[int]) -> Iterator[Image.Image]:
@@ -194,7 +194,7 @@ class Clip:
         found = 0
         if self.is_worth_seeking(indices):
             with open_video(self.path) as stream:
-                stream.thread_type = "SLICE"    # threads per frame would have to refill at each seek
+                stream.thread_type = "SLICE"    # threads per frame would restart at each seek
                 for frame in self.seek(stream, indices):
                     found += 1
                     yield upright(frame)
