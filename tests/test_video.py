@@ -1,42 +1,41 @@
-"""Which frames are shown, and when: on videos made here, whole, awkward and broken."""
+"""Which frames of a video are shown, and when. All videos and pictures are made here, also the broken ones."""
 
 import gc
 import io
 import logging
 import os
 import random
-from concurrent.futures import Future
-from contextlib import nullcontext
+import threading
 from fractions import Fraction
 from types import SimpleNamespace
 
 import av
 import pytest
 from av.stream import Disposition
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from minioutro import read_video
-from minioutro import video as video_module
-from minioutro.video import resize_longest_edge, sample_indices
+from minioutro.support import media
+from minioutro.video import indices_shown, resize_longest_edge, sample_indices
 
 
 def picture(n, size=(48, 32)):
-    """Frame n: its brightness says its number; the left edge is red, so that turning is seen."""
+    """Frame n: its brightness is its number, and its left edge is red, so that turning it is seen."""
     image = Image.new("RGB", size, (n, n, n))
     image.paste((255, 0, 0), (0, 0, 8, size[1]))
     return image
 
 
 def number(image):
-    """The frame number that a decoded picture shows, from its middle."""
+    """The number of a frame, read from its middle."""
     return image.getpixel((image.width // 2, image.height // 2))[1]
 
 
 def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=lambda k: 6 * k,
           all_keys=False, matrix=None, draw=picture, **options):
-    """n frames, the k-th with brightness 6 k; pts are in hundredths of a second if given.
+    """Write a video of n frames, the k-th with brightness 6 k.
 
-    all_keys: the file says that every frame is a keyframe. matrix: how the frames are to be turned.
+    pts: in hundredths of a second. all_keys: mark every frame as a keyframe. matrix: the display matrix.
     """
     with av.open(str(path), "w", options=muxer) as file:
         stream = file.add_stream(codec, rate=fps, options={"crf": "5", **options})
@@ -53,18 +52,60 @@ def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=
     return path
 
 
+def animate(path, images, **options):
+    """Write an animated picture."""
+    images[0].save(path, save_all=True, append_images=images[1:], **options)
+    return path
+
+
+def encode(image, kind, **options):
+    """The bytes of a picture file."""
+    image.save(data := io.BytesIO(), kind, **options)
+    return data.getvalue()
+
+
+def mux(path, streams):
+    """Write packets without an encoder; of each stream: codec, disposition, settings, packets."""
+    with av.open(str(path), "w") as file:
+        opened = [file.add_mux_stream(codec, rate=10, **settings) for codec, _, settings, _ in streams]
+        for stream, (_, disposition, _, packets) in zip(opened, streams):
+            stream.disposition = disposition
+        for stream, (_, _, _, packets) in zip(opened, streams):
+            for k, data in enumerate(packets):
+                packet = av.Packet(data)
+                packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 10), k, k
+                packet.is_keyframe = True
+                file.mux(packet)
+    return path
+
+
+SMALL = {"width": 48, "height": 32}
+
+
+def jpegs(n, size=(48, 32), count=2):
+    return count * [encode(Image.new("RGB", size, (n, n, n)), "JPEG")]
+
+
 def assert_shows(video, indices, seconds):
     assert [round(number(frame) / 6) for frame in video.frames] == indices
     assert video.seconds == pytest.approx(seconds, abs=1e-3)
+
+
+def refused(path) -> str:
+    """The error message of a file, which is one line and names the file."""
+    with pytest.raises((ValueError, OSError)) as error:
+        read_video(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
 
 
 # ---- which frames ----
 
 
 def test_sampling_by_hand():
-    """4 s at 10 fps: 4 frames, first and last among them: 0, 13, 26, 39. 0.04 s: the first alone.
+    """4 s at 10 fps: 4 frames, the first and the last among them: 0, 13, 26, 39.
 
-    120 s at 25 fps: more seconds than 64, so the first and the last second are left out.
+    120 s at 25 fps last longer than 64 frames, so the first and the last second are left out.
     """
     assert sample_indices(40, 10.0, 4.0) == [0, 13, 26, 39]
     assert sample_indices(1, 25.0, 0.04) == [0]
@@ -72,38 +113,32 @@ def test_sampling_by_hand():
     long = sample_indices(3000, 25.0, 120.0)
     assert (len(long), long[0], long[-1]) == (64, 25, 2975)
     assert sample_indices(5, 10.0, 10.0) == [0, 1, 2, 3, 4]         # never more than there are
+    assert sample_indices(5, 10.0, 0.5, fps=10 ** 9, max_frames=10 ** 9) == [0, 1, 2, 3, 4]
     assert sample_indices(100, 10.0, 2.0, max_frames=1) == [0]
-    assert sample_indices(100, 10.0, 10.0, max_frames=1) == [10]    # 10 s are more than 1: without a second
+    assert sample_indices(100, 10.0, 10.0, max_frames=1) == [10]
     assert sample_indices(100, 10.0, 10.0, max_frames=2, fps=4.0) == [0, 99]        # 8 s are not more than 8
     assert sample_indices(101, 10.0, 10.1, max_frames=2, fps=4.0) == [10, 91]
 
 
-def test_where_two_seconds_are_all_there_is_none_is_left_out():
-    """3 frames in 2.5 s: the second is the first of second 1 and the last before the last second."""
+def test_sampling_in_rare_cases():
+    """Where two seconds are all, none is left out: frame 1 of 3 in 2.5 s is the first after one second and the
+    last before the last second. 122 / 14 * 7 is 61, but in floating point, in this order, 60.999..."""
     assert sample_indices(3, 1.2, 2.5, fps=0.1, max_frames=1) == [0]
-    assert sample_indices(10, 25.0, 100.0, max_frames=4) == [0, 3, 6, 9]    # a header that is wrong
+    assert sample_indices(10, 25.0, 100.0, max_frames=4) == [0, 3, 6, 9]            # the header is wrong
     assert sample_indices(10, 0.0, 100.0, max_frames=4) == [0, 3, 6, 9]
-
-
-def test_sampling_rounds_as_numpy_does():
-    """122 / 14 * 7 is 61, but in floating point, in this order, 60.999..., which numpy cuts to 60."""
-    assert sample_indices(123, 123 / 15, 15.0)[7] == 60
+    assert sample_indices(123, 123 / 15, 15.0)[7] == 60                 # as numpy, which cuts
     assert sample_indices(62, 62 / 8, 8.0)[-2:] == [52, 61]             # 61 / 7 * 7 is 60.999... as well
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(fps=0), dict(fps=-1.0), dict(fps=float("inf")), dict(fps=float("nan")), dict(fps=10 ** 400),
-    dict(fps=10 ** 9 + 1), dict(max_frames=0), dict(max_frames=10 ** 400), dict(max_frames=10 ** 9 + 1)])
-def test_sampling_refuses_what_makes_no_sense(wrong):
+    dict(fps=0), dict(fps=float("inf")), dict(fps=float("nan")), dict(fps=10 ** 400), dict(fps=10 ** 9 + 1),
+    dict(max_frames=0), dict(max_frames=10 ** 400), dict(max_frames=10 ** 9 + 1)])
+def test_sampling_refuses_nonsense(wrong):
     with pytest.raises(ValueError, match="positive"):
         sample_indices(10, 10.0, 1.0, **wrong)
 
 
-def test_the_most_that_may_be_asked_for_is_all_frames_at_once():
-    assert sample_indices(5, 10.0, 0.5, fps=10 ** 9, max_frames=10 ** 9) == [0, 1, 2, 3, 4]
-
-
-def test_frames_and_times_of_a_plain_video(tmp_path):
+def test_plain_video(tmp_path):
     video = read_video(write(tmp_path / "a.mp4"))
     assert_shows(video, [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
     assert (video.duration, video.total_frames) == (pytest.approx(4.0), 40)
@@ -112,26 +147,30 @@ def test_frames_and_times_of_a_plain_video(tmp_path):
     assert_shows(read_video(tmp_path / "a.mp4", max_frames=3), [0, 19, 39], [0.0, 1.9, 3.9])
 
 
-def test_with_a_variable_rate_each_frame_has_its_own_time(tmp_path):
-    """20 frames every 0.1 s, then 20 every 0.3 s: 8 s, 8 frames, uniform in number and not in time."""
-    pts = [10 * k if k < 20 else 200 + 30 * (k - 20) for k in range(40)]
+def test_variable_rate_is_sampled_by_number(tmp_path):
+    """20 frames every 0.1 s, then 20 every 0.3 s: 8 s, 8 frames, evenly spread in number and not in time.
+
+    Times count from the first frame, which is at 3 s of the file's clock.
+    """
+    pts = [300 + 10 * k if k < 20 else 500 + 30 * (k - 20) for k in range(40)]
     video = read_video(write(tmp_path / "a.mkv", pts=pts))
     indices = [0, 5, 11, 16, 22, 27, 33, 39]
-    assert_shows(video, indices, [pts[i] / 100 for i in indices])
+    assert_shows(video, indices, [pts[i] / 100 - 3 for i in indices])
     assert video.duration == pytest.approx(8.0, abs=0.31)           # the last step is not in the file
 
 
-def test_times_count_from_the_first_frame(tmp_path):
-    video = read_video(write(tmp_path / "a.mkv", pts=[300 + 10 * k for k in range(40)]))
-    assert_shows(video, [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
+# ---- parts ----
+
+
+def grey(n):
+    return Image.new("RGB", (48, 32), (n, n, n))
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
-def test_a_part_is_sampled_as_if_it_were_a_file(tmp_path, name):
-    """From 1.3 s up to 3.3 s of 4: 20 frames from number 13 on, of which 2 are shown, at their own times."""
+def test_part_is_sampled_as_a_file(tmp_path, name):
+    """From 1.3 s up to 3.3 s of 4 s: 20 frames, 13 to 32. Two of them are shown, with the part's own times."""
     if name == "a.gif":
-        frames = [Image.new("RGB", (48, 32), (6 * k, 6 * k, 6 * k)) for k in range(40)]
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100)
+        animate(tmp_path / name, [grey(6 * k) for k in range(40)], duration=100)
     else:
         write(tmp_path / name)
     part = read_video(tmp_path / name, start=1.3, end=3.3)
@@ -140,12 +179,36 @@ def test_a_part_is_sampled_as_if_it_were_a_file(tmp_path, name):
     assert_shows(read_video(tmp_path / name, start=3.0), [30], [0.0])
     assert_shows(read_video(tmp_path / name, end=2.0, max_frames=3), [0, 19], [0.0, 1.9])
     assert_shows(read_video(tmp_path / name, start=-1.0, end=99.0), [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
-    for start, end in ((4.0, None), (2.0, 2.0), (3.0, 1.0)):
-        with pytest.raises(ValueError, match=f"{name} lasts 4.0 s .* from start {start} to end {end}"):
+    for start, end in ((4.0, None), (2.0, 2.0), (3.0, 1.0), (-2.0, -1.0), (None, 0.0), (None, float("nan"))):
+        with pytest.raises(ValueError, match=f"{name} lasts 4.0 s.* from start {start} to end {end}"):
             read_video(tmp_path / name, start=start, end=end)
 
 
-def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path):
+@pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
+def test_part_begins_with_the_frame_on_the_screen(tmp_path, name):
+    """4 frames of 5 s each, in a video and in an animation."""
+    if name == "a.gif":
+        animate(tmp_path / name, [grey(6 * k) for k in range(4)], duration=5000)
+    else:
+        write(tmp_path / name, n=4, pts=[500 * k for k in range(4)])
+    for start, end, index in ((2, 4, 0), (12, 14, 2), (5, 5.001, 1), (4.999, 5, 0), (19.99, 99, 3)):
+        part = read_video(tmp_path / name, start=start, end=end)
+        assert_shows(part, [index], [0.0])
+        assert part.duration == pytest.approx(min(end, 20) - start) and part.total_frames == 1
+    part = read_video(tmp_path / name, start=7, end=11, fps=9)          # from the middle of frame 1 into frame 2
+    assert_shows(part, [1, 2], [0.0, 3.0])
+    assert (part.duration, part.total_frames) == (4.0, 2)
+
+
+def test_indices_shown_by_hand():
+    """Frames 1 and 2 have the same time: both belong to a part that begins then."""
+    seconds = [0.0, 5.0, 5.0, 15.0]
+    for start, end, shown in ((0, 99, range(0, 4)), (4.9, 5, range(0, 1)), (5, 15, range(1, 3)),
+                              (7, 15.1, range(1, 4)), (99, 100, range(3, 4))):
+        assert indices_shown(seconds, start, end) == shown
+
+
+def test_edit_list_cuts_frames_away(tmp_path):
     """The first ten frames lie before time 0 and are in the file only to be decoded."""
     write(tmp_path / "a.mp4", pts=[10 * k - 100 for k in range(40)],
           muxer={"use_editlist": "1", "avoid_negative_ts": "disabled"})
@@ -156,30 +219,30 @@ def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path):
 
 @pytest.mark.parametrize("name, codec, options", [("a.mp4", "libx264", {"bf": "3"}),
                                                   ("a.avi", "mpeg4", {"bf": "2", "qscale": "2"})])
-def test_frames_that_are_stored_out_of_order_are_shown_in_order(tmp_path, name, codec, options):
-    """An avi has no presentation times: with B-frames its packets say the wrong ones."""
+def test_b_frames_are_shown_in_order(tmp_path, name, codec, options):
+    """An avi has no presentation times: with B-frames, its packets state wrong ones."""
     video = read_video(write(tmp_path / name, codec=codec, **options))
     assert [round(number(frame) / 6) for frame in video.frames] == [0, 13, 26, 39]
 
 
-# ---- long videos: what lies between is passed over ----
+# ---- long videos ----
 
 
 @pytest.fixture
 def decoded(monkeypatch):
     """How many frames each pass over a video has decoded."""
-    decode, passes = video_module.decode, []
+    decode, open_video, passes = media.decode, media.open_video, []
 
     def counting(stream):
         for frame in decode(stream):
             passes[-1] += 1
             yield frame
 
-    def opening(path, open_video=video_module.open_video):
+    def opening(path):
         passes.append(0)
         return open_video(path)
-    monkeypatch.setattr(video_module, "decode", counting)
-    monkeypatch.setattr(video_module, "open_video", opening)
+    monkeypatch.setattr(media, "decode", counting)
+    monkeypatch.setattr(media, "open_video", opening)
     return passes
 
 
@@ -190,23 +253,23 @@ def long_video(path, n=1600, g="25", **options):
 
 @pytest.mark.parametrize("name, options", [("a.mp4", {"bf": "3", "b_strategy": "0"}), ("a.mkv", {}),
                                            ("a.mp4", {"bf": "3", "x264-params": "open-gop=1"})])
-def test_a_long_video_is_not_decoded_whole(tmp_path, decoded, name, options):
-    """First frame, middle and last; two keyframes lie at most 25 frames before the two."""
+def test_long_video_is_not_decoded_whole(tmp_path, decoded, name, options):
+    """First frame, middle and last, each at most 25 frames after a keyframe."""
     video = read_video(long_video(tmp_path / name, **options), max_frames=3)
     assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
     assert len(decoded) == 2 and decoded[0] == 0 and decoded[1] < 100       # packets, then these frames
 
 
-def test_a_part_late_in_a_long_video_is_reached_by_seeking(tmp_path, decoded):
+def test_late_part_is_reached_by_seeking(tmp_path, decoded):
     """From 61 s on, frames 1525 to 1599: three of them."""
     video = read_video(long_video(tmp_path / "a.mkv"), start=61.0)
     assert_shows(video, [k % 40 for k in (1525, 1562, 1599)], [0.0, 1.48, 2.96])
     assert len(decoded) == 2 and decoded[1] < 100
 
 
-def test_where_nothing_can_be_passed_over_all_is_decoded(tmp_path, decoded):
-    """In a transport stream seeking ends behind the keyframe; with few keyframes, or in a short video, it is
-    not worth it."""
+def test_seeking_that_fails_or_saves_little(tmp_path, decoded):
+    """In a transport stream, seeking ends after the keyframe. With few keyframes, or in a short video, it is
+    not worth it. Then all frames up to the last one are decoded."""
     video = read_video(long_video(tmp_path / "a.ts"), max_frames=3)
     assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
     assert decoded[-1] > 1500 and sum(decoded) < 1600
@@ -216,47 +279,62 @@ def test_where_nothing_can_be_passed_over_all_is_decoded(tmp_path, decoded):
         assert len(decoded) == 2 and decoded[-1] > 800
 
 
-def test_seeking_has_to_save_a_lot():
-    """Only where four times the frames to decode and 1000 more are fewer than those up to the last."""
-    worth = video_module.is_worth_seeking
-    assert worth([1005], [1005]) and not worth([1004], [1004])                      # 1 frame
-    assert worth([3, 1037], [0, 1033]) and not worth([4, 1037], [0, 1033])          # 9 frames, and 10
-
-
-def test_a_frame_that_is_called_a_keyframe_and_is_none_is_not_believed(tmp_path, decoded):
-    """After seeking to one, frames would show what is between it and the last; so all are decoded."""
+def test_false_keyframe_is_not_believed(tmp_path, decoded):
+    """A frame that is only called a keyframe depends on others, so everything is decoded."""
     video = read_video(long_video(tmp_path / "a.mp4", codec="mpeg4", qscale="2", all_keys=True), max_frames=3)
     assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
-    assert len(decoded) == 3 and decoded[-1] > 1500             # packets, a vain attempt, all
+    assert len(decoded) == 3 and decoded[-1] > 1500             # packets, a failed attempt, all
 
 
-# ---- how they are shown ----
+def test_seeking_that_fails_late_is_finished_in_order(tmp_path, decoded, monkeypatch):
+    """Two of three frames are found by seeking. For the third, all frames up to it are decoded."""
+    path, seeks = long_video(tmp_path / "a.mkv"), media.Clip.seek
+    monkeypatch.setattr(media.Clip, "seek", lambda self, stream, indices: seeks(self, stream, indices[:2]))
+    video = read_video(path, max_frames=3)
+    assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
+    assert len(decoded) == 3 and decoded[1] < 60 and decoded[2] == 1576
 
 
-def test_decoded_frames_do_not_pile_up(tmp_path, monkeypatch):
-    """A worker that does nothing until it is waited for never has more than four frames in its queue."""
-    queue, lengths = {}, []
+# ---- memory and threads ----
 
-    class Idle(video_module.ThreadPoolExecutor):
-        def submit(self, *call):
-            queue[future := Future()] = call
-            lengths.append(len(queue))
-            return future
 
-    def work(images):
-        for future in queue.keys() & set(images):
-            function, *arguments = queue.pop(future)
-            future.set_result(function(*arguments))
-    monkeypatch.setattr(video_module, "ThreadPoolExecutor", Idle)
-    monkeypatch.setattr(video_module, "wait", work)
-    monkeypatch.setattr(Future, "result", lambda self, result=Future.result: (work([self]), result(self))[1])
-    video = read_video(write(tmp_path / "a.mp4"), fps=10.0)
+def test_scaling_overlaps_with_decoding():
+    """The next item is fetched while one is worked on: here it waits until that has begun."""
+    begun = [threading.Event() for _ in range(5)]
+
+    def items():
+        for n in range(5):
+            assert n == 0 or begun[n - 1].wait(60)
+            yield n
+
+    def square(n):
+        begun[n].set()
+        return n * n
+    assert list(media.in_background(square, items())) == [0, 1, 4, 9, 16]
+    assert list(media.in_background(square, [])) == []
+
+
+def test_whole_frames_do_not_pile_up(tmp_path, monkeypatch):
+    """When a frame becomes an image, all but the last two images before it have been scaled."""
+    made, scaled, upright = [], [], media.upright
+
+    def making(frame):
+        assert len(scaled) >= len(made) - 2
+        made.append(1)
+        return upright(frame)
+
+    def scaling(image, longest_edge):
+        scaled.append(1)
+        return resize_longest_edge(image, longest_edge)
+    monkeypatch.setattr(media, "upright", making)
+    monkeypatch.setattr("minioutro.video.resize_longest_edge", scaling)
+    video = read_video(write(tmp_path / "a.mp4"), fps=10.0, longest_edge=30)
     assert_shows(video, list(range(40)), [k / 10 for k in range(40)])
-    assert lengths == [1, 2, 3] + [4] * 37
+    assert len(made) == len(scaled) == 40
 
 
-def test_no_decoded_frame_outlives_its_picture(tmp_path):
-    """Even if the garbage collector does not come: a frame of 1280 x 720 is 1.4 MB."""
+def test_decoded_frames_are_freed(tmp_path):
+    """Without the garbage collector: a frame of 1280 x 720 has 1.4 MB."""
     write(tmp_path / "a.mp4", matrix=[0, 1, 0, 1, 0, 0, 0, 0, 1])
     gc.collect()
     gc.disable()
@@ -267,7 +345,10 @@ def test_no_decoded_frame_outlives_its_picture(tmp_path):
         gc.enable()
 
 
-def test_frames_are_scaled_as_they_are_decoded_as_the_processor_would(tmp_path):
+# ---- size, rotation and colour ----
+
+
+def test_frames_are_scaled_as_by_the_processor(tmp_path):
     write(tmp_path / "a.mp4")
     whole, small = (read_video(tmp_path / "a.mp4", longest_edge=edge) for edge in (None, 30))
     assert small.frames[0].size == (30, 20)
@@ -278,8 +359,8 @@ def test_frames_are_scaled_as_they_are_decoded_as_the_processor_would(tmp_path):
 @pytest.mark.parametrize("size, edge, expected", [
     ((80, 60), 32, (32, 24)), ((60, 81), 32, (24, 32)), ((97, 33), 32, (32, 10)), ((50, 50), 32, (32, 32)),
     ((100, 63), 32, (32, 20)), ((100, 60), 32, (32, 20)), ((10, 5), 32, (32, 16)), ((900, 20), 32, (32, 1))])
-def test_the_shorter_side_is_cut_to_an_integer_and_made_even(size, edge, expected):
-    """100 x 60 to 32: int(32 / 1.67) = 19, odd, so 20. Once more changes nothing, save for a thread."""
+def test_shorter_side_is_cut_and_made_even(size, edge, expected):
+    """100 x 60 to 32: int(32 / 1.67) = 19, which is odd, so 20. A second call changes nothing."""
     once = resize_longest_edge(Image.new("RGB", size), edge)
     assert once.size == expected
     assert expected[1] == 1 or resize_longest_edge(once, edge) is once
@@ -303,11 +384,6 @@ def oriented(orientation):
     return exif
 
 
-def encode(image, kind, **options):
-    image.save(data := io.BytesIO(), kind, **options)
-    return data.getvalue()
-
-
 def same_view(one, other):
     return one.size == other.size and all(
         abs(a - b) < 60 for place in ((6, 6), (-7, 6), (6, -7), (-7, -7))
@@ -316,7 +392,7 @@ def same_view(one, other):
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_pictures_and_videos_are_turned_and_mirrored_as_they_say(tmp_path, orientation):
+def test_pictures_and_videos_are_upright(tmp_path, orientation):
     upright = [ImageOps.exif_transpose(Image.open(io.BytesIO(encode(cornered(), "PNG", exif=oriented(k)))))
                for k in ORIENTATIONS]
     assert [same_view(a, b) for a in upright for b in upright].count(True) == 8
@@ -333,8 +409,8 @@ def test_pictures_and_videos_are_turned_and_mirrored_as_they_say(tmp_path, orien
 @pytest.mark.parametrize("matrix, orientation", [
     ((0, 0, 0, 0), 1), ((60000, 20000, -20000, 60000), 1), ((-20000, 60000, -60000, -20000), 6),
     ((46341, 46341, -46341, 46341), 1), ((-60000, 30000, -30000, -60000), 3)])
-def test_odd_angles_are_turned_to_the_nearest_quarter(tmp_path, matrix, orientation):
-    """A matrix of zeros is found in damaged files; 45 degrees have no nearest and stay."""
+def test_odd_angles_turn_to_the_nearest_quarter(tmp_path, matrix, orientation):
+    """A matrix of zeros is found in damaged files. 45 degrees have no nearest quarter and stay."""
     a, b, c, d = matrix
     write(tmp_path / "a.mp4", n=2, matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30], draw=cornered)
     expected = {1: cornered(), 3: cornered().transpose(Image.Transpose.ROTATE_180),
@@ -342,145 +418,27 @@ def test_odd_angles_are_turned_to_the_nearest_quarter(tmp_path, matrix, orientat
     assert same_view(read_video(tmp_path / "a.mp4").frames[0], expected)
 
 
-def mux(path, streams):
-    """Packets as they are, without an encoder; of each stream: codec, disposition, settings, packets."""
-    with av.open(str(path), "w") as file:
-        opened = [file.add_mux_stream(codec, rate=10, **settings) for codec, _, settings, _ in streams]
-        for stream, (_, disposition, _, packets) in zip(opened, streams):
-            stream.disposition = disposition
-        for stream, (_, _, _, packets) in zip(opened, streams):
-            for k, data in enumerate(packets):
-                packet = av.Packet(data)
-                packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 10), k, k
-                packet.is_keyframe = True
-                file.mux(packet)
-    return path
-
-
-SMALL = {"width": 48, "height": 32}
-
-
 @pytest.mark.parametrize("orientation", (1, 3, 6, 8))
-def test_frames_with_exif_are_turned_too(tmp_path, orientation):
+def test_video_frames_with_exif_are_upright(tmp_path, orientation):
     data = encode(cornered(), "JPEG", exif=oriented(orientation), quality=95)
     video = read_video(mux(tmp_path / "a.mkv", [("mjpeg", Disposition.default, SMALL, 3 * [data])]))
     assert same_view(video.frames[0], ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
 
 
-def jpegs(n, size=(48, 32), count=2):
-    return count * [encode(Image.new("RGB", size, (n, n, n)), "JPEG")]
-
-
-def test_of_several_streams_the_default_one_is_shown_and_never_a_cover(tmp_path):
-    path = mux(tmp_path / "a.mp4", [("mjpeg", Disposition(0), SMALL, jpegs(40)),
-                                    ("mjpeg", Disposition.default, SMALL, jpegs(90, count=4)),
-                                    ("mjpeg", Disposition.attached_pic, SMALL, jpegs(200, count=1))])
-    video = read_video(path)
-    assert number(video.frames[0]) == 90 and video.total_frames == 4
-    cover = [("mjpeg", Disposition.attached_pic, SMALL, jpegs(200, count=1))]
-    assert "no video stream that can be decoded, only a header" in refused(mux(path, cover))
-
-
-def test_what_is_called_best_and_is_a_cover_is_not_shown(monkeypatch, tmp_path):
-    """Without packets, as far as open_video looks."""
-    def stream(disposition=Disposition(0), width=48):
-        return SimpleNamespace(disposition=disposition, width=width, height=32, type="video",
-                               codec_context=SimpleNamespace(options={}))
-
-    def opened(best, *streams):
-        found = SimpleNamespace(streams=FoundStreams(streams + others))
-        found.streams.video, found.streams.best = streams, {"video": best}.get
-        monkeypatch.setattr(av, "open", lambda *_, **__: nullcontext(found))
-        with video_module.open_video(tmp_path / "a") as stream:
-            return stream
-
-    class FoundStreams(tuple):
-        pass
-    others = ()
-    cover, one, two, unknown = stream(Disposition.attached_pic), stream(), stream(), stream()
-    unknown.codec_context = None
-    assert opened(cover, cover, one, two) is one and opened(two, cover, one, two) is two
-    assert opened(unknown, unknown, two) is two
-    tile = stream(Disposition.dependent)
-    for streams, message in (([tile, tile], "in tiles"), ([one, tile], "in tiles"),
-                             ([unknown], "only a header"),
-                             ([stream(width=2 ** 21 + 1)], "2097153 x 32 pixels, too many")):
-        with pytest.raises(ValueError, match=message):
-            opened(streams[0], *streams)
-    others = (SimpleNamespace(type="subtitle"), SimpleNamespace(type="audio"), SimpleNamespace(type="audio"))
-    with pytest.raises(ValueError, match="only audio, subtitle; give a video"):
-        opened(cover, cover)
-    assert opened(largest := stream(width=2 ** 21), largest) is largest
-    assert largest.codec_context.options == {"max_pixels": str(2 ** 26)}
-
-
-def test_pictures_and_animations_are_videos(tmp_path):
-    picture(90).save(tmp_path / "a.png")
-    picture(90).convert("RGBA").save(tmp_path / "50%02d: a.png")
-    for name in ("a.png", "50%02d: a.png"):
-        video = read_video(tmp_path / name)
-        assert (len(video.frames), video.seconds, video.total_frames, video.duration) == (1, [0.0], 1, 0.1)
-        assert number(video.frames[0]) == 90
-    frames = [picture(n) for n in (0, 60, 120)]
-    for name, options in (("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True}),
-                          ("a.avif", {"quality": 100})):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=[500, 2000, 500],
-                       **options)
-        video = read_video(tmp_path / name)
-        assert video.seconds == [0.0, 0.5, 2.5] and video.duration == 3.0
-        assert [number(frame) for frame in video.frames] == pytest.approx([0, 60, 120], abs=2)
-        assert [frame.size for frame in read_video(tmp_path / name, longest_edge=30).frames] == 3 * [(30, 20)]
-
-
-def test_pictures_that_pillow_is_not_asked_for_are_read_by_ffmpeg(tmp_path):
-    for name in ("a.ppm", "a.jp2", "a.qoi", "a.sgi"):
-        picture(90).save(tmp_path / name)
-        assert number(read_video(tmp_path / name).frames[0]) == 90
-
-
-def animate(path, count, milliseconds):
-    frames = [picture(60 * n % 251) for n in range(count)]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds)
-    return path
-
-
-@pytest.mark.parametrize("name, milliseconds, shown", [("a.gif", 0, 0.1), ("a.gif", 10, 0.1),
-                                                       ("a.webp", 11, 0.011), ("a.gif", 20, 0.02)])
-def test_frames_of_an_animation_without_durations_are_shown_for_0_1_seconds(tmp_path, name, milliseconds,
-                                                                            shown):
-    video = read_video(animate(tmp_path / name, 2, milliseconds), fps=100)
-    assert video.seconds == [0.0, shown] and video.duration == pytest.approx(2 * shown)
-
-
-def test_64_frames_are_shown_at_most(tmp_path):
-    assert len(read_video(animate(tmp_path / "a.gif", 70, 1000)).frames) == 64
-
-
-def test_pages_and_previews_are_no_frames_and_of_an_icon_the_largest_is_shown(tmp_path):
-    picture(90).save(tmp_path / "a.tiff", save_all=True, append_images=[picture(120)])
-    picture(90).save(tmp_path / "a.mpo", save_all=True, append_images=[picture(120)])
-    picture(90, (64, 64)).save(tmp_path / "a.ico", sizes=[(16, 16), (64, 64), (32, 32)])
-    for name, size in (("a.tiff", (48, 32)), ("a.mpo", (48, 32)), ("a.ico", (64, 64))):
-        video = read_video(tmp_path / name)
-        assert (video.total_frames, video.frames[0].size, number(video.frames[0])) == (1, size, 90)
-
-
 @pytest.mark.parametrize("kind", ("png", "tiff"))
-def test_grey_of_16_bits_keeps_its_upper_8(tmp_path, kind):
+def test_16_bit_grey_keeps_its_upper_8(tmp_path, kind):
+    """32 bits are refused, because nothing says which number is white."""
     values = [256 * (k % 256) + 255 - k // 8 for k in range(48 * 32)]
     data = b"".join(value.to_bytes(2, "little") for value in values)
     Image.frombytes("I;16", (48, 32), data).save(tmp_path / f"a.{kind}")
     frame = read_video(tmp_path / f"a.{kind}").frames[0]
     assert list(frame.get_flattened_data()) == [3 * (value // 256,) for value in values]
-
-
-def test_32_bits_a_pixel_are_refused(tmp_path):
     for mode in "IF":
         Image.new(mode, (48, 32)).save(tmp_path / "a.tiff")
         assert "32 bits" in refused(tmp_path / "a.tiff")
 
 
-def test_what_is_transparent_is_white(tmp_path):
+def test_transparent_is_white(tmp_path):
     image = Image.new("RGBA", (48, 32), (90, 90, 90, 255))
     image.paste((0, 0, 0, 0), (0, 0, 8, 32))
     image.paste((0, 0, 0, 51), (40, 0, 48, 32))             # a fifth of black
@@ -491,7 +449,116 @@ def test_what_is_transparent_is_white(tmp_path):
         assert frame.getpixel((45, 2)) == (204, 204, 204) or name == "a.gif"
 
 
-def test_a_stream_without_a_clock_counts_its_frames(tmp_path):
+# ---- pictures and animations ----
+
+
+def test_pictures_and_animations_are_videos(tmp_path):
+    picture(90).save(tmp_path / "a.png")
+    picture(90).convert("RGBA").save(tmp_path / "50%02d: a.png")
+    for name in ("a.png", "50%02d: a.png"):
+        video = read_video(tmp_path / name)
+        assert (len(video.frames), video.seconds, video.total_frames, video.duration) == (1, [0.0], 1, 0.1)
+        assert number(video.frames[0]) == 90
+    for name, options in (("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True}),
+                          ("a.avif", {"quality": 100})):
+        animate(tmp_path / name, [picture(n) for n in (0, 60, 120)], duration=[500, 2000, 500], **options)
+        video = read_video(tmp_path / name)
+        assert video.seconds == [0.0, 0.5, 2.5] and video.duration == 3.0
+        assert [number(frame) for frame in video.frames] == pytest.approx([0, 60, 120], abs=2)
+        assert [frame.size for frame in read_video(tmp_path / name, longest_edge=30).frames] == 3 * [(30, 20)]
+
+
+@pytest.mark.parametrize("n_frames", (1, 4))
+def test_hidden_picture_of_an_animated_png(tmp_path, n_frames):
+    """A red picture for programs without animation, then green bars on a transparent ground, drawn over it."""
+    bars = [Image.new("RGBA", (48, 32), (0, 0, 0, 0)) for _ in range(n_frames)]
+    for k, bar in enumerate(bars):
+        bar.paste((0, 90, 0, 255), (8 * k, 0, 8 * k + 8, 32))
+    animate(tmp_path / "a.png", [Image.new("RGBA", (48, 32), "red"), *bars], duration=200, default_image=True,
+            blend=PngImagePlugin.Blend.OP_OVER)
+    video = read_video(tmp_path / "a.png", fps=10)
+    assert video.total_frames == n_frames and video.duration == pytest.approx(0.2 * n_frames)
+    assert video.seconds == pytest.approx([0.2 * k for k in range(n_frames)])
+    for k, frame in enumerate(video.frames):
+        row = [frame.getpixel((8 * x + 4, 16)) for x in range(6)]
+        assert row == (k + 1) * [(0, 90, 0)] + (5 - k) * [(255, 255, 255)]
+
+
+@pytest.mark.parametrize("name", ("default_image", "duration"))
+def test_text_in_a_png_may_have_any_name(tmp_path, name):
+    """Pillow keeps a PNG's texts where it keeps what it knows of an animation."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text(name, "12")
+    picture(90).save(tmp_path / "a.png", pnginfo=text)
+    video = read_video(tmp_path / "a.png")
+    assert (number(video.frames[0]), video.duration) == (90, 0.1)
+
+
+def test_pictures_read_by_ffmpeg(tmp_path):
+    for name in ("a.ppm", "a.jp2", "a.qoi", "a.sgi"):
+        picture(90).save(tmp_path / name)
+        assert number(read_video(tmp_path / name).frames[0]) == 90
+
+
+@pytest.mark.parametrize("name, milliseconds, shown", [("a.gif", 0, 0.1), ("a.gif", 10, 0.1),
+                                                       ("a.webp", 11, 0.011), ("a.gif", 20, 0.02)])
+def test_short_durations_of_an_animation_stand_for_0_1_s(tmp_path, name, milliseconds, shown):
+    video = read_video(animate(tmp_path / name, [picture(0), picture(60)], duration=milliseconds), fps=100)
+    assert video.seconds == [0.0, shown] and video.duration == pytest.approx(2 * shown)
+
+
+def test_64_frames_are_shown_at_most(tmp_path):
+    images = [picture(60 * n % 251) for n in range(70)]
+    assert len(read_video(animate(tmp_path / "a.gif", images, duration=1000)).frames) == 64
+
+
+def test_pages_and_previews_are_not_frames(tmp_path):
+    """Of an icon, the largest picture is shown."""
+    for name in ("a.tiff", "a.mpo"):
+        animate(tmp_path / name, [picture(90), picture(120)])
+    picture(90, (64, 64)).save(tmp_path / "a.ico", sizes=[(16, 16), (64, 64), (32, 32)])
+    for name, size in (("a.tiff", (48, 32)), ("a.mpo", (48, 32)), ("a.ico", (64, 64))):
+        video = read_video(tmp_path / name)
+        assert (video.total_frames, video.frames[0].size, number(video.frames[0])) == (1, size, 90)
+
+
+# ---- which stream ----
+
+
+def test_default_stream_is_shown_and_never_a_cover(tmp_path):
+    cover = ("mjpeg", Disposition.attached_pic, SMALL, jpegs(200, count=1))
+    video = read_video(mux(tmp_path / "a.mp4", [("mjpeg", Disposition(0), SMALL, jpegs(40)),
+                                                ("mjpeg", Disposition.default, SMALL, jpegs(90, count=4)), cover]))
+    assert number(video.frames[0]) == 90 and video.total_frames == 4
+    assert "no video stream that can be decoded, only a header" in refused(mux(tmp_path / "a.mp4", [cover]))
+
+
+def test_best_stream_may_be_a_cover_or_unknown():
+    class Streams(tuple):
+        pass
+
+    def stream(kind="video", disposition=Disposition(0), codec=object()):
+        return SimpleNamespace(type=kind, disposition=disposition, codec_context=codec)
+
+    def chosen(best, *streams):
+        found = Streams(streams)
+        found.video, found.best = [s for s in streams if s.type == "video"], {"video": best}.get
+        return media.choose_stream("a", SimpleNamespace(streams=found))
+    cover, unknown, tile = stream(disposition=Disposition.attached_pic), stream(codec=None), \
+        stream(disposition=Disposition.dependent)
+    one, two = stream(), stream()
+    assert chosen(cover, cover, one, two) is one and chosen(two, cover, one, two) is two
+    assert chosen(unknown, unknown, two) is two
+    for streams, message in (((tile, tile), "in tiles"), ((one, tile), "in tiles"), ((unknown,), "only a header"),
+                             ((cover, stream("subtitle"), stream("audio")), "only audio, subtitle; give a video")):
+        with pytest.raises(ValueError, match=message):
+            chosen(streams[0], *streams)
+
+
+# ---- the clock ----
+
+
+def test_raw_stream_counts_its_frames(tmp_path):
     """Raw H.264 has no times: 40 frames at the usual 25 a second, each shown for 1/25 s."""
     write(tmp_path / "raw.h264")
     video = read_video(tmp_path / "raw.h264", fps=2.0)
@@ -499,55 +566,25 @@ def test_a_stream_without_a_clock_counts_its_frames(tmp_path):
     assert_shows(video, [0, 19, 39], [0.0, 0.76, 1.56])
 
 
-def times(pts, shown, rate=None):
-    stream = SimpleNamespace(time_base=Fraction(1, 100), average_rate=rate)
-    return video_module.timeline(pts, shown, stream)[1:]
+def times(pts, durations, rate=None):
+    return media.timeline(pts, durations, SimpleNamespace(time_base=Fraction(1, 100), average_rate=rate))
 
 
-def test_how_long_the_last_frame_is_shown():
-    """As long as it says; else as long as most; else one unit of the clock, here 1/100 s."""
+def test_duration_of_the_last_frame():
+    """As long as it says; else as long as most frames; else one unit of the clock, here 1/100 s.
+
+    It is not believed if most durations are below half a step: then the container guessed 100 frames a second
+    of a clip of ten. Without a clock or a rate, frames are counted at 25 a second.
+    """
     assert times([50, 60, 80, 90], [10, 20, 10, 3]) == ([0.0, 0.1, 0.3, 0.4], 0.43)
-    assert times([50, 60, 80, 90], [10, 20, 10, None]) == times([90, 80, 60, 50], [0] * 4) == \
-        ([0.0, 0.1, 0.3, 0.4], 0.5)
+    assert times([90, 80, 60, 50], [0] * 4) == ([0.0, 0.1, 0.3, 0.4], 0.5)
     assert times([50, 60, 80], [0, 0, 0]) == ([0.0, 0.1, 0.3], 0.5)         # of two steps, the longer
     assert times([50], [0]) == times([50], [-7]) == ([0.0], 0.01)
     assert times([], []) == ([], 0.0)
-
-
-def test_how_long_frames_are_shown_is_not_believed_where_it_is_less_than_half_of_their_steps():
-    """As where a rate of 100 frames a second was guessed of a clip of ten. At half of them it may be a clip
-    of stills and pauses."""
     assert times([0, 10, 20, 30], [4, 10, 1, 1])[1] == 0.4 == times([0, 10, 20, 30], [4, 4, 9, 4])[1]
     assert times([0, 10, 20, 30], [1, 10, 5, 1])[1] == pytest.approx(0.31)
-
-
-def test_without_a_clock_or_a_rate_25_frames_are_a_second():
     assert times([None, 7, None], [3, 3, 3]) == ([0.0, 0.04, 0.08], 0.12)
-    assert times([None, None], [None, None], Fraction(10)) == ([0.0, 0.1], 0.2)
-
-
-@pytest.mark.parametrize("name", ["http:a.mp4", "concat:a|b.mp4", "50%02d: a.mp4", "-i", "a\nb", b"\xff.mp4"])
-def test_a_name_is_nothing_but_a_name(tmp_path, monkeypatch, name):
-    """FFmpeg reads some as addresses, and some as patterns of many names."""
-    monkeypatch.chdir(tmp_path)
-    os.rename(write(tmp_path / "a.mp4", n=5), name)
-    assert read_video(os.fsdecode(name)).total_frames == 5
-
-
-def test_a_title_in_another_encoding_does_not_matter(tmp_path):
-    with av.open(str(tmp_path / "a.avi"), "w") as file:
-        file.metadata["title"] = "CafeXX"
-        stream = file.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for packet in (*stream.encode(av.VideoFrame.from_image(picture(90))), *stream.encode()):
-            file.mux(packet)
-    data = (tmp_path / "a.avi").read_bytes()
-    assert b"CafeXX" in data
-    (tmp_path / "a.avi").write_bytes(data.replace(b"CafeXX", b"Caf\xe9XX"))
-    assert len(read_video(tmp_path / "a.avi").frames) == 1
-
-
-# ---- a clock that steps back ----
+    assert times([None, None], [0, 0], Fraction(10)) == ([0.0, 0.1], 0.2)
 
 
 def clock(*packets):
@@ -556,13 +593,16 @@ def clock(*packets):
     for pts, dts, is_key in packets:
         made.append(packet := av.Packet(b"x"))
         packet.pts, packet.dts, packet.is_keyframe = pts, dts, is_key
-    stream = SimpleNamespace(container=SimpleNamespace(demux=lambda _: iter(made)))
-    return [(packet.pts, packet.dts) for packet in video_module.demux(stream)]
+    return [(packet.pts, packet.dts) for packet in media.demux(source(lambda _: iter(made)))]
 
 
-def test_where_the_clock_steps_back_it_goes_on_from_the_last_frame():
-    """0 20 10 | 5 15 25 | 0 | 0 | -3: between the parts the part's median step, or 1; no dts is left, for
-    FFmpeg seeks by it, on the file's own clock."""
+def source(demux):
+    return SimpleNamespace(container=SimpleNamespace(demux=demux))
+
+
+def test_clock_that_steps_back_goes_on():
+    """0 20 10 | 5 15 25 | 0 | 0 | -3: each part begins a median step, or 1, after the last one. No dts is left,
+    because FFmpeg seeks by it, on the file's own clock."""
     joined = clock((0, -10, True), (20, 0, False), (10, 10, False),
                    (5, -5, True), (15, 5, False), (25, 15, False),
                    (0, 0, True), (0, -9, True), (-3, None, True))
@@ -579,69 +619,89 @@ def test_where_the_clock_steps_back_it_goes_on_from_the_last_frame():
     [(0, None, False), (40, None, False), (20, None, False)],
     [(0, 0, True), (10, 0, True), (None, None, True), (20, 10, True)],
     [(30, 0, True), (20, 20, True)]])
-def test_what_looks_like_a_step_back_and_is_none(packets):
-    """Frames that are shown later are stored first. If a keyframe is shown before the last, then its decoding
-    time must step back as well, or be later than its showing."""
+def test_b_frames_are_not_a_step_back(packets):
+    """Frames that are shown later are stored first. In another recording, the first packet is a keyframe whose
+    dts steps back as well, or is later than its pts."""
     assert clock(*packets) == [(pts, dts) for pts, dts, _ in packets]
 
 
-def test_a_stream_that_begins_late_is_passed_over():
-    """As in damaged transport streams: PyAV then stumbles over its own list of streams."""
-    calls = []
+def test_file_that_cannot_be_read_on():
+    """A clock at its end and a failure end it. PyAV's IndexError does not: a stream began late."""
+    assert clock((2 ** 63 - 1, 5, True), (0, 0, True), (9, 9, True)) == [(2 ** 63 - 1, 5)]
+    failures = [IndexError(), IndexError(), av.error.InvalidDataError(1, "no more")]
 
     def demux(_):
-        calls.append(len(calls))
-        yield av.Packet(b"x" * len(calls))
-        if len(calls) < 3:
-            raise IndexError
-    packets = video_module.demux(SimpleNamespace(container=SimpleNamespace(demux=demux)))
-    assert [packet.size for packet in packets] == [1, 2, 3] and calls == [0, 1, 2]
+        yield av.Packet(b"x" * len(failures))
+        raise failures.pop(0)
+    assert [packet.size for packet in media.demux(source(demux))] == [3, 2, 1] and not failures
 
 
-def test_where_reading_fails_the_file_ends():
-    def demux(_):
-        yield av.Packet(b"x")
-        raise av.error.InvalidDataError(1, "no more")
-    assert len(list(video_module.demux(SimpleNamespace(container=SimpleNamespace(demux=demux))))) == 1
-
-
-def test_the_timeline_is_of_packets_that_are_shown_or_of_frames(tmp_path, monkeypatch):
-    """Not of packets that are empty, discarded or without time; the last in time says how long it is shown,
-    here 9 thousandths of a second."""
+def test_timelines_of_packets_and_of_frames(tmp_path, monkeypatch):
+    """Packets that are empty, discarded or without time do not count. The last in time says how long it is
+    shown, here 9 thousandths of a second."""
     made = [SimpleNamespace(pts=pts, dts=pts, duration=duration, size=size, is_discard=pts == 4,
                             is_keyframe=pts != 1)
             for pts, duration, size in ((0, 5, 1), (2, 9, 1), (3, 6, 0), (4, 8, 1), (1, 7, 1), (None, 4, 1))]
-    path, expected = write(tmp_path / "a.mkv", n=1), ([0, 1, 2], [0.0, 0.001, 0.002], 0.011)
-    monkeypatch.setattr(video_module, "demux", lambda _: iter(made))
-    assert video_module.packet_timeline(path) == (*expected, [0, 2])
-    monkeypatch.setattr(video_module, "decode", lambda _: iter([made[0], made[4], made[1]]))
-    assert video_module.frame_timeline(path) == (*expected, [])
-
-
-def test_a_clock_that_comes_to_its_end_ends_the_file():
-    assert clock((2 ** 63 - 1, 5, True), (0, 0, True), (9, 9, True)) == [(2 ** 63 - 1, 5)]
+    path, expected = write(tmp_path / "a.mkv", n=1), ([0.0, 0.001, 0.002], 0.011, [0, 1, 2])
+    monkeypatch.setattr(media, "demux", lambda _: iter(made))
+    assert media.read_packets(path) == media.Clip(path, *expected, keyframes=[0, 2])
+    monkeypatch.setattr(media, "decode", lambda _: iter([made[0], made[4], made[1]]))
+    assert media.read_decoded(path) == media.Clip(path, *expected, keyframes=[])
 
 
 @pytest.mark.parametrize("suffix, codec", [("ts", "libx264"), ("mkv", "libx264"), ("mkv", "mpeg4")])
 @pytest.mark.parametrize("start", (0, 15))
-def test_recordings_that_are_joined_are_shown_one_after_the_other(tmp_path, suffix, codec, start):
+def test_joined_recordings_follow_each_other(tmp_path, suffix, codec, start):
     """The second begins at 0 again, or 0.5 s before the first ends."""
     settings = dict(n=20, codec=codec, bf="2", g="6", qscale="2", b_strategy="0")
     first = write(tmp_path / f"a.{suffix}", **settings)
     second = write(tmp_path / f"b.{suffix}", pts=[10 * (start + k) for k in range(20)],
                    brightness=lambda k: 6 * (k + 20), **settings)
-    (tmp_path / f"joined.{suffix}").write_bytes(first.read_bytes() + second.read_bytes())
-    video = read_video(tmp_path / f"joined.{suffix}")
+    joined = tmp_path / f"joined.{suffix}"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    video = read_video(joined)
     assert video.total_frames == 40 and video.duration == pytest.approx(4.0, abs=0.1)
     assert_shows(video, [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
-    assert max(video_module.packet_timeline(tmp_path / f"joined.{suffix}")[3]) < 20         # of 40 frames
+    assert max(media.read_packets(joined).keyframes) < 20               # of 40 frames
 
 
-# ---- what is broken ----
+def test_clock_of_more_than_three_years_is_refused(tmp_path):
+    pts = [0, 3 * 10 ** 9, 6 * 10 ** 9]                         # hundredths of a second
+    write(tmp_path / "a.mkv", n=3, pts=pts)
+    assert read_video(tmp_path / "a.mkv", max_frames=2).total_frames == 3
+    write(tmp_path / "a.mkv", n=3, pts=[2 * p for p in pts])
+    assert "lasts 180000000 s by its clock" in refused(tmp_path / "a.mkv")
 
 
-def test_a_file_that_is_cut_off_shows_what_is_there(tmp_path):
-    """A transport stream without what comes after 20 frames, or after one more that is not whole."""
+# ---- names ----
+
+
+@pytest.mark.parametrize("name", ["http:a.mp4", "concat:a|b.mp4", "50%02d: a.mp4", "-i", "a\nb", b"\xff.mp4"])
+def test_name_is_only_a_name(tmp_path, monkeypatch, name):
+    """FFmpeg reads some names as addresses, and some as patterns of many names."""
+    monkeypatch.chdir(tmp_path)
+    os.rename(write(tmp_path / "a.mp4", n=5), name)
+    assert read_video(os.fsdecode(name)).total_frames == 5
+
+
+def test_title_in_another_encoding(tmp_path):
+    with av.open(str(tmp_path / "a.avi"), "w") as file:
+        file.metadata["title"] = "CafeXX"
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for packet in (*stream.encode(av.VideoFrame.from_image(picture(90))), *stream.encode()):
+            file.mux(packet)
+    data = (tmp_path / "a.avi").read_bytes()
+    assert b"CafeXX" in data
+    (tmp_path / "a.avi").write_bytes(data.replace(b"CafeXX", b"Caf\xe9XX"))
+    assert len(read_video(tmp_path / "a.avi").frames) == 1
+
+
+# ---- broken files, and files that are not videos ----
+
+
+def test_cut_off_file_shows_what_is_there(tmp_path):
+    """A transport stream that ends after 20 frames, or within the next one."""
     whole = write(tmp_path / "a.ts", bf="0").read_bytes()
     with av.open(str(tmp_path / "a.ts")) as file:
         end = [packet.pos for packet in file.demux(video=0)][20]
@@ -654,7 +714,7 @@ def test_a_file_that_is_cut_off_shows_what_is_there(tmp_path):
 
 
 def spoil(path, first, last):
-    """Zero the packets first to last - 1 of a file in which every frame is a key frame."""
+    """Overwrite the packets first to last - 1 of a file in which every frame is a keyframe."""
     with av.open(str(path)) as file:
         places = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
     data = bytearray(path.read_bytes())
@@ -663,44 +723,38 @@ def spoil(path, first, last):
     path.write_bytes(data)
 
 
-def test_broken_packets_are_passed_over(tmp_path):
-    """Without the last ten frames, those that decode are sampled instead. Without number 5, the frame of
-    1.0 s, asked for alone, is the tenth that comes: it is found by its time, not by its number."""
+def test_broken_packets_are_not_frames(tmp_path, decoded):
+    """If the last ten frames do not decode, the others are sampled. If frame 5 does not, the frame of 1.0 s is
+    the tenth to come, and it is found by its time."""
     path = write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2")
     spoil(path, 30, 40)
     video = read_video(path)
     assert video.total_frames == 30
     assert_shows(video, [0, 14, 29], [0.0, 1.4, 2.9])
+    assert decoded == [0, 30, 30, 30]           # packets, sampled frames (not all come), all, sampled frames
     spoil(write(path, codec="mpeg4", g="1", qscale="2"), 5, 6)
     assert_shows(read_video(path, max_frames=1), [10], [1.0])
 
 
-def test_what_cannot_be_passed_over_is_decoded_once_to_see(tmp_path, decoded):
-    """Packets; the sampled frames, in vain; all frames; the sampled frames of those."""
-    spoil(write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2"), 30, 40)
-    read_video(tmp_path / "a.mkv")
-    assert decoded == [0, 30, 30, 30]
-
-
-def test_a_frame_that_no_picture_can_be_made_of_names_its_file(tmp_path, monkeypatch):
+def test_frame_without_an_image_names_its_file(tmp_path, monkeypatch):
     def upright(*_):
         raise av.error.InvalidDataError(22, "no such colours")
-    monkeypatch.setattr(video_module, "upright", upright)
+    monkeypatch.setattr(media, "upright", upright)
     assert "no such colours" in refused(write(tmp_path / "a.mp4"))
 
 
 @pytest.mark.parametrize("limit, found", [(None, 1), (60 * 40 - 1, 0)])
-def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(tmp_path, monkeypatch, limit, found):
+def test_frame_larger_than_the_header_says(tmp_path, monkeypatch, limit, found):
     path = mux(tmp_path / "a.mkv", [("mjpeg", Disposition.default, SMALL, jpegs(90, (60, 40)))])
-    monkeypatch.setattr(video_module, "MAX_PIXELS", limit or video_module.MAX_PIXELS)
+    monkeypatch.setattr(media, "MAX_PIXELS", limit or media.MAX_PIXELS)
     if found:
         assert read_video(path).frames[0].size == (60, 40)
     else:
         assert "pixels" in refused(path)
 
 
-def test_large_canvases_are_refused_before_a_frame_is_decoded(tmp_path, monkeypatch, decoded, recwarn):
-    """42 bytes of GIF, 100 of VP8. Pillow warns above its limit, here in silence, and stops at its double."""
+def test_large_canvases_are_refused_first(tmp_path, monkeypatch, decoded, recwarn):
+    """42 bytes of GIF, 100 bytes of VP8. Pillow warns above its limit, which is silenced, and stops at twice it."""
     encoded = encode(Image.new("P", (8, 8)), "GIF")
     (tmp_path / "a.gif").write_bytes(encoded[:6] + 4 * b"\xff" + encoded[10:])
     assert "(Image size (4294836225 pixels) exceeds limit" in refused(tmp_path / "a.gif")
@@ -713,14 +767,6 @@ def test_large_canvases_are_refused_before_a_frame_is_decoded(tmp_path, monkeypa
     assert read_video(tmp_path / "a.png").frames[0].size == (48, 32) and not recwarn.list
 
 
-def test_a_clock_that_says_more_than_three_years_is_refused(tmp_path):
-    pts = [0, 3 * 10 ** 9, 6 * 10 ** 9]                         # hundredths of a second
-    write(tmp_path / "a.mkv", n=3, pts=pts)
-    assert read_video(tmp_path / "a.mkv", max_frames=2).total_frames == 3
-    write(tmp_path / "a.mkv", n=3, pts=[2 * p for p in pts])
-    assert "lasts 180000000 s by its clock" in refused(tmp_path / "a.mkv")
-
-
 @pytest.mark.parametrize("name, text", [
     ("notes.txt", "A list of clips to watch.\n" * 40), ("a.nfo", "\x1b[31mRED\x1b[0m\r\n" * 90),
     ("a.ans", "\x1b[2J\x1b[1;1H" * 90), ("a.ffconcat", "ffconcat version 1.0\nfile clip.ts\n"),
@@ -730,15 +776,15 @@ def test_a_clock_that_says_more_than_three_years_is_refused(tmp_path):
               "a=rtpmap:96 H264/90000\n"),
     ("a.xbm", "#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {\n0x00\n};\n"),
     ("a.srt", "1\n00:00:00,000 --> 00:00:01,000\nHello\n"), ("a.svg", "<svg width='9' height='9'></svg>")])
-def test_texts_and_playlists_are_refused_at_once(tmp_path, name, text):
-    """A live playlist would be read for ever, a session description wait for the network."""
+def test_texts_and_playlists_are_refused(tmp_path, name, text):
+    """A live playlist would be read for ever, and a session description would wait for the network."""
     write(tmp_path / "clip.ts")
     (tmp_path / name).write_text(text)
     assert "not a video or picture that can be read" in refused(tmp_path / name)
 
 
-def test_damaged_files_are_shown_or_refused_by_name_and_nothing_else_is_printed(tmp_path, capfd):
-    """A few bytes of each header are others; some then send FFmpeg to places that there are not."""
+def test_damaged_files_are_shown_or_refused(tmp_path, capfd):
+    """A few bytes of each header are changed. Nothing but our message is printed."""
     dice = random.Random(0)
     for name, codec in (("a.wmv", "wmv2"), ("a.nut", "mpeg4"), ("a.mp4", "mpeg4"), ("a.mkv", "mpeg4")):
         whole = write(tmp_path / name, n=5, codec=codec).read_bytes()
@@ -758,14 +804,7 @@ def test_damaged_files_are_shown_or_refused_by_name_and_nothing_else_is_printed(
     assert capfd.readouterr() == ("", "")
 
 
-def refused(path) -> str:
-    with pytest.raises((ValueError, OSError)) as error:
-        read_video(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_what_pillow_logs_of_a_damaged_picture_is_not_printed(tmp_path, monkeypatch, capfd):
+def test_logs_of_pillow_are_not_printed(tmp_path, monkeypatch, capfd):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
     data, samples = (tmp_path / "a.tiff").read_bytes(), bytes.fromhex("1501 0300 01000000")     # tag 277
     assert data.count(samples + b"\x03\x00") == 1
@@ -775,7 +814,7 @@ def test_what_pillow_logs_of_a_damaged_picture_is_not_printed(tmp_path, monkeypa
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_no_video_is_refused_by_name_and_reason(tmp_path):
+def test_no_file_folder_pipe_or_text(tmp_path):
     assert "no such file" in refused(tmp_path / "none.mp4")
     assert "is a folder" in refused(tmp_path)
     (tmp_path / "empty.mp4").touch()
@@ -786,7 +825,7 @@ def test_what_is_no_video_is_refused_by_name_and_reason(tmp_path):
     assert "is a pipe" in refused(tmp_path / "pipe.mp4")
 
 
-def test_sound_alone_and_frames_that_do_not_decode_are_refused(tmp_path):
+def test_sound_alone_or_broken_frames_alone(tmp_path):
     with av.open(str(tmp_path / "sound.wav"), "w") as file:
         stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame(format="s16", layout="mono", samples=800)

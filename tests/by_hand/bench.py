@@ -271,7 +271,8 @@ def part_video(how, path):
     import zlib
 
     from minioutro import read_video
-    from minioutro.video import decode, open_video, resize_longest_edge, sample_indices
+    from minioutro.support.media import decode, open_video
+    from minioutro.video import resize_longest_edge, sample_indices
     before, started = status("VmRSS"), time.perf_counter()
     if how == "ours":
         video = read_video(path, longest_edge=512)
