@@ -176,7 +176,7 @@ def read_questions(path, format: str | None = None,
         raise ValueError(f"{path} has no questions with answers; give another file")
     if notes is not None:
         if left_out:
-            notes.append(f"left out: {left_out} captions")
+            notes.append(f"captions left out: {left_out}")
         if name in ABOUT_SOUND:
             notes.append(ABOUT_SOUND[name])
     return list(records.values())
