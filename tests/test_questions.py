@@ -125,6 +125,7 @@ def test_notes(tmp_path):
     ("a.jsonl", lines(OURS, {"id": "seven", "video": "a", "question": "?"}), "record 2: it has no 'answer'"),
     ("a.jsonl", lines(without(OURS, "id"), OURS), "record 1: it has no 'id'"),
     ("a.jsonl", lines({**OURS, "video": None}), "record 1: it has no 'video'"),
+    ("a.jsonl", lines({**OURS, "video": 7.0}), "record 1: its 'video' is 7.0, with a decimal point"),
     ("a.jsonl", lines({**OURS, "video": " "}), "record 1: its 'video' is empty"),
     ("a.jsonl", lines({**OURS, "answer": float("nan")}), "record 1: its 'answer' is empty"),
     ("a.jsonl", lines({**OURS, "answer": float("inf")}), "record 1: its 'answer' is inf, not a text"),
