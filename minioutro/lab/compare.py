@@ -126,14 +126,14 @@ def decide(variant: dict) -> dict:
     smallest = detectable(variant["n"], variant["gained"] + variant["lost"])
     low, high = variant["interval"]
     if smallest is None:
-        verdict = "cannot be shown"
+        decision = "cannot be shown"
     elif p >= ALPHA or low <= 0 <= high:
-        verdict = "not shown"
+        decision = "not shown"
     elif low > 0:
-        verdict = "better"
+        decision = "better"
     else:
-        verdict = "worse"
-    return {"p": p, "detectable": smallest, "verdict": verdict}
+        decision = "worse"
+    return {"p": p, "detectable": smallest, "verdict": decision}
 
 
 def summarise(answers: list[dict], seed: int = 0, asked: str = "outro") -> dict:
