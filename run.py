@@ -144,7 +144,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.video = Path(args.video or TOY / "clip.mp4")
     if args.figures:
         from minioutro.support.cli import writable_folder
-        args.figures = writable_folder(f"--figures {args.figures}", args.figures)
+        args.figures = writable_folder("--figures", args.figures)
 
 
 def prepare(args: argparse.Namespace):
