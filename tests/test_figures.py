@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 
 from minioutro import OutRo, Video
-from minioutro.lab.compare import draw_differences
 from minioutro.lab.figures import (
     BLUE,
     INK,
@@ -137,23 +136,6 @@ def test_the_rotation_draws_the_formula_and_what_was_seen():
     assert len(places(draw_rotation(before, before, 3, OutRo()), BLUE)) > 5
 
 
-def evaluated(variants):
-    """What evaluate.summarise finds, as far as it is drawn."""
-    rows = {name: {"difference": d, "interval": [low, high]} for name, (d, low, high) in variants.items()}
-    return {"questions": 9, "videos": 3, "seed": 0, "variants": {"baseline": {}, **rows}, "tasks": {}}
-
-
-def test_differences_are_dots_in_their_intervals_from_top_to_bottom():
-    """From -20 to 20 points in 540 pixels: +10 is at 405 of them with its interval from 270, -20 at 0."""
-    picture = draw_differences(evaluated({"relax": (0.1, 0.0, 0.2), "align": (-0.2, -0.2, -0.1)}))
-    (y0, x0), (y1, x1) = (places(picture, MARK)[k].tolist() for k in (0, -1))
-    assert x0 == pytest.approx(300 + 405, abs=4) and x1 == pytest.approx(300, abs=4) and y0 < y1 - 15
-    blue = places(picture, BLUE)
-    upper, lower = (blue[(blue[:, 0] > y) == below][:, 1] for y, below in ((y0 + 12, False), (y0 + 12, True)))
-    assert upper.min() > 300 + 265 and upper.max() > 300 + 530
-    assert lower.min() < 300 + 10 and lower.max() < 300 + 140
-
-
 @pytest.mark.parametrize("n_frames, L, H, M", [(1, 1, 1, 1), (64, 32, 2, 64)])
 def test_nothing_touches_the_edge_of_the_paper(n_frames, L, H, M):
     """Also not for a prompt as long as the largest, many layers, and tokens of endless text."""
@@ -170,7 +152,6 @@ def test_nothing_touches_the_edge_of_the_paper(n_frames, L, H, M):
                     draw_attention(weights, is_image, is_sink, 31, 0),
                     draw_attention_on_frames(video, weights, is_image, is_sink, 31, 0),
                     draw_cosines(cosines, cosines + 1, ~is_sink.expand(L, S)),
-                    draw_differences(evaluated({"W" * 99: (1.0, -1.0, 1.0), "a": (0, 0, 0)})),
                     draw_rotation(cosines[0], cosines[0] + 1, 31, OutRo(gamma=123.4))):
         edge = Image.new("RGB", picture.size, PAPER)
         edge.paste(picture.crop((6, 6, WIDTH - 6, picture.height - 6)), (6, 6))

@@ -1,152 +1,272 @@
-"""Answers compared in pairs: tests, intervals, verdicts and the table of differences."""
+"""Answers compared in pairs: the test, the intervals, the verdict and the table of differences.
 
-import math
+One question is asked, and it is decided once: is OutRo better or worse than the baseline, over all
+questions? `summarise` tests that one row. Every other row, another variant or one kind of question,
+has a difference and an interval, and no verdict: among many rows some look good by chance.
+"""
+
 from collections import defaultdict
-from itertools import accumulate
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
-from PIL import Image
 
-from minioutro.lab.figures import BLUE, MARK, PALE, WIDTH, canvas, chart, shorten
+ALPHA = 0.05                        # a result is shown where p is below it
+RESAMPLES = 10_000                  # of the videos, for an interval
+AT_A_TIME = 100                     # of these resamples, to save memory
+LEAST_CHANGES = 6                   # of five changes, all in one way, p is 2/32, above ALPHA
 
-RESAMPLES = 10_000
+
+def ways_to_lose(changes: int) -> Iterator[int]:
+    """Of the 2**changes outcomes, in how many at most 0, 1, 2, ... of the changes are losses."""
+    ways_of_this_many = 1
+    ways_so_far = 0
+    for lost in range(changes + 1):
+        ways_so_far += ways_of_this_many
+        yield ways_so_far
+        ways_of_this_many = ways_of_this_many * (changes - lost) // (lost + 1)
 
 
 def sign_test(gained: int, lost: int) -> float:
-    """Two-sided p value of so many gained and lost answers, if either were as likely (McNemar)."""
-    n, k = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
-def holm(p: list[float]) -> list[float]:
-    """Holm's correction for n tests: the k-th smallest p times n + 1 - k, never falling with k."""
-    order = sorted(range(len(p)), key=p.__getitem__)
-    larger = accumulate((min(1.0, (len(p) - k) * p[i]) for k, i in enumerate(order)), max)
-    return [corrected for _, corrected in sorted(zip(order, larger))]
-
-
-def detectable(n: int, changes: int) -> float:
-    """The smallest |gained - lost| / n with p < 0.05, if so many of n answers change.
-
-    Where fewer than six change no p is below, and it is six that all change one way. Source: ours.
+    """Two-sided p value of an exact sign test (McNemar's): how often gains and losses differ at
+    least as much as here, if a changed answer is as likely to be a gain as a loss.
     """
-    changes = max(changes, 6)
-    return next(d for d in range(changes % 2, changes + 1, 2)
-                if sign_test((changes + d) // 2, (changes - d) // 2) < 0.05) / n
+    changes = gained + lost
+    if gained == lost:
+        return 1.0
+    fewer = min(gained, lost)
+    ways = next(islice(ways_to_lose(changes), fewer, None))
+    return min(1.0, 2 * ways / 2**changes)
+
+
+def detectable(questions: int, changes: int) -> float | None:
+    """The smallest |gained - lost| / questions with p < 0.05, if so many answers change.
+
+    Returns: None for fewer than six changes, by which no difference can be shown. Source: ours.
+    """
+    if changes < LEAST_CHANGES:
+        return None
+    for lost, ways in enumerate(ways_to_lose(changes)):
+        if 2 * ways / 2**changes >= ALPHA:          # one loss less is the most that may be
+            return (changes - 2 * (lost - 1)) / questions
 
 
 def interval(changes: list[int], videos: list[str], seed: int) -> list[float]:
-    """95 % interval of the mean change, percentiles over resampled videos, whose questions hang
-    together; the whole range if there is one video. changes: of each question +1 (right now),
-    -1 (wrong now) or 0; videos: that of each question."""
-    number = {video: n for n, video in enumerate(sorted(set(videos)))}
-    V, random = len(number), torch.Generator().manual_seed(seed)
+    """95 % interval of the mean change: percentiles of a bootstrap over videos.
+
+    Videos are drawn, not questions, because questions about one video are correlated.
+    changes: for each question +1 (right only now), -1 (wrong only now) or 0.
+    videos: the video of each question.
+    Returns: [low, high]; the whole range, [-1, 1], if there are fewer than two videos.
+    """
+    number_of = {video: number for number, video in enumerate(sorted(set(videos)))}
+    V = len(number_of)
     if V < 2:
         return [-1.0, 1.0]
-    sums = torch.zeros(V, 2).double()                       # of each video: changes, and questions
-    sums.index_add_(0, torch.tensor([number[video] for video in videos]),
-                    torch.tensor([[change, 1] for change in changes]).double())
-    drawn = torch.cat([sums[torch.randint(V, (100, V), generator=random)].sum(1)
-                       for _ in range(RESAMPLES // 100)])                           # (RESAMPLES,2)
-    return (drawn[:, 0] / drawn[:, 1]).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    video_numbers = torch.tensor([number_of[video] for video in videos])
+    change_and_count = torch.tensor([[change, 1] for change in changes]).double()
+    of_video = torch.zeros(V, 2).double().index_add_(0, video_numbers, change_and_count)    # (V,2)
+
+    random = torch.Generator().manual_seed(seed)
+    means = []
+    for _ in range(RESAMPLES // AT_A_TIME):
+        drawn = torch.randint(V, (AT_A_TIME, V), generator=random)
+        total_change, count = of_video[drawn].sum(1).unbind(-1)
+        means.append(total_change / count)
+    return torch.cat(means).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
-def compare(questions: list[dict[str, dict]], names: list[str], seed: int) -> dict[str, dict]:
-    """Each variant against the baseline, on the questions, of each the answers by variant, that all
-    of them could be asked."""
-    asked = [q for q in questions if not any(line["error"] for line in q.values())]
-    found, videos = {}, [q["baseline"]["video"] for q in asked]
+def compare_answers(questions: list[dict[str, dict]], names: list[str],
+                    seed: int) -> dict[str, dict]:
+    """Compare every variant with the baseline, on the questions that all variants could answer.
+
+    questions: for each question its answers by variant. names: the variants, "baseline" with them.
+    Returns: by variant, how many questions there are (n) and how many answers were right, could not
+    be read (unparsed), became right (gained) and became wrong (lost); the difference from the
+    baseline and its interval, as shares of the questions. Without questions there is no difference.
+    """
+    answered = []
+    for question in questions:
+        if not any(question[name]["error"] for name in names):
+            answered.append(question)
+    n = len(answered)
+    videos = [question["baseline"]["video"] for question in answered]
+    found = {}
     for name in names:
-        changes = [q[name]["right"] - q["baseline"]["right"] for q in asked]
-        gained, lost, n = changes.count(1), changes.count(-1), max(1, len(asked))
+        changes = [question[name]["right"] - question["baseline"]["right"] for question in answered]
+        gained = changes.count(1)
+        lost = changes.count(-1)
         found[name] = {
-            "n": len(asked), "right": sum(q[name]["right"] for q in asked),
-            "unparsed": sum(q[name]["unparsed"] for q in asked), "gained": gained, "lost": lost,
-            "p": sign_test(gained, lost), "p_holm": 1.0, "difference": (gained - lost) / n,
-            "interval": interval(changes, videos, seed), "detectable": detectable(n, gained + lost),
-            "errors": len(questions) - len(asked)}
-    tried = [found[name] for name in names if name != "baseline"]
-    for variant, p in zip(tried, holm([variant["p"] for variant in tried])):
-        variant["p_holm"] = p
+            "n": n,
+            "errors": len(questions) - n,
+            "right": sum(question[name]["right"] for question in answered),
+            "unparsed": sum(question[name]["unparsed"] for question in answered),
+            "gained": gained,
+            "lost": lost,
+            "difference": (gained - lost) / n if n else None,
+            "interval": interval(changes, videos, seed),
+        }
     return found
 
 
-def summarise(answers: list[dict], seed: int = 0) -> dict:
-    """What --json prints: of the questions with an answer of every variant, the last of each.
-    Raises: ValueError if there are none."""
-    by_id, tasks = defaultdict(dict), defaultdict(list)
+def decide(variant: dict) -> dict:
+    """The one decision, about one row of `compare_answers`.
+
+    A difference is shown where p is below 0.05 and the interval leaves out 0. Both are asked for,
+    because p takes the questions of one video for independent, and the interval does not. Source:
+    ours.
+    Returns: p, detectable (see there), and the verdict: "better", "worse", "not shown" or
+    "cannot be shown".
+    """
+    p = sign_test(variant["gained"], variant["lost"])
+    smallest = detectable(variant["n"], variant["gained"] + variant["lost"])
+    low, high = variant["interval"]
+    if smallest is None:
+        verdict = "cannot be shown"
+    elif p >= ALPHA or low <= 0 <= high:
+        verdict = "not shown"
+    elif low > 0:
+        verdict = "better"
+    else:
+        verdict = "worse"
+    return {"p": p, "detectable": smallest, "verdict": verdict}
+
+
+def summarise(answers: list[dict], seed: int = 0, asked: str = "outro") -> dict:
+    """Compare the answers of a run: what `evaluate --json` prints.
+
+    The last answer to a question counts, if there are several. Questions that have no answer of
+    some variant are left out and counted (unfinished). asked: the variant that is tested.
+    Returns: questions, videos, errors, unfinished, seed; asked, the variant that was tested, and
+    test, its decision (see `decide`), both None if no answer is of it; variants, the rows of
+    `compare_answers`; and tasks, the same for each kind of question.
+    Raises: ValueError if there is nothing to compare.
+    """
+    names = list(dict.fromkeys(line["variant"] for line in answers))
+    by_id = defaultdict(dict)
     for line in answers:
         by_id[line["id"]][line["variant"]] = line
-    names = list(dict.fromkeys(line["variant"] for line in answers))
     questions = [by_id[id] for id in sorted(by_id) if len(by_id[id]) == len(names)]
-    for q in questions:
-        tasks[q["baseline"]["task"]].append(q)
     if not questions:
         raise ValueError("no question has an answer of every variant yet; let the run go on")
-    found = compare(questions, names, seed)
-    return {"questions": len(questions), "videos": len({q["baseline"]["video"] for q in questions}),
-            "errors": found["baseline"]["errors"], "seed": seed, "variants": found,
-            "tasks": {task: compare(tasks[task], names, seed) for task in sorted(tasks) if task}}
+    if "baseline" not in names:
+        raise ValueError("no answer is of the baseline, so there is nothing to compare with; "
+                         "give the files of a whole run")
+    of_task = defaultdict(list)
+    for question in questions:
+        task = question["baseline"]["task"]
+        if task:
+            of_task[task].append(question)
+    variants = compare_answers(questions, names, seed)
+    was_asked = asked in names
+    return {
+        "questions": len(questions),
+        "videos": len({question["baseline"]["video"] for question in questions}),
+        "errors": variants["baseline"]["errors"],
+        "unfinished": len(by_id) - len(questions),
+        "seed": seed,
+        "asked": asked if was_asked else None,
+        "test": decide(variants[asked]) if was_asked else None,
+        "variants": variants,
+        "tasks": {task: compare_answers(of_task[task], names, seed) for task in sorted(of_task)},
+    }
 
 
-def table_of_differences(found: dict) -> str:
-    """The report in numbers and words, of `evaluate.summarise`; differences are in points.
+# ---- The report ----
 
-    A difference is shown where p, corrected, is below 0.05 and the interval leaves out 0: p takes
-    questions for independent, the interval only videos. Source: ours.
-    """
-    lines = [f"{found['questions']} questions on {found['videos']} videos; seed {found['seed']}",
-             "", f"{'':14}{'right':>7}{'unparsed':>10}{'gained':>8}{'lost':>6}"
-             f"{'difference, 95 % interval':>27}{'p':>9}{'Holm':>9}{'detectable':>12}  shown"]
-    for task, variants in [("all", found["variants"]), *found["tasks"].items()]:
-        n, errors = variants["baseline"]["n"], variants["baseline"]["errors"]
-        lines.append(f"{task}: {n} questions" + f", {errors} errors" * (errors > 0))
-        for name, v in variants.items():
-            line = f"  {name:12}{v['right'] / max(n, 1):>7.1%}{v['unparsed']:>10}"
-            if name != "baseline":
-                points = "{:+.2f} ({:+.2f} to {:+.2f})".format(
-                    *(100 * share for share in (v["difference"], *v["interval"])))
-                line += (f"{v['gained']:>8}{v['lost']:>6}{points:>27}{v['p']:>9.2g}"
-                         f"{v['p_holm']:>9.2g}{100 * v['detectable']:>12.2f}  {verdict(v)}")
-            lines.append(line)
-    lines.append("")
-    for name, v in list(found["variants"].items())[1:]:
-        if verdict(v) == "no":
-            lines.append(f"{name}: no difference from the baseline is shown; with so many changed "
-                         f"answers, {100 * v['detectable']:.2f} points could be")
-        else:
-            lines.append(f"{name}: {verdict(v)} than the baseline, by "
-                         f"{abs(100 * v['difference']):.2f} points")
-    if len(found["variants"]) > 2:
-        lines.append("The best of several variants, picked by the questions that it is judged by, "
-                     "is no result.")
+
+def escaped(text: str) -> str:
+    """A text as one line. What would steer a terminal is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def in_points(share: float) -> str:
+    return f"{100 * share:.2f} points"
+
+
+def verdict(found: dict) -> str:
+    """The decision of `summarise` in words, a few lines."""
+    if found["test"] is None:
+        return "No row is tested, because no answer is of the variant that is asked about."
+    test = found["test"]
+    row = found["variants"][found["asked"]]
+    changes = row["gained"] + row["lost"]
+    lines = [f"* asked: is {found['asked']} better or worse than the baseline, over all questions?"]
+    if test["verdict"] == "cannot be shown":
+        lines += [f"Nothing can be shown: of {counted(row['n'], 'answer')}, {changes} changed. "
+                  f"A sign test needs at least",
+                  f"{LEAST_CHANGES} changed answers to be below {ALPHA}, and then all must change "
+                  f"in one way."]
+        return "\n".join(lines)
+    lines.append(f"Sign test over {changes} changed answers: p = {test['p']:.2g}.")
+    if test["verdict"] != "not shown":
+        lines.append(f"It is {test['verdict']}, by {in_points(abs(row['difference']))}.")
+    elif test["p"] < ALPHA:
+        lines.append("No difference is shown, because the interval over videos contains 0.")
+    else:
+        lines += [f"No difference is shown. With {changes} changed answers, only a difference of",
+                  f"{in_points(test['detectable'])} or more could have been shown."]
     return "\n".join(lines)
 
 
-def verdict(variant: dict) -> str:
+def about_other_rows(found: dict) -> list[str]:
+    """How many rows beside the one that was asked have a difference, and what they are worth."""
+    sections = [found["variants"], *found["tasks"].values()]
+    compared = []
+    for rows in sections:
+        compared += [row for name, row in rows.items() if name != "baseline"]
+    others = len(compared) if found["asked"] is None else len(compared) - 1
+    if not others:
+        return []
+    lines = [f"The table has {counted(others, 'other row')}, not tested: among many rows, some "
+             f"differ by chance."]
+    if any(row["gained"] + row["lost"] < LEAST_CHANGES for row in compared):
+        lines.append(f"A row with fewer than {LEAST_CHANGES} changed answers can show nothing.")
+    return lines
+
+
+def difference_in_words(variant: dict) -> str:
+    """The difference and its interval in points, that is, in hundredths of the questions."""
+    if variant["n"] < LEAST_CHANGES:
+        return f"fewer than {LEAST_CHANGES} questions"
+    if variant["gained"] + variant["lost"] == 0:
+        return "no answer changed"
     low, high = variant["interval"]
-    if variant["p_holm"] >= 0.05 or low <= 0 <= high:
-        return "no"
-    return "better" if low > 0 else "worse"
+    return f"{100 * variant['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
-def draw_differences(found: dict) -> Image.Image:
-    """Every variant's difference from the baseline with its interval, of `evaluate.summarise`."""
-    rows = [(f"{task}: {name}", *(100 * x for x in (v["difference"], *v["interval"])))
-            for task, variants in [("all", found["variants"]), *found["tasks"].items()]
-            for name, v in variants.items() if name != "baseline"]
-    height, left = 24 * len(rows) + 24, 300
-    most = max([1.0, *(abs(x) for _, *points in rows for x in points)])
-    image, draw = canvas(height + 90, (
-        f"Right answers more than the baseline's, in points, with 95 % intervals by resampling "
-        f"videos (seed {found['seed']}): {found['questions']} questions on {found['videos']} "
-        f"videos. Where the interval holds 0, no difference is shown."))
-    marks = [("line", [(0, 0), (0, len(rows) + 1)], PALE)]
-    for y, (_, difference, low, high) in enumerate(reversed(rows), start=1):
-        marks += [("line", [(low, y), (high, y)], BLUE), ("dots", [(difference, y)], MARK)]
-    labels = {y: shorten(label, left - 30).strip("'")
-              for y, (label, *_) in enumerate(reversed(rows), start=1)}
-    chart(image, (left, 40, WIDTH - 40, 40 + height),
-          {most * n / 2: f"{most * n / 2:+.1f}" for n in range(-2, 3)},
-          {0: "", **labels, len(rows) + 1: ""}, ("points", ""), marks)
-    return image
+def row_of_table(label: str, width: int, variant: dict, is_baseline: bool) -> str:
+    share_right = variant["right"] / max(variant["n"], 1)
+    line = f"{label:{width}}{share_right:>7.1%}{variant['unparsed']:>10}"
+    if is_baseline:
+        return line
+    return f"{line}{variant['gained']:>8}{variant['lost']:>6}{difference_in_words(variant):>27}"
+
+
+def table_of_differences(found: dict) -> str:
+    """The report of `summarise`: a row for each variant, over all questions and by kind, and the
+    verdict in words. An asterisk marks the row that was asked.
+    """
+    labels = {name: f"  {escaped(name)}" for name in found["variants"]}
+    width = max(14, *(len(label) + 3 for label in labels.values()))
+    lines = [f"{counted(found['questions'], 'question')} on {counted(found['videos'], 'video')}; "
+             f"seed {found['seed']}"]
+    if found["unfinished"]:
+        lines.append(f"left out: {counted(found['unfinished'], 'question')} without an answer of "
+                     f"every variant")
+    lines += ["", f"{'':{width}}{'right':>7}{'unparsed':>10}{'gained':>8}{'lost':>6}"
+                  f"{'difference, 95 % interval':>27}"]
+    for task, variants in [("all", found["variants"]), *found["tasks"].items()]:
+        n = variants["baseline"]["n"]
+        errors = variants["baseline"]["errors"]
+        title = f"{escaped(task)}: {counted(n, 'question')}"
+        lines.append(f"{title}, {counted(errors, 'error')}" if errors else title)
+        for name, variant in variants.items():
+            is_asked = variants is found["variants"] and name == found["asked"]
+            label = f"{labels[name]} *" if is_asked else labels[name]
+            lines.append(row_of_table(label, width, variant, name == "baseline"))
+    return "\n".join([*lines, "", verdict(found), *about_other_rows(found)])

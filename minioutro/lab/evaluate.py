@@ -14,8 +14,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +22,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from minioutro import OutRo, Processor, Video, VideoLM, load, read_video
-from minioutro.lab.compare import draw_differences, summarise, table_of_differences
-from minioutro.lab.figures import save
+from minioutro.lab.compare import summarise, table_of_differences
 from minioutro.lab.questions import (
     FORMATS,
     Record,
@@ -40,22 +38,32 @@ from minioutro.support.cli import (
     numbers,
     one_line_errors,
     read_json_lines,
-    writable_folder,
 )
 from minioutro.weights import HUB_MODEL, TOY
 
-SWITCHES = {"relax": {"align": False}, "align": {"relax": False}, "both": {}}
+SWITCHES = {"outro": {}, "relax": {"align": False}, "align": {"relax": False}}
 
 
-def variants_of(names: str, gammas: list[float], **rule) -> dict[str, OutRo | None]:
-    """The baseline, and OutRo by name; with several gammas, a variant for each."""
-    found = {"baseline": None}
-    for name, gamma in product(names.split(","), gammas):
-        if name in SWITCHES:
-            label = f"{name} {gamma:g}" if len(gammas) > 1 and name != "relax" else name
-            found[label] = OutRo(gamma=gamma, **SWITCHES[name], **rule)
-        elif name != "baseline":
+def variants_of(names: Sequence[str] = (), gammas: Sequence[float] = (),
+                **constants) -> dict[str, OutRo | None]:
+    """The variants to ask, by name: always "baseline" and "outro", first.
+
+    names: further rows, of "relax" and "align", in which only this switch is on.
+    gammas: each row that aligns is asked at these strengths as well, as "outro gamma 0.5".
+    constants: further fields of every OutRo.
+    """
+    for name in names:
+        if name != "baseline" and name not in SWITCHES:
             raise ValueError(f"--variants {name!r} is none of baseline, {', '.join(SWITCHES)}")
+    switched = {name: SWITCHES[name] for name in SWITCHES if name == "outro" or name in names}
+    found = {"baseline": None}
+    for name, switches in switched.items():
+        found[name] = OutRo(**switches, **constants)
+    for name, switches in switched.items():
+        for gamma in gammas:
+            outro = OutRo(gamma=gamma, **switches, **constants)
+            if outro.align and outro not in found.values():
+                found[f"{name} gamma {gamma:g}"] = outro
     return found
 
 
@@ -149,7 +157,8 @@ def run(args: argparse.Namespace, temporary: str) -> list[dict]:
         if not any((videos / record.video).exists() for record in records):
             raise ValueError(f"{videos} has no {records[0].video}, nor others; give --videos")
     rule = {name: vars(args)[name] for name in "temperature median_multiple abs_threshold".split()}
-    variants = variants_of(args.variants, list(map(float, args.gamma.split(","))), **rule)
+    gammas = list(map(float, args.gamma.split(",")))
+    variants = variants_of(args.variants.split(","), gammas, **rule)
     args.questions = hashlib.sha256(repr(records).encode()).hexdigest()[:8]
     settings = "; ".join(f"{name} {getattr(args, name)}" for name in (
         "seed noise questions model revision dtype frames fps generate max_new_tokens variants "
@@ -201,7 +210,7 @@ def main() -> None:
     add("--noise", type=numbers(0, 255, int), help="of the toy's clips (default: 5 to 20)")
     add("--seed", type=numbers(0, 10**9, int), default=0, help="of clips and resampling")
     add("--limit", type=count, metavar="N", help="ask the first N questions alone")
-    add("--variants", default="baseline,relax,align,both", help="default: %(default)s")
+    add("--variants", default="baseline,outro", help="default: %(default)s")
     add("--gamma", default="3", metavar="G[,G...]", help="of the alignment (default: %(default)s)")
     add("--generate", action="store_true", help="generate choices instead of comparing letters")
     add_options(parser)
@@ -212,8 +221,6 @@ def main() -> None:
     with one_line_errors("evaluate.py"), tempfile.TemporaryDirectory() as temporary:
         if bool(args.questions) + bool(args.toy) + bool(args.report) != 1:
             raise ValueError("give one of these: a file of questions, --toy N, or --report FILE")
-        if args.figures:
-            args.figures = writable_folder("--figures", args.figures)
         if args.report:
             answers = []
             for path in args.report:
@@ -224,8 +231,6 @@ def main() -> None:
                 return
         seed = (answers[0]["settings"] if answers else "").partition("seed ")[2].split(";")[0]
         found = summarise(answers, int(seed or args.seed))
-        if args.figures:
-            save({"differences": draw_differences(found)}, args.figures)
         print(json.dumps(found) if args.json else table_of_differences(found))
 
 
