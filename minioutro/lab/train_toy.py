@@ -87,12 +87,12 @@ GRID = SIZE // VISION["patch_size"] // SCALE_FACTOR     # image tokens on each s
 CELL = SIZE / GRID                          # pixels on each side of an image token
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
-EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: unseen, and the toy describes it well
+EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: unseen, and described rightly
 
 MUON_RATE = 1e-2                            # learning rates
 ADAM_RATE = 3e-3
 SAVE_EVERY = 50                             # steps
-HELD_OUT = 6                                # batches of held-out clips, asked every SAVE_EVERY steps
+HELD_OUT = 6                                # batches of held-out clips
 LEARNED = 0.96                              # a kind of question is learned from this share on
 NAMING_LAYER = 4                            # its input has to name shapes and motions
 DEEDS_LAYER = 6                             # its input has to name what shapes do
@@ -580,7 +580,7 @@ class Learner(nn.Module):
         return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
 
     def wrong_answers(self, batch: Batch) -> set[tuple[int, int]]:
-        """Row and number of each question of which some token of the answer is not the likeliest."""
+        """Row and number of each question whose answer has a token that is not the likeliest."""
         features = self.model.encode(batch.pixel_values)
         logits, targets = answer_logits(self.model, batch, features, trace=None)
         rows, tokens = (batch.targets != NOT_ASKED).nonzero(as_tuple=True)
