@@ -11,6 +11,8 @@ from itertools import islice
 
 import torch
 
+from minioutro.support.cli import escaped
+
 ALPHA = 0.05                        # a result is shown where p is below it
 RESAMPLES = 10_000                  # of the videos, for an interval
 AT_A_TIME = 100                     # of these resamples, to save memory
@@ -173,11 +175,6 @@ def summarise(answers: list[dict], seed: int = 0, asked: str = "outro") -> dict:
 
 
 # ---- The report ----
-
-
-def escaped(text: str) -> str:
-    """A text as one line. What would steer a terminal is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def counted(number: int, noun: str) -> str:

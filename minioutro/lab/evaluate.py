@@ -1,28 +1,31 @@
-"""Does OutRo help? The same questions to the plain model and to OutRo, compared in pairs.
+"""Does OutRo help? Ask the plain model and OutRo the same questions, and compare in pairs.
 
     python -m minioutro.lab.evaluate QUESTIONS --videos FOLDER --out FILE
     torchrun --nproc-per-node 2 -m minioutro.lab.evaluate QUESTIONS --videos FOLDER --out FILE
     python -m minioutro.lab.evaluate --report FILE.0 FILE.1
 
-An interrupted run goes on with the same command. torchrun's processes share the videos.
+One comparison is tested: the baseline with "outro", that is, OutRo at the release's constants.
+Other variants are for exploration, and have differences and intervals alone.
+An interrupted run goes on with the same command. The processes of torchrun share the videos.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from minioutro import OutRo, Processor, Video, VideoLM, load, read_video
-from minioutro.lab.compare import summarise, table_of_differences
+from minioutro.lab.compare import counted, summarise, table_of_differences
 from minioutro.lab.questions import (
     FORMATS,
     Record,
@@ -34,14 +37,38 @@ from minioutro.lab.questions import (
     with_choices,
 )
 from minioutro.support.cli import (
-    add_options,
-    numbers,
-    one_line_errors,
+    COUNT,
+    STRENGTH,
+    Parser,
+    add_model_options,
+    add_outro_constants,
+    add_video_options,
+    escaped,
+    not_empty,
+    number,
+    print_json,
+    progress,
     read_json_lines,
+    run_command,
+    writable_folder,
 )
 from minioutro.weights import HUB_MODEL, TOY
 
 SWITCHES = {"outro": {}, "relax": {"align": False}, "align": {"relax": False}}
+MOST_SAMPLES = 4096                 # values of each tensor by which a model is told from another
+ERRORS_SHOWN = 5
+
+
+# ---- 1. Asking ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class How:
+    """How a question is asked. None: the checkpoint's own setting."""
+    fps: float | None = None
+    frames: int | None = None       # at most
+    generate: bool = False          # generate the answer to a choice, too
+    max_new_tokens: int = 64
 
 
 def variants_of(names: Sequence[str] = (), gammas: Sequence[float] = (),
@@ -67,49 +94,71 @@ def variants_of(names: Sequence[str] = (), gammas: Sequence[float] = (),
     return found
 
 
+def score_choices(model: VideoLM, processor: Processor, choices: tuple[str, ...],
+                  input_ids: Tensor, features: Tensor, outro: OutRo | None) -> Tensor:
+    """log p of each choice: that the answer's first token is its letter, or yes or no."""
+    hidden = model.hidden_states(input_ids, features=features, outro=outro)             # (1,S,C)
+    log_p = model.head(hidden[:, -1]).float().log_softmax(-1)[0].cpu()                  # (V,)
+    scores = log_p[first_tokens(processor, choices)].logsumexp(0)                       # (choices,)
+    if not scores.isfinite().all():
+        raise ValueError("the model computes no finite numbers; try another dtype")
+    return scores
+
+
 def answer(model: VideoLM, processor: Processor, record: Record, video: Video, features: Tensor,
-           outro: OutRo | None, generate: bool = False, max_new_tokens: int = 64) -> dict:
-    """The greedy answer; or the choice whose letter is the likeliest first token, and all log p."""
-    ids = processor.tokenize(processor.pieces(video, with_choices(record.question, record.choices)))
-    ids = torch.tensor([ids], device=features.device)                                       # (1,S)
-    if record.choices and not generate:
-        hidden = model.hidden_states(ids, features=features, outro=outro)
-        log_p = model.head(hidden[:, -1]).float().log_softmax(-1)[0].cpu()                    # (V,)
-        log_p = log_p[first_tokens(processor, record.choices)].logsumexp(0)             # (choices,)
-        if not log_p.isfinite().all():
-            raise ValueError("the model computes no finite numbers; try another dtype")
-        choice = record.choices[log_p.argmax()]
-        return {"answer": choice, "right": choice == record.answer, "scores": log_p.tolist()}
-    text = processor.decode(model.generate(ids, features=features, outro=outro,
-                                           max_new_tokens=max_new_tokens))
+           outro: OutRo | None, how: How = How()) -> dict:
+    """Answer one question: by the likeliest choice, or greedily.
+
+    Returns: answer and right; scores, log p of each choice; unparsed, where a text was generated
+    that names no choice. Choices are compared by their position.
+    """
+    pieces = processor.pieces(video, with_choices(record.question, record.choices))
+    input_ids = torch.tensor([processor.tokenize(pieces)], device=features.device)      # (1,S)
+    if record.choices and not how.generate:
+        scores = score_choices(model, processor, record.choices, input_ids, features, outro)
+        position = scores.argmax().item()
+        return {"answer": record.choices[position], "right": is_right(position, record),
+                "scores": scores.tolist()}
+    token_ids = model.generate(input_ids, features=features, outro=outro,
+                               max_new_tokens=how.max_new_tokens)
+    text = processor.decode(token_ids)
     if not record.choices:
         return {"answer": text, "right": plain(text) == plain(record.answer)}
-    choice = chosen(text, record.choices)
-    return {"answer": text, "right": choice == record.answer, "unparsed": choice is None}
+    position = chosen(text, record.choices)
+    return {"answer": text, "right": is_right(position, record), "unparsed": position is None}
+
+
+def is_right(position: int | None, record: Record) -> bool:
+    return position == record.choices.index(record.answer)
 
 
 @torch.inference_mode()
 def ask(model: VideoLM, processor: Processor, records: list[Record],
-        variants: dict[str, OutRo | None], folder: Path, clips={}, done=frozenset(),
-        fps: float | None = None, frames: int | None = None, **how) -> Iterator[dict]:
-    """Yield an answer for each question and variant; what cannot be asked has an "error".
+        variants: Mapping[str, OutRo | None], folder: Path,
+        clips: Mapping[str, Callable[[Path], None]] | None = None,
+        done: Collection[tuple[str, str]] = (), how: How = How()) -> Iterator[dict]:
+    """Yield an answer for each question and variant. What cannot be asked has an "error".
 
-    Each video, or part of one, is decoded and encoded once. clips: what writes those that are not
-    in the folder yet. done: pairs of id and variant that are left out. how: see `answer`.
+    Each video, or part of one, is decoded and encoded once for all of its questions.
+    clips: the functions that write those videos which are not in the folder yet.
+    done: pairs of id and variant that are left out.
     """
-    parts, device = defaultdict(list), next(model.parameters()).device
+    device = next(model.parameters()).device
+    fps = processor.fps if how.fps is None else how.fps
+    frames = processor.max_frames if how.frames is None else how.frames
+    questions_of = defaultdict(list)
     for record in records:
-        parts[record.video, record.start, record.end] += [
-            (record, name) for name in variants if (record.id, name) not in done]
-    for (file, start, end), questions in parts.items():
-        path, problem = folder / file, None
+        for name in variants:
+            if (record.id, name) not in done:
+                questions_of[record.video, record.start, record.end].append((record, name))
+    for (file, start, end), questions in questions_of.items():
+        problem = None
         try:
-            if questions:
-                if file in clips and not path.exists():
-                    clips[file](path)
-                video = read_video(path, fps or processor.fps, frames or processor.max_frames,
-                                   processor.longest_edge, start, end)
-                features = model.encode(processor(video, "?").pixel_values.to(device))
+            path = folder / file
+            if clips and file in clips and not path.exists():
+                clips[file](path)
+            video = read_video(path, fps, frames, processor.longest_edge, start, end)
+            features = model.encode(processor(video, "?").pixel_values.to(device))
         except (ValueError, OSError) as error:
             problem = error
         for record, name in questions:
@@ -118,121 +167,357 @@ def ask(model: VideoLM, processor: Processor, records: list[Record],
             try:
                 if problem:
                     raise problem
-                line |= answer(model, processor, record, video, features, variants[name], **how)
+                line |= answer(model, processor, record, video, features, variants[name], how)
             except (ValueError, OSError) as error:
                 line["error"] = " ".join(str(error).split())
             yield line
 
 
-def read_answers(path: str, settings: str | None = None) -> tuple[list[dict], int]:
-    """The answers that an earlier run wrote to a file, and how many bytes their whole lines are.
-    Raises: ValueError if it holds something else, or answers under other settings than these."""
-    data = Path(path).read_bytes()
-    whole = data.rfind(b"\n") + 1                                # a killed run leaves half a line
+# ---- 2. Files of answers ------------------------------------------------------------------------
+
+NEEDED = {"id": str, "variant": str, "right": bool, "settings": str}    # of a line, with types
+OPTIONAL = {"video": str, "task": str, "unparsed": bool}
+
+
+def check_regular(path: Path) -> None:
+    """A pipe or a device would be read for ever."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file of answers")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device; give a file of answers")
+
+
+def whole_lines(data: bytes) -> int:
+    """The bytes up to the last line break. A run that was killed may leave half a line after it."""
+    return data.rfind(b"\n") + 1
+
+
+def read_answers(path: Path) -> list[dict]:
+    """The answers of an earlier run, all under the same settings.
+
+    Raises: ValueError if the file holds something else, or the answers of two different runs.
+    """
+    check_regular(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; check the path")
+    data = path.read_bytes()
+    whole = whole_lines(data)
+    half_a_line = data[whole:]
+    begins = b'{"id": '
+    if not half_a_line.startswith(begins[:len(half_a_line)]):
+        raise ValueError(f"{path} is not a file of answers; give another")
     lines = read_json_lines(path, data[:whole].decode(errors="replace"))
-    if not b'{"id": '.startswith(data[whole:whole + 7]) or any(
-            type(line) is not dict or {"id", "variant", "right", "settings"} - line.keys()
-            for line in lines):
-        raise ValueError(f"{path} is no file of answers; give another")
-    lines = [{"video": line["id"], "task": "", "error": None, "unparsed": False, **line}
-             for line in lines]
-    for line in lines:
-        settings = settings or line["settings"]
-        if line["settings"] != settings:
-            there, here = (set(text.split("; ")) for text in (line["settings"], settings))
-            raise ValueError(f"{path} is of another run, with {', '.join(sorted(there - here))} "
-                             f"instead of {', '.join(sorted(here - there))}; give another file")
-    return lines, whole
-
-
-def run(args: argparse.Namespace, temporary: str) -> list[dict]:
-    """Ask what has no answer in --out yet. Returns: all answers."""
-    notes, clips, videos = [], {}, Path(temporary)
-    if args.toy:
-        records, clips = toy_questions(args.toy, args.seed, args.noise)
-        torch.set_num_threads(1)                # its tensors are too small to be shared
-    else:
-        records = read_questions(args.questions, args.format, args.answers, notes)
-        videos = Path(args.videos or Path(args.questions).parent)
-        if not any((videos / record.video).exists() for record in records):
-            raise ValueError(f"{videos} has no {records[0].video}, nor others; give --videos")
-    rule = {name: vars(args)[name] for name in "temperature median_multiple abs_threshold".split()}
-    gammas = list(map(float, args.gamma.split(",")))
-    variants = variants_of(args.variants.split(","), gammas, **rule)
-    args.questions = hashlib.sha256(repr(records).encode()).hexdigest()[:8]
-    settings = "; ".join(f"{name} {getattr(args, name)}" for name in (
-        "seed noise questions model revision dtype frames fps generate max_new_tokens variants "
-        "gamma").split() + [*rule])
-    records = records[:args.limit]
-    if args.world > 1:                                                      # started by torchrun
-        if args.out == os.devnull:
-            raise ValueError("each process needs a file for its answers; give --out")
-        mine = list(dict.fromkeys(record.video for record in records))[args.rank::args.world]
-        records = [record for record in records if record.video in mine]
-        args.out += f".{args.rank}"
-        args.device += f":{os.environ.get('LOCAL_RANK', args.rank)}" * (args.device == "cuda")
-    answers, whole = read_answers(args.out, settings) if Path(args.out).exists() else ([], 0)
-    old = {(line["id"], line["variant"]): line for line in answers}
-    done = {key for key, line in old.items() if not line["error"]}
-    model, processor = load(args.model or (TOY if args.toy else HUB_MODEL), args.revision,
-                            args.device, getattr(torch, args.dtype))
-    print("\n".join([*notes, f"{len(records)} questions"]), file=sys.stderr)
-    with open(args.out, "a", encoding="utf-8") as file:
-        if args.out != os.devnull:
-            file.truncate(whole)
-        asked = ask(model, processor, records, variants, videos, clips, done, args.fps, args.frames,
-                    generate=args.generate, max_new_tokens=args.max_new_tokens)
-        asked = tqdm(asked, total=len(records) * len(variants), initial=len(done), disable=None)
-        right, failed = defaultdict(list), set()
-        for line in asked:
-            line["settings"] = settings
-            if line != old.get((line["id"], line["variant"])):              # else the same error
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                answers.append(line)
-            failed |= {line["error"]} - {None}
-            right[line["variant"]].append(line["right"])
-            asked.set_postfix({name: f"{sum(x) / len(x):.1%}" for name, x in right.items()})
-    print("".join(f"{error}\n" for error in sorted(failed)[:5]), end="", file=sys.stderr)
+    answers = [checked_line(path, line) for line in lines]
+    for line in answers:
+        check_settings(path, line["settings"], answers[0]["settings"])
     return answers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minioutro.lab.evaluate", usage=argparse.SUPPRESS,       # an error is one line
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, numbers(1, 10**9 - 1, int)
-    add("questions", nargs="?", help="a file of questions")
-    add("--videos", metavar="DIR", help="folder of the videos (default: that of the questions)")
-    add("--format", help=f"of the questions: {', '.join(FORMATS)} (default: told by the keys)")
-    add("--answers", metavar="FILE", help="EgoSchema's answers (default: subset_answers.json)")
-    add("--toy", type=count, metavar="N", help="ask N questions about the toy's world instead")
-    add("--noise", type=numbers(0, 255, int), help="of the toy's clips (default: 5 to 20)")
-    add("--seed", type=numbers(0, 10**9, int), default=0, help="of clips and resampling")
-    add("--limit", type=count, metavar="N", help="ask the first N questions alone")
-    add("--variants", default="baseline,outro", help="default: %(default)s")
-    add("--gamma", default="3", metavar="G[,G...]", help="of the alignment (default: %(default)s)")
+def checked_line(path: Path, line) -> dict:
+    """A line of a file of answers with its optional fields. Raises: ValueError if it is not one."""
+    if not isinstance(line, dict) or not NEEDED.keys() <= line.keys():
+        raise ValueError(f"{path} is not a file of answers; give another")
+    line = {"video": str(line["id"]), "task": "", "error": None, "unparsed": False, **line}
+    if type(line["id"]) is int:
+        line["id"] = str(line["id"])
+    for key, kind in {**NEEDED, **OPTIONAL}.items():
+        if not isinstance(line[key], kind):
+            raise ValueError(f"{path}: {key} of the question {line['id']!r} is {line[key]!r}; "
+                             f"correct it")
+    return line
+
+
+def check_settings(path: Path, there: str, here: str) -> None:
+    """Raises: ValueError that names in what the settings of two runs differ."""
+    if there == here:
+        return
+    of_file = there.split("; ")
+    of_other = here.split("; ")
+    only_there = ", ".join(x for x in of_file if x not in of_other)
+    only_here = ", ".join(x for x in of_other if x not in of_file)
+    raise ValueError(f"{path} is of another run, with {only_there or 'less'} instead of "
+                     f"{only_here or 'nothing'}; give another file")
+
+
+def read_reports(paths: Sequence[str]) -> list[dict]:
+    """The answers of several files, which the processes of one run have written."""
+    answers = []
+    for path in map(Path, paths):
+        of_file = read_answers(path)
+        if answers and of_file:
+            check_settings(path, of_file[0]["settings"], answers[0]["settings"])
+        answers += of_file
+    return answers
+
+
+def seed_of(answers: list[dict], otherwise: int) -> int:
+    """The seed of the run that wrote the answers."""
+    match = re.search(r"\bseed (\d+)", answers[0]["settings"]) if answers else None
+    return int(match[1]) if match else otherwise
+
+
+# ---- 3. One run ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the processes of torchrun this one is."""
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0             # the number of its GPU
+
+    @classmethod
+    def of_environment(cls) -> "Share":
+        """RANK and WORLD_SIZE count only under torchrun: clusters set them for other purposes."""
+        if not os.environ.get("TORCHELASTIC_RUN_ID"):
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        values = [os.environ.get(name, "").strip() for name in names]
+        rank, world, local_rank = (int(value) if value else None for value in values)
+        if rank is None or world is None:
+            return cls()
+        return cls(rank, world, rank if local_rank is None else local_rank)
+
+    def records(self, records: list[Record]) -> list[Record]:
+        """This process's share. Questions about one video stay together."""
+        videos = list(dict.fromkeys(record.video for record in records))
+        mine = set(videos[self.rank::self.world])
+        return [record for record in records if record.video in mine]
+
+
+@dataclass
+class Source:
+    """What is asked about which videos."""
+    records: list[Record]
+    folder: Path
+    clips: dict[str, Callable[[Path], None]]
+    notes: list[str]
+
+
+def read_source(args: argparse.Namespace, temporary: Path) -> Source:
+    """The toy's questions, whose clips are written into a temporary folder, or those of a file."""
+    if args.toy:
+        records, clips = toy_questions(args.toy, args.seed, args.noise)
+        return Source(records, temporary, clips, [])
+    notes = []
+    records = read_questions(args.questions, args.format, notes)
+    folder = Path(args.videos) if args.videos else Path(args.questions).parent
+    if not any(is_there(folder / record.video) for record in records):
+        raise ValueError(f"{folder} has no {records[0].video}, and none of the other videos; give "
+                         f"their folder as --videos")
+    return Source(records, folder, {}, notes)
+
+
+def is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):       # a name that is too long, for example
+        return False
+
+
+def file_of_answers(name: str | None, share: Share) -> Path | None:
+    """The file that this process writes to. Raises: ValueError if it could not.
+
+    None: no file; the answers are not kept.
+    """
+    if name is None or name == os.devnull:
+        if share.world > 1:
+            raise ValueError("each process needs a file for its answers; give --out")
+        return None
+    path = Path(name).expanduser()
+    check_regular(path)
+    if share.world > 1:
+        path = path.with_name(f"{path.name}.{share.rank}")
+        check_regular(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {name}: there is no folder {path.parent}; make it")
+    writable_folder("--out", path.parent)
+    return path
+
+
+def fingerprint(model: VideoLM, processor: Processor) -> str:
+    """What tells this checkpoint from another, wherever it lies: a hash of samples of its weights,
+    of its tokenizer and of its settings for videos."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        every = max(1, tensor.numel() // MOST_SAMPLES)
+        values = tensor.flatten()[::every].cpu().contiguous()
+        found.update(f"{name} {list(tensor.shape)} ".encode())
+        found.update(bytes(values.view(torch.uint8).tolist()))
+    found.update(processor.tokenizer.to_str().encode())
+    found.update(repr((processor.size, processor.longest_edge, processor.tokens_per_frame,
+                       processor.fps, processor.max_frames)).encode())
+    return found.hexdigest()[:16]
+
+
+def settings_of(args: argparse.Namespace, records: list[Record], variants: Collection[str],
+                model: VideoLM, processor: Processor) -> str:
+    """All that the answers of a run depend on. --limit and --device are not among it."""
+    settings = {
+        "seed": args.seed,
+        "noise": args.noise,
+        "questions": hashlib.sha256(repr(records).encode()).hexdigest()[:8],
+        "weights": fingerprint(model, processor),
+        "dtype": args.dtype,
+        "frames": args.frames,
+        "fps": args.fps,
+        "generate": args.generate,
+        "max_new_tokens": args.max_new_tokens,
+        "variants": ",".join(variants),
+        "temperature": args.temperature,
+        "median_multiple": args.median_multiple,
+        "abs_threshold": args.abs_threshold,
+    }
+    return "; ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def load_model(args: argparse.Namespace, share: Share) -> tuple[VideoLM, Processor]:
+    """The model of --model; without it the bundled toy for its own clips, else the hub's."""
+    name = args.model
+    if name is None:
+        name = TOY if args.toy else HUB_MODEL
+    device = args.device
+    if device == "cuda" and share.world > 1:
+        device = f"cuda:{share.local_rank}"
+    return load(name, args.revision, device, getattr(torch, args.dtype))
+
+
+def run(args: argparse.Namespace, temporary: Path, share: Share) -> list[dict]:
+    """Ask what has no answer in --out yet. Returns: all answers, the earlier ones first."""
+    variants = variants_of(args.variants, args.gamma, temperature=args.temperature,
+                           median_multiple=args.median_multiple, abs_threshold=args.abs_threshold)
+    source = read_source(args, temporary)
+    out = file_of_answers(args.out, share)
+    earlier = [] if out is None or not out.exists() else read_answers(out)
+    if args.toy:
+        torch.set_num_threads(1)        # the toy's tensors are too small to be shared
+    model, processor = load_model(args, share)
+    settings = settings_of(args, source.records, variants, model, processor)
+    if earlier:
+        check_settings(out, earlier[0]["settings"], settings)
+
+    all_records = source.records[:args.limit]
+    records = share.records(all_records)
+    notes = [*source.notes, counted(len(records), "question")]
+    if share.world > 1:
+        notes[-1] = (f"process {share.rank} of {share.world}: {len(records)} of "
+                     f"{counted(len(all_records), 'question')}; --report all files when all "
+                     f"processes have ended")
+    for note in notes:
+        print(escaped(note), file=sys.stderr)
+
+    last = {(line["id"], line["variant"]): line for line in earlier}
+    done = {pair for pair, line in last.items() if not line["error"]}
+    how = How(args.fps, args.frames, args.generate, args.max_new_tokens)
+    asked = ask(model, processor, records, variants, source.folder, source.clips, done, how)
+    total = len(records) * len(variants)
+    lines = with_running_scores(asked, total, len(done))
+    answers = write_answers(lines, out, settings, last)
+    return earlier + answers
+
+
+def with_running_scores(asked: Iterator[dict], total: int, done: int) -> Iterator[dict]:
+    """The answers as they come. A bar shows how many of each variant are right so far."""
+    n, right = Counter(), Counter()
+    bar = progress(asked, "questions", total=total, initial=done)
+    for line in bar:
+        n[line["variant"]] += 1
+        right[line["variant"]] += line["right"]
+        bar.set_postfix({name: f"{right[name] / n[name]:.1%}" for name in n})
+        yield line
+
+
+def write_answers(lines: Iterator[dict], out: Path | None, settings: str,
+                  last: Mapping[tuple[str, str], dict]) -> list[dict]:
+    """Append answers to a file as they come, and print the first errors in the end.
+
+    last: earlier answers. An error that is there already is not written again.
+    """
+    answers = []
+    errors = set()
+    with open(os.devnull if out is None else out, "ab") as file:
+        if out is not None:
+            file.truncate(whole_lines(out.read_bytes()))
+        for line in lines:
+            line["settings"] = settings
+            if line["error"]:
+                errors.add(line["error"])
+            if line != last.get((line["id"], line["variant"])):
+                text = json.dumps(line, allow_nan=False)
+                file.write(f"{text}\n".encode())
+                file.flush()
+                answers.append(line)
+    for error in sorted(errors)[:ERRORS_SHOWN]:
+        print(escaped(error), file=sys.stderr)
+    if len(errors) > ERRORS_SHOWN:
+        print(f"and {len(errors) - ERRORS_SHOWN} other errors", file=sys.stderr)
+    return answers
+
+
+# ---- 4. The command -----------------------------------------------------------------------------
+
+
+def names_of(text: str) -> list[str]:
+    """A type for argparse: names, with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def strengths_of(text: str) -> list[float]:
+    """A type for argparse: numbers, with commas between them."""
+    return [STRENGTH(part) for part in names_of(text)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(prog="python -m minioutro.lab.evaluate", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("questions", nargs="?", type=not_empty, help="a file of questions")
+    add("--videos", type=not_empty, metavar="DIR",
+        help="folder of the videos (default: that of the questions)")
+    add("--format", choices=tuple(FORMATS), help="of the questions (default: told by the keys)")
+    add("--toy", type=COUNT, metavar="N", help="ask N questions about the toy's world instead")
+    add("--noise", type=number(0, 255, int), metavar="N",
+        help="of the toy's clips, from 0 to 255 (default: 5 to 20)")
+    add("--seed", type=number(0, 10**9, int), default=0, metavar="N",
+        help="of the toy's clips and of resampling (default: %(default)s)")
+    add("--limit", type=COUNT, metavar="N", help="ask the first N questions alone")
+    add("--variants", type=names_of, default=[], metavar="NAME[,NAME]",
+        help="further rows, which are not tested: relax, align or both of them")
+    add("--gamma", type=strengths_of, default=[], metavar="G[,G]",
+        help="further rows, which are not tested, with these strengths of the alignment")
     add("--generate", action="store_true", help="generate choices instead of comparing letters")
-    add_options(parser)
-    add("--out", metavar="FILE", default=os.devnull, help="append answers, and go on from them")
-    add("--report", nargs="+", metavar="FILE", help="ask nothing; report these answers together")
+    add("--max-new-tokens", type=COUNT, default=64, metavar="N", help="default: %(default)s")
+    add_model_options(parser)
+    add_video_options(parser)
+    add_outro_constants(parser)
+    add("--out", type=not_empty, metavar="FILE",
+        help="append the answers to this file, and go on from those in it")
+    add("--report", nargs="+", type=not_empty, metavar="FILE",
+        help="ask nothing; report the answers in these files together")
+    add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
-    args.rank, args.world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
-    with one_line_errors("evaluate.py"), tempfile.TemporaryDirectory() as temporary:
-        if bool(args.questions) + bool(args.toy) + bool(args.report) != 1:
-            raise ValueError("give one of these: a file of questions, --toy N, or --report FILE")
-        if args.report:
-            answers = []
-            for path in args.report:
-                answers += read_answers(path, answers[0]["settings"] if answers else None)[0]
-        else:
-            answers = run(args, temporary)
-            if args.world > 1:
-                return
-        seed = (answers[0]["settings"] if answers else "").partition("seed ")[2].split(";")[0]
-        found = summarise(answers, int(seed or args.seed))
-        print(json.dumps(found) if args.json else table_of_differences(found))
+    given = [what for what in (args.questions, args.toy, args.report) if what is not None]
+    if len(given) != 1:
+        parser.error("give one of these: a file of questions, --toy N, or --report FILE")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.report:
+        answers = read_reports(args.report)
+    else:
+        share = Share.of_environment()
+        with tempfile.TemporaryDirectory() as temporary:
+            answers = run(args, Path(temporary), share)
+        if share.world > 1:
+            return                      # the answers of the other processes are missing
+    found = summarise(answers, seed_of(answers, args.seed))
+    if args.json:
+        print_json(found)
+    else:
+        print(table_of_differences(found))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "evaluate.py", "with --out, the same command goes on where it stopped")

@@ -1,15 +1,14 @@
-"""Questions -> records: our own files, public benchmarks' as they are, and the toy's world.
+"""Questions: files of them -> records, how choices are asked, and how answers are read.
 
-A format is a row of FORMATS. Our own is JSON lines: id, video, question and answer, and if wanted
-choices, task, start and end.
+Our own format is JSON lines: id, video, question and answer, and if wanted choices, task, start and
+end. Four public benchmarks are read as their authors publish them. Each format is one function from
+a row to a Record: for another benchmark, copy one and add it to FORMATS.
 """
 
 import math
 import random
 import re
-from collections import namedtuple
 from collections.abc import Callable
-from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as shown
 from string import ascii_uppercase as LETTERS
@@ -22,187 +21,441 @@ from minioutro.lab.shapes import UNSEEN, Clip
 from minioutro.prompt import Processor
 from minioutro.support.cli import read_rows
 
+OF_A_CLIP = 10                      # questions about each clip of the toy's world
+
 
 class Record(NamedTuple):
     id: str
     video: str                      # its file, below the folder of the videos
     question: str
-    choices: tuple[str, ...]        # without letters; empty where the answer is free
+    choices: tuple[str, ...]        # without letters, all different; empty if the answer is free
     answer: str                     # one of the choices, if there are any
-    task: str
+    task: str                       # the kind of question
     start: float | None = None      # seconds: only this part of the video is shown
     end: float | None = None
 
 
-# Where a record's fields are. mark: keys that only files of this format have; question, choices and
-# answer: keys of a row, some of which `complete` adds; gold: whether the answer is a letter, an
-# index from 0 or the text; id, video and task: templates over a row, its number n and the file.
-Format = namedtuple("Format", "mark question choices answer gold id video task")
-FORMATS = {
-    "avhbench": Format("video_id text", "text", "choices", "label", "text", "{video_id}_{n}",
-                       "{video_id}.mp4", "{task}"),
-    "daily-omni": Format("Choice", "Question", "Choice", "Answer", "letter", "{video_id}_{n}",
-                         "{video_id}/{video_id}_video.mp4", "{Type}"),
-    "video-mme": Format("videoID", "question", "options", "answer", "letter", "{question_id}",
-                        "{videoID}.mp4", "{task_type}"),
-    "worldsense": Format("task_domain", "question", "candidates", "answer", "letter",
-                         "{video}_{key}", "{video}.mp4", "{task_type}"),
-    "mvbench": Format("candidates", "question", "candidates", "answer", "text", "{file}_{n}",
-                      "{video}", "{file}"),
-    "nextqa": Format("qid", "question", "choices", "answer", "index", "{video}_{qid}",
-                     "{mapped}.mp4", "{type}"),
-    "egoschema": Format("q_uid", "question", "choices", "answer", "index", "{q_uid}", "{q_uid}.mp4",
-                        ""),
-    "ours": Format("id", "question", "choices", "answer", "text", "{id}", "{video}", "{task}"),
-}
-DEFAULTS = {"ours": {"choices": (), "task": ""}, "avhbench": {"choices": ("Yes", "No")}}
-ABOUT_SOUND = ("avhbench", "daily-omni", "worldsense")
-OF_A_CLIP = 10                      # questions about each clip of the toy's world
+# ---- 1. Formats: a row of a file -> a record ----------------------------------------------------
+# number: the row's place in the file, from 1. What is wrong with a row is raised as a ValueError.
 
 
-def read_questions(path, format: str | None = None, answers=None,
-                   notes: list[str] | None = None) -> list[Record]:
-    """The records of a file whose format is told by its keys, unless it is given.
+def ours(row: dict, number: int) -> Record:
+    unknown = sorted(row.keys() - set(Record._fields))
+    if unknown:
+        raise ValueError(f"its key {shown(unknown[0])} is unknown; leave it out, or name it as one "
+                         f"of {', '.join(Record._fields)}")
+    options = []
+    if not is_missing(row.get("choices")) and row["choices"] != []:
+        options = options_of(row, "choices")
+    answer = text_of(row, "answer")
+    start = seconds_of(row, "start")
+    end = seconds_of(row, "end")
+    if end is not None and end <= (start or 0.0):
+        raise ValueError(f"its end, {end:g} s, does not come after its start")
+    return Record(
+        id=text_of(row, "id"),
+        video=text_of(row, "video"),
+        question=text_of(row, "question"),
+        choices=without_letters(options),
+        answer=answer_by_text(answer, options) if options else answer,
+        task="" if is_missing(row.get("task")) else text_of(row, "task"),
+        start=start,
+        end=end)
 
-    answers: the file with EgoSchema's answers; if None, subset_answers.json beside the questions.
-    notes: a list that receives what a reader of the results should know.
-    Raises: OSError or ValueError that names the file, the record and what is wrong with it.
+
+def avhbench(row: dict, number: int) -> Record:
+    """Its captions are left out before, in `read_questions`."""
+    video = text_of(row, "video_id")
+    return Record(
+        id=f"{video}_{number}",
+        video=f"{video}.mp4",
+        question=text_of(row, "text"),
+        choices=("Yes", "No"),
+        answer=answer_by_text(text_of(row, "label"), ["Yes", "No"]),
+        task=text_of(row, "task"))
+
+
+def daily_omni(row: dict, number: int) -> Record:
+    video = text_of(row, "video_id")
+    options = options_of(row, "Choice")
+    return Record(
+        id=f"{video}_{number}",
+        video=f"{video}/{video}_video.mp4",
+        question=text_of(row, "Question"),
+        choices=without_letters(options),
+        answer=answer_by_letter(text_of(row, "Answer"), options),
+        task=text_of(row, "Type"))
+
+
+def video_mme(row: dict, number: int) -> Record:
+    options = options_of(row, "options")
+    return Record(
+        id=text_of(row, "question_id"),
+        video=text_of(row, "videoID") + ".mp4",
+        question=text_of(row, "question"),
+        choices=without_letters(options),
+        answer=answer_by_letter(text_of(row, "answer"), options),
+        task=text_of(row, "task_type"))
+
+
+def worldsense(row: dict, number: int) -> Record:
+    """A row of `rows_of_worldsense`."""
+    options = options_of(row, "candidates")
+    return Record(
+        id=f"{row['video']}_{row['task']}",
+        video=f"{row['video']}.mp4",
+        question=text_of(row, "question"),
+        choices=without_letters(options),
+        answer=answer_by_letter(text_of(row, "answer"), options),
+        task=text_of(row, "task_type"))
+
+
+def rows_of_worldsense(objects: list[dict]) -> list[dict]:
+    """WorldSense's {video: {"duration": 60, "task0": {...}, "task1": {...}}} -> a row for each task.
+
+    A file may have all videos in one object, or some in each of several.
     """
-    path, records, left_out = Path(path), {}, 0
-    rows = read_rows(path)
-    rows = [{"video": video, "key": key, **task} for row in rows[:1]        # WorldSense is nested
-            for video, tasks in row.items() if isinstance(tasks, dict)
-            for key, task in tasks.items() if key[:4] == "task" and isinstance(task, dict)] or rows
-    keys = set().union(*rows)
-    known = [name for name, f in FORMATS.items() if keys.issuperset(f.mark.split())]
-    name, listed = format or (known or ["unknown"])[0], ", ".join(sorted(keys))[:300]
-    if rows and name not in FORMATS:
-        raise ValueError(f"{path}: its format is {name}, with the keys {listed}; known formats are "
-                         f"{', '.join(FORMATS)}")
-    for n, row in enumerate(complete(rows, name, path, answers), start=1):
-        f, where = FORMATS[name], f"record {n}"
-        there = {"n": n, "file": path.stem, **DEFAULTS.get(name, {}), **{
-            key: value for key, value in row.items() if value is not None and str(value).strip()}}
-        try:
-            where = f"record {f.id.format_map(there)!r}"
-            if row.get("task") == "AV Captioning" or f.answer in row and f.answer not in there:
-                left_out += 1
-                continue
-            start, end = (float(there[key]) if key in there else None for key in ("start", "end"))
-            record = Record(f.id.format_map(there), f.video.format_map(there),
-                            str(there[f.question]).strip(), *choose(f, there),
-                            f.task.format_map(there), start, end)
-            if records.setdefault(record.id, record) is not record:
-                raise ValueError("this id is there twice")
-        except (KeyError, ValueError, TypeError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, {where}: {what}; correct it (format {name}, with the keys "
-                             f"{listed})") from None
-    if notes is not None:
-        notes += [f"left out: {left_out} captions, or without an answer"] * (left_out > 0)
-        notes += [f"{name} asks about sound, and these models are deaf"] * (name in ABOUT_SOUND)
-    if not records:
-        raise ValueError(f"{path} has no questions with answers; give another file")
-    return list(records.values())
-
-
-def complete(rows: list[dict], name: str, path: Path, answers) -> list[dict]:
-    """The rows, with what a format leaves out, spreads over keys, or keeps in another file."""
-    def numbered(row: dict, key: str) -> list[str]:
-        return [row[k] for k in takewhile(row.get, map(key.format, range(len(LETTERS))))]
-    if name == "nextqa":                # VidOR has its videos in folders
-        beside = path.with_name("map_vid_vidorID.json")
-        folders = read_rows(beside)[0] if beside.exists() else {}
-        return [{**row, "choices": numbered(row, "a{}"),
-                 "mapped": folders.get(row.get("video"), row.get("video"))} for row in rows]
-    if name == "egoschema":
-        right = read_rows(Path(answers or path.with_name("subset_answers.json")))[0]
-        return [{**row, "choices": numbered(row, "option {}"),
-                 "answer": right.get(str(row.get("q_uid")))} for row in rows]
+    rows = []
+    for videos in objects:
+        for video, tasks in videos.items():
+            if not is_video_of_worldsense(tasks):
+                raise ValueError(f"video {shown(video)} has {shown(tasks)}, and no task")
+            for task, row in tasks.items():
+                if re.fullmatch(r"task\d+", task) and isinstance(row, dict):
+                    rows.append({**row, "video": video, "task": task})
+                elif task.startswith("task") or isinstance(row, dict):
+                    raise ValueError(f"video {shown(video)} has {shown(task)}, which is "
+                                     f"{shown(row)}; a task is an object named task0, task1 ...")
     return rows
 
 
-def choose(f: Format, row: dict) -> tuple[tuple[str, ...], str]:
-    """The choices of a row, without letters, and the right one of them."""
-    options, answer = row[f.choices], str(row[f.answer]).strip()
-    if f is FORMATS["ours"] and not options:
-        return (), answer
-    if not isinstance(options, (list, tuple)) or not 2 <= len(options) <= len(LETTERS):
-        raise ValueError(f"its choices are {shown(options)}, not a list of 2 to {len(LETTERS)}")
-    options = [str(option).strip() for option in options]
-    marks = [re.match(rf"\(?{letter}[.):]\s*", option) for letter, option in zip(LETTERS, options)]
-    choices = tuple(option[mark.end():] if all(marks) else option
-                    for mark, option in zip(marks, options))
-    if f.gold == "index":
-        right = dict(zip("0123456789", choices)).get(answer)
-    else:
-        right = answer if f.gold == "text" and answer in choices else chosen(answer, choices)
-    if right is None:
+def is_video_of_worldsense(value) -> bool:
+    return isinstance(value, dict) and any(re.fullmatch(r"task\d+", key) for key in value)
+
+
+FORMATS: dict[str, Callable[[dict, int], Record]] = {
+    "ours": ours, "avhbench": avhbench, "daily-omni": daily_omni, "video-mme": video_mme,
+    "worldsense": worldsense}
+KEYS = {            # a file is of the first of these formats whose keys its rows have
+    "avhbench": {"video_id", "text"}, "daily-omni": {"Choice"}, "video-mme": {"videoID"},
+    "worldsense": {"task_domain"}, "ours": {"id"}}
+CAPTIONS = "AV Captioning"          # a task of AVHBench whose answers are captions
+ABOUT_SOUND = {                     # what a reader of the results should know
+    "avhbench": "two of avhbench's three tasks ask about sound, which the model cannot hear",
+    "daily-omni": "daily-omni asks about sound as well, which the model cannot hear",
+    "worldsense": "worldsense asks about sound as well, which the model cannot hear"}
+
+
+def read_questions(path, format: str | None = None,
+                   notes: list[str] | None = None) -> list[Record]:
+    """The records of a file, whose format is told by its keys unless it is given.
+
+    notes: a list that receives what a reader of the results should know.
+    Raises: OSError or ValueError that names the file, the record and what is wrong with it. A
+    record that is not wholly understood is refused; none is skipped.
+    """
+    path = Path(path)
+    name, rows = rows_of_format(path, format)
+    left_out = 0
+    records = {}
+    for number, row in enumerate(rows, start=1):
+        if name == "avhbench" and row.get("task") == CAPTIONS:
+            left_out += 1
+            continue
+        try:
+            if path.suffix.lower() == ".csv":
+                check_cells(row)
+            record = FORMATS[name](row, number)
+            if record.id in records:
+                raise ValueError(f"its id {shown(record.id)} is there twice")
+        except ValueError as error:
+            raise ValueError(f"{path}, record {number}: {error}; correct it (format {name}, with "
+                             f"the keys {listed(row)})") from None
+        records[record.id] = record
+    if not records:
+        raise ValueError(f"{path} has no questions with answers; give another file")
+    if notes is not None:
+        if left_out:
+            notes.append(f"left out: {left_out} captions")
+        if name in ABOUT_SOUND:
+            notes.append(ABOUT_SOUND[name])
+    return list(records.values())
+
+
+def rows_of_format(path: Path, format: str | None) -> tuple[str, list[dict]]:
+    """The format of a file, and its rows."""
+    rows = read_rows(path)
+    if format in (None, "worldsense") and any(map(has_video_of_worldsense, rows)):
+        try:
+            return "worldsense", rows_of_worldsense(rows)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; correct it (format worldsense)") from None
+    keys = set().union(*rows)
+    if format is None:
+        known = [name for name, of_format in KEYS.items() if of_format <= keys]
+        format = known[0] if known else "unknown"
+    if rows and format not in FORMATS:
+        raise ValueError(f"{path}: its format is {format}, with the keys {listed(keys)}; known "
+                         f"formats are {', '.join(FORMATS)}")
+    if rows and format == "worldsense":
+        raise ValueError(f"{path}: a file of worldsense is an object of videos, and each has task0; "
+                         f"the keys here are {listed(keys)}")
+    return format, rows
+
+
+def check_cells(row: dict) -> None:
+    """Refuse a row of a csv file that has more or fewer cells than the first line."""
+    if "further" in row:
+        raise ValueError("it has more cells than the first line")
+    if None in row.values():
+        raise ValueError("it has fewer cells than the first line")
+
+
+def has_video_of_worldsense(row: dict) -> bool:
+    return any(is_video_of_worldsense(value) for value in row.values())
+
+
+def listed(keys) -> str:
+    return ", ".join(sorted(keys))[:300]
+
+
+# ---- 2. Fields of a row -------------------------------------------------------------------------
+
+
+def is_missing(value) -> bool:
+    """None, a blank text or NaN, as tables write an empty cell."""
+    return value is None or value != value or isinstance(value, str) and not value.strip()
+
+
+def as_text(value, what: str) -> str:
+    """A text, or a number as a text. Raises: ValueError if it is empty or something else."""
+    if is_missing(value):
+        raise ValueError(f"{what} is empty")
+    if isinstance(value, dict):
+        raise ValueError(f"{what} is the object {shown(value)}, not a text or a number; pandas "
+                         f"writes a row for each record with orient='records'")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not isinstance(value, str) and not (is_number and math.isfinite(value)):
+        raise ValueError(f"{what} is {shown(value)}, not a text or a number")
+    return str(value).strip()
+
+
+def text_of(row: dict, key: str) -> str:
+    if key not in row or row[key] is None:
+        raise ValueError(f"it has no {key!r}")
+    return as_text(row[key], f"its {key!r}")
+
+
+def seconds_of(row: dict, key: str) -> float | None:
+    """A time in the video, or None. Raises: ValueError if it is not a number of seconds."""
+    if is_missing(row.get(key)):
+        return None
+    text = as_text(row[key], f"its {key!r}")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"its {key!r} is {shown(text)}, not a number of seconds from 0 on")
+    return seconds
+
+
+def options_of(row: dict, key: str) -> list[str]:
+    """The options of a question as the file has them, with letters in front or without.
+
+    Raises: ValueError if they are not a list of at least two texts, none empty and all different.
+    """
+    options = row.get(key)
+    if is_missing(options):
+        raise ValueError(f"it has no {key!r}")
+    if isinstance(options, dict):
+        as_text(options, f"its {key!r}")            # raises, and says how pandas writes rows
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
+        raise ValueError(f"its {key!r} are {shown(options)}, not a list of 2 to {len(LETTERS)}")
+    texts = [as_text(option, f"option {n} of its {key!r}") for n, option in enumerate(options, 1)]
+    for texts_compared in (texts, without_letters(texts)):
+        if "" in texts_compared:
+            raise ValueError(f"option {texts_compared.index('') + 1} of its {key!r} is empty")
+        if len(set(texts_compared)) < len(texts_compared):
+            raise ValueError(f"its {key!r} are {shown(options)}, of which two are equal")
+    return texts
+
+
+def without_letters(options: list[str]) -> tuple[str, ...]:
+    """The options without the letters in front of them, if all have one, in order.
+
+    A letter is only taken for a mark if a space or the end follows it: "A.D." stays. Where nothing
+    follows any of the marks, the options are letters, and stay.
+    """
+    marks = []
+    for letter, option in zip(LETTERS, options):
+        marks.append(re.match(rf"\(?{letter}[.):]+(\s+|$)", option))
+    if not all(marks):
+        return tuple(options)
+    rests = tuple(option[mark.end():] for option, mark in zip(options, marks))
+    return rests if any(rests) else tuple(options)
+
+
+def position_by_text(text: str, choices: tuple[str, ...]) -> int | None:
+    """The choice that is this text, or else the only one that is as `plain`."""
+    if text in choices:
+        return choices.index(text)
+    alike = [n for n, choice in enumerate(choices) if plain(choice) == plain(text)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def position_by_letter(text: str, choices: tuple[str, ...]) -> int | None:
+    """The choice that "B", "(B)" or "B. a boat" names; the last only if that is its text."""
+    match = re.fullmatch(r"\(?([A-Z])(?:[.):]+(?:\s+(.*))?)?", text, re.DOTALL)
+    if match is None or match[1] not in LETTERS[:len(choices)]:
+        return None
+    position = LETTERS.index(match[1])
+    if match[2] and plain(match[2]) != plain(choices[position]):
+        return None
+    return position
+
+
+def answer_by_text(answer: str, options: list[str]) -> str:
+    """The choice that an answer names, where a file has its text. Its letter will do as well."""
+    choices = without_letters(options)
+    if answer in options:
+        return choices[options.index(answer)]
+    found = {position_by_text(answer, choices), position_by_letter(answer, choices)} - {None}
+    if len(found) > 1:
+        raise ValueError(f"its answer {shown(answer)} is the letter of one choice and the text of "
+                         f"another, of {shown(choices)}")
+    if not found:
         raise ValueError(f"its answer {shown(answer)} is none of the choices {shown(choices)}")
-    return choices, right
+    return choices[found.pop()]
+
+
+def answer_by_letter(answer: str, options: list[str]) -> str:
+    """The choice that an answer names, where a file has its letter, as "B" or "B. a boat"."""
+    choices = without_letters(options)
+    position = position_by_letter(answer, choices)
+    return answer_by_text(answer, options) if position is None else choices[position]
+
+
+# ---- 3. Questions about the toy's world ---------------------------------------------------------
 
 
 def toy_questions(n: int, seed: int = 0, noise: int | None = None
                   ) -> tuple[list[Record], dict[str, Callable]]:
-    """n questions about clips that training never draws, and by the video's name what writes each.
-    noise: see `Clip`."""
-    records, clips = [], {}
-    for number in range(10**6 * seed, 10**6 * seed + math.ceil(n / OF_A_CLIP)):
-        clip, video = Clip(UNSEEN + number, 1 + number % 3, noise), f"{number}.mp4"
+    """n questions about clips that training never draws.
+
+    noise: see `Clip`.
+    Returns: the records, and by the name of each video the function that writes it to a path.
+    """
+    records = []
+    clips = {}
+    first = 10**6 * seed
+    for number in range(first, first + math.ceil(n / OF_A_CLIP)):
+        clip = Clip(UNSEEN + number, 1 + number % 3, noise)
+        video = f"{number}.mp4"
         clips[video] = clip.write
         asked = clip.sample_questions(OF_A_CLIP, random.Random(number))
-        records += [Record(f"{number}-{k}", video, q.text, (), q.answer, q.kind)
-                    for k, q in enumerate(asked)]
+        for k, q in enumerate(asked):
+            records.append(Record(f"{number}-{k}", video, q.text, (), q.answer, q.kind))
     return records[:n], clips
 
 
-# ---- How choices are asked, and answers are read ----
+# ---- 4. How choices are asked, and how answers are read -----------------------------------------
 
 
 def is_yes_no(choices: tuple[str, ...]) -> bool:
-    return sorted(map(str.casefold, choices)) == ["no", "yes"]
+    return sorted(choice.casefold() for choice in choices) == ["no", "yes"]
 
 
 def with_choices(question: str, choices: tuple[str, ...]) -> str:
     """A question that asks for a letter, or for yes or no; without choices it stays as it is.
 
-    Source: release, the wording of both requests; ours, the options' layout.
+    Source: the sentences are the release's, "Respond with only the letter ..." and, for AVHBench,
+    "Answer yes or no."; the layout is *ours*. The release leaves the latter off where the question
+    has it. Its request for Daily-Omni has one more sentence at each end, and the options bear no
+    letters.
     """
     if not choices:
         return question
     if is_yes_no(choices):
         return f"{question} Answer yes or no."
-    *first, last = LETTERS[:len(choices)]
-    letters = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}"
-    return "\n".join([question, *map("{}. {}".format, LETTERS, choices),
-                      f"Respond with only the letter ({letters}) of the correct option."])
-
-
-def plain(text: str) -> str:
-    """What texts have in common that differ by case, articles, spaces and end marks."""
-    words = text.casefold().strip(" \t\n.!?,;:").split()
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
-
-
-def chosen(text: str, choices: tuple[str, ...]) -> str | None:
-    """The choice that an answer names, if it does: by the first whole word yes or no; else by a
-    letter, alone or before . ) or :, or by the choice's text. Source: release; the latter ours."""
-    if is_yes_no(choices):
-        word = re.search(r"\b(yes|no)\b", text.casefold())
-        return {choice.casefold(): choice for choice in choices}.get(word and word[0])
-    letter = re.match(r"\(?([A-Z])([.):]|$)", text.strip())
-    by_text = {plain(choice): choice for choice in choices}.get(plain(text))
-    return dict(zip(LETTERS, choices)).get(letter[1], by_text) if letter else by_text
+    letters = LETTERS[:len(choices)]
+    if len(letters) == 2:
+        named = " or ".join(letters)
+    else:
+        named = f"{', '.join(letters[:-1])}, or {letters[-1]}"
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices)]
+    return "\n".join([question, *lines,
+                      f"Respond with only the letter ({named}) of the correct option."])
 
 
 def first_tokens(processor: Processor, choices: tuple[str, ...]) -> Tensor:
     """The tokens that answer with each choice's letter, or yes and no: int64[forms,choices].
 
-    Forms are with a space before it and without; those that are one token for every choice.
+    There are two forms, with a space in front and without. A form counts if it is one token for
+    every choice.
     """
     names = choices if is_yes_no(choices) else LETTERS[:len(choices)]
-    forms = [[processor.tokenize([space + name]) for name in names] for space in (" ", "")]
-    whole = [sum(form, []) for form in forms if all(len(ids) == 1 for ids in form)]
-    if not whole:
-        raise ValueError(f"the tokenizer has no token for {' or '.join(names)}; generate answers")
-    return torch.tensor(whole)
+    forms = []
+    for space in (" ", ""):
+        tokens = [processor.tokenize([space + name]) for name in names]
+        if all(len(ids) == 1 for ids in tokens):
+            forms.append([ids[0] for ids in tokens])
+    if not forms:
+        raise ValueError(f"the tokenizer has no single token for {' or '.join(names)}; use "
+                         f"--generate")
+    return torch.tensor(forms)
+
+
+def plain(text: str) -> str:
+    """What texts have in common that differ by case, articles, spaces and end marks."""
+    words = text.casefold().strip(" \t\n.!?,;:").split()
+    without_articles = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(without_articles or words)
+
+
+def chosen(text: str, choices: tuple[str, ...]) -> int | None:
+    """The position of the choice that a generated text names; None if it is unparsed.
+
+    Yes or no: the first whole word of the two. Otherwise the text begins with a letter, which is
+    alone or has one of . ) : behind it, or it is the text of a choice. A text that names several
+    letters, or repeats "yes or no", chooses nothing.
+    Source: *ours*, but for the whole word, which is the release's. The release reads letters more
+    loosely: a text that begins with A, (A), [A] or "Answer: A" is A, so "A boat." is A too.
+    """
+    if is_yes_no(choices):
+        return chosen_word(text, choices)
+    text = text.strip()
+    letters = LETTERS[:len(choices)]
+    by_text = position_by_text(text, choices)
+    mark = re.match(r"\(?([A-Z])(?:[.):]+(?=\s|$)|$)", text)
+    if mark is None or mark[1] not in letters:
+        return by_text
+    rest = text[mark.end():].strip()
+    if rest and by_text is not None:            # "A. Huxley" may be the text of a choice
+        return by_text
+    position = letters.index(mark[1])
+    repeated = choices[position]
+    if rest.casefold().startswith(repeated.casefold()):
+        rest = rest[len(repeated):]             # "Vitamin C" in "B. Vitamin C" does not name C
+    others = letters_named(rest, letters) - {mark[1]}
+    return None if others else position
+
+
+def chosen_word(text: str, choices: tuple[str, ...]) -> int | None:
+    text = text.casefold()
+    first = re.search(r"\b(yes|no)\b", text)
+    is_repeated_request = re.search(r"\b(yes|no)\s*(or|/)\s*(yes|no)\b", text)
+    if first is None or is_repeated_request:
+        return None
+    return [choice.casefold() for choice in choices].index(first[0])
+
+
+def letters_named(text: str, letters: str) -> set[str]:
+    """The letters that stand alone in a text, but for the words "A" and "I" of a sentence."""
+    found = set()
+    for match in re.finditer(r"(?<![\w.'])([A-Z])(?![\w'])(?!\.\w)", text):
+        goes_on = re.match(r"\s+(?!or\b|and\b)\w", text[match.end():])
+        is_word = match[1] in "AI" and goes_on
+        if match[1] in letters and not is_word:
+            found.add(match[1])
+    return found
