@@ -163,16 +163,6 @@ def test_a_measure_explains_only_if_it_orders_all_toys(stored, changes, follows)
     assert ("angle turned" in said) is follows and ("does not explain" in said) is not follows
 
 
-def test_controls_get_a_table(stored):
-    figures = copy.deepcopy(stored[BUNDLED_SEED])
-    resting = {"checkpoint": "0", "right": 0.5, "sink": {**figures["sink"], "marked": [0.0] * 8}}
-    figures["controls"] = {run.folder: resting for run in toy_page.CONTROLS}
-    table = toy_page.control_table(figures).splitlines()
-    assert [row.split(" | ")[2] for row in table[2:]] == ["2, 3, 4 and 5", "none", "none"]
-    assert table[3].startswith("| without the price | 50.0%") and table[4].startswith("| without the seed")
-    assert "The toy of seed 1 and its controls:" in toy_page.page({**stored, "1": figures})
-
-
 # ---- The command ----
 
 

@@ -15,6 +15,7 @@ something else than the table beside it.
 
 import hashlib
 import json
+import math
 import random
 import tempfile
 import textwrap
@@ -30,7 +31,7 @@ from minioutro.lab.compare import ALPHA, sign_test, summarise, table_of_differen
 from minioutro.lab.evaluate import ask, variants_of
 from minioutro.lab.questions import OF_A_CLIP, Record, toy_questions
 from minioutro.lab.shapes import HARD_NOISE
-from minioutro.lab.train_toy import CONTROLS, PRICED_HEADS, SEED_LAYER, STAGES, Stage
+from minioutro.lab.train_toy import CONTROLS, PRICED_HEADS, STAGES, Stage
 from minioutro.model import causal_mask
 from minioutro.prompt import IMAGE
 from minioutro.support.cli import (
@@ -81,11 +82,11 @@ class FirstSink:
         return [l for l, share in enumerate(self.marked) if share > 0.999]
 
     def mean(self, of_layers: list[list[float]]) -> float:
-        """The mean over `layers` and over heads."""
+        """The mean over `layers` and over heads; NaN if there is no such layer."""
         values = []
         for l in self.layers:
             values += of_layers[l]
-        return sum(values) / len(values)
+        return sum(values) / len(values) if values else math.nan
 
     @property
     def without_first(self) -> int:
@@ -241,20 +242,6 @@ def measure(folder: Path, explore: bool = False) -> dict:
                 sink = find_first_sink(model, processor, records[::OF_A_CLIP], Path(videos))
                 figures["sink"] = asdict(sink)
     return figures
-
-
-@torch.inference_mode()
-def measure_control(folder: Path) -> dict:
-    """The figures of a control: right answers of the plain model to ordinary clips, and its sink.
-    """
-    model, processor = load(folder)
-    with tempfile.TemporaryDirectory() as videos:
-        records, clips = toy_questions(ASKED)
-        answers = ask(model, processor, records, {"baseline": None}, Path(videos), clips)
-        right = [answer["right"] for answer in progress(answers, folder.name, total=len(records))]
-        sink = find_first_sink(model, processor, records[::OF_A_CLIP], Path(videos))
-    return {"checkpoint": checkpoint(folder), "right": sum(right) / len(right),
-            "sink": asdict(sink)}
 
 
 def checkpoint(folder: Path) -> str:
@@ -429,32 +416,6 @@ def explanations_in_words(toys: dict[str, dict]) -> str:
     return paragraph(*sentences)
 
 
-def control_row(name: str, right: float, sink: FirstSink) -> list[str]:
-    layers = range(SEED_LAYER + 1, len(sink.attention))
-    priced = []
-    others = []
-    for l in layers:
-        for head, share in enumerate(sink.attention[l]):
-            (priced if head in PRICED_HEADS else others).append(share)
-    marked = in_words(sink.layers) if sink.layers else "none"
-    return [name, f"{right:.1%}", marked, f"{max(sink.ratio):,.0f}",
-            f"{sum(priced) / len(priced):.2f}", f"{sum(others) / len(others):.2f}",
-            f"{sink.without_first} of {sink.prompts}"]
-
-
-def control_table(figures: dict) -> str:
-    """The toy and its controls, a row each."""
-    right = share_right(figures["ordinary"]["variants"]["baseline"])
-    rows = [control_row("both", right, FirstSink(**figures["sink"]))]
-    for run in CONTROLS:
-        control = figures["controls"][run.folder]
-        name = "without the price" if not run.price else "without the seed"
-        rows.append(control_row(name, control["right"], FirstSink(**control["sink"])))
-    return markdown_table(
-        ["last stage", "right", "layers where token 0 is a sink", "largest / median, at most",
-         "attention to token 0, priced heads", "other heads", "change without token 0"], rows)
-
-
 # ---- 5. The page --------------------------------------------------------------------------------
 
 
@@ -592,7 +553,7 @@ away from the first, or over the tokens of the answer.
 {said}
 """
 
-CONTROL_INTRODUCTION = """\
+CONTROLS_IN_WORDS = """\
 ## The toy without the sink
 
 Which of the two makes the sink, the seed or the price? Two controls repeat the last stage from the
@@ -601,16 +562,17 @@ same state and with the same clips, one without the price and one without the se
 inside its own. `python -m minioutro.lab.toy_page --folder toy_run/no_seed` prints the figures of
 one.
 
-Without the price, nothing makes a head rest on token 0. Without the seed, nothing is massive, so
-the rule of the release has nothing to find and OutRo has nothing to work with. In this way the
-controls take two definitions of a sink apart: the token that draws the attention, and the token
-with the massive activation.
-"""
+The controls were measured with an earlier training of this toy, and not again with its present
+weights. They answered at least 99.5 % of the ordinary questions rightly.
 
-CONTROL_FIGURES = """
-The toy of seed {seed} and its controls:
+- Without the price, the rule of the release marks token 0 in layers 2 to 5, as it does here. But
+  no head gives it more than 0.18 of its attention. 1 of 200 answers changes if it is hidden.
+- Without the seed, heads {heads} give token 0 between 0.82 and 1.00 of their attention from layer 2
+  on. 10 of 200 answers change if it is hidden. But no coordinate is more than 10 times the median,
+  so the rule finds no sink, and OutRo has nothing to work with.
 
-{table}
+So the controls take two definitions of a sink apart: the token that draws the attention, and the
+token with the massive activation.
 """
 
 
@@ -644,13 +606,10 @@ def page(toys: dict[str, dict]) -> str:
             explained=explanations_in_words(toys)),
         SINK.format(prompts=sink.prompts, far=FAR, table=sink_table(sink),
                     said=sink_in_words(sink)),
-        CONTROL_INTRODUCTION.format(folders=in_words([f"`{run.folder}`" for run in CONTROLS])),
+        CONTROLS_IN_WORDS.format(folders=in_words([f"`{run.folder}`" for run in CONTROLS]),
+                                 heads=in_words(PRICED_HEADS)),
     ]
-    text = "\n".join(sections)
-    for seed, figures in toys.items():
-        if "controls" in figures:
-            text += CONTROL_FIGURES.format(seed=seed, table=control_table(figures))
-    return text
+    return "\n".join(sections)
 
 
 def figures_as_text(figures: dict) -> str:
@@ -658,9 +617,7 @@ def figures_as_text(figures: dict) -> str:
     sink = FirstSink(**figures["sink"])
     blocks = ["Ordinary clips", table_of_differences(figures["ordinary"]),
               f"The same clips with noise {HARD_NOISE}", table_of_differences(figures["noise"]),
-              "The sink", sink_table(sink), sink_in_words(sink)]
-    if sink.layers:
-        blocks.append(leaning_table({"-": figures}))
+              "The sink", sink_table(sink), sink_in_words(sink), leaning_table({"-": figures})]
     return "\n\n".join(blocks)
 
 
@@ -689,28 +646,19 @@ def write_figures(path: Path | None, toys: dict[str, dict]) -> None:
         half.write_text(json.dumps({"format": FORMAT, "toys": in_order}, indent=1) + "\n")
 
 
-def measure_again(toys: dict[str, dict], seed: str, folder: Path, out: Path | None) -> None:
-    """Measure a toy, and its controls if they are there, unless the figures are of them already."""
+def measure_if_new(toys: dict[str, dict], seed: str, folder: Path, out: Path | None) -> None:
+    """Measure the toy in a folder, unless the figures of this seed are of its weights already."""
     if toys.get(seed, {}).get("checkpoint") != checkpoint(folder):
         toys[seed] = measure(folder, explore=seed == BUNDLED_SEED)
-        write_figures(out, toys)
-    folders = {run.folder: folder / run.folder for run in CONTROLS}
-    if not all((of_run / "model.safetensors").exists() for of_run in folders.values()):
-        return
-    measured = toys[seed].get("controls", {})
-    if any(measured.get(name, {}).get("checkpoint") != checkpoint(of_run)
-           for name, of_run in folders.items()):
-        toys[seed]["controls"] = {name: measure_control(of_run)
-                                  for name, of_run in folders.items()}
         write_figures(out, toys)
 
 
 def write_page(others: list[list[str]], out: Path | None) -> None:
     """others: seed and folder of each toy beside the bundled one."""
     toys = read_figures(out)
-    measure_again(toys, BUNDLED_SEED, TOY, out)
+    measure_if_new(toys, BUNDLED_SEED, TOY, out)
     for seed, folder in others:
-        measure_again(toys, str(int(seed)), Path(folder), out)
+        measure_if_new(toys, str(int(seed)), Path(folder), out)
     with written_whole(TOY / "README.md") as half:
         half.write_text(page(toys), encoding="utf-8")
 
