@@ -18,9 +18,9 @@ A model this small does not need an attention sink. The last stage gives it two 
              constant vector, so this token has the same key and the same value in every prompt.
              Training would shrink these weights, because nothing needs their size. So they are
              set again before each step.
-  the price  In half of the heads the loss grows with the attention to all tokens but the first.
-             So these heads look at other tokens only where it pays, and otherwise rest on the
-             first. The price falls to zero before the end.
+  the price  In half of the heads after that MLP the loss grows with the attention to all tokens
+             but the first. So these heads look at other tokens only where it pays, and otherwise
+             rest on the first. The price falls to zero before the end.
 
 Two controls show what each of them does. They repeat the last stage without one of the two.
 """
@@ -106,7 +106,7 @@ PRICED_HEADS = [0, 2]                       # the heads that pay it, in each lay
 
 @dataclass(frozen=True)
 class Stage:
-    steps: int                              # at most; fewer if every kind of question is learned
+    steps: int                              # at most; stages 1 and 2 end early if all is learned
     frames: int                             # 1, or the 8 that are sampled from a whole clip
     clips: int                              # in a batch
     questions: int                          # about each clip; 0 trains the encoder alone
