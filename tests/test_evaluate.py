@@ -1,19 +1,22 @@
-"""Video question answering: how a question is scored, what is compared, and that nothing is lost."""
+"""Video question answering: how a question is scored, what a run keeps, and that nothing is lost."""
 
 import json
-import random
+import os
 import shutil
 from collections import Counter
 
 import pytest
 import torch
 from helpers import TOY
+from safetensors.torch import load_file, save_file
 
-from minioutro import OutRo, read_video
+from minioutro import OutRo, load, read_video
 from minioutro.lab import evaluate
-from minioutro.lab.compare import compare, detectable, holm, interval, sign_test, summarise
-from minioutro.lab.evaluate import ask, variants_of
+from minioutro.lab.compare import summarise
+from minioutro.lab.evaluate import How, Share, answer, ask, fingerprint, variants_of
 from minioutro.lab.questions import Record, with_choices
+from minioutro.support.cli import run_command
+from minioutro.weights import HUB_MODEL
 
 COLOURS = ("red", "green", "blue")
 RECORDS = [
@@ -25,22 +28,32 @@ RECORDS = [
     Record("q5", "b.mp4", "How many shapes are there?", (), "the three", "free")]
 
 
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Three copies of the bundled clip, and the questions about them."""
     for name in "abc":
-        shutil.copy(TOY / "clip.mp4", tmp_path / f"{name}.mp4")
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(record._asdict()) + "\n" for record in RECORDS))
+        shutil.copyfile(TOY / "clip.mp4", tmp_path / f"{name}.mp4")
+    written(tmp_path / "q.jsonl", [record._asdict() for record in RECORDS])
     return tmp_path
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
+    """Run the command: exit code, stdout, stderr."""
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+        code = 0
         try:
             with torch.enable_grad():
-                code = evaluate.main() or 0
+                run_command(evaluate.main, "evaluate.py")
         except SystemExit as stopped:
             code = stopped.code
         return code, *capsys.readouterr()
@@ -54,50 +67,39 @@ def answers(path):
 # ---- asking ----
 
 
-def test_a_letter_is_scored_by_its_likelihood_as_the_answers_first_token(toy, folder):
-    """The same from a whole forward pass of the prompt, pixels and all; each variant gets its own."""
+def test_variants():
+    assert variants_of() == {"baseline": None, "outro": OutRo()}
+    assert variants_of(["align", "relax"], [1.0, 3.0], temperature=0.2) == {
+        "baseline": None, "outro": OutRo(temperature=0.2), "relax": OutRo(align=False, temperature=0.2),
+        "align": OutRo(relax=False, temperature=0.2), "outro gamma 1": OutRo(gamma=1.0, temperature=0.2),
+        "align gamma 1": OutRo(relax=False, gamma=1.0, temperature=0.2)}
+
+
+def test_a_choice_is_scored_at_the_last_token(toy, folder):
+    """The same from a whole forward pass, pixels and all, with a softmax written out; other places differ."""
     model, processor = toy
-    record, variants = RECORDS[0], variants_of("both", [2.0])
+    record, variants = RECORDS[0], variants_of(gammas=[2.0])
     for line in ask(model, processor, [record], variants, folder):
         inputs = processor(read_video(folder / "a.mp4"), with_choices(record.question, record.choices))
-        logits = model(inputs.input_ids, inputs.pixel_values, outro=variants[line["variant"]])[0, -1]
+        logits = model(inputs.input_ids, inputs.pixel_values, outro=variants[line["variant"]])[0].double()
         tokens = [processor.tokenizer.token_to_id(letter) for letter in "ABC"]
-        assert line["scores"] == pytest.approx(logits.log_softmax(-1)[tokens].tolist(), abs=1e-3)
-        assert line["answer"] == COLOURS[logits[tokens].argmax()]
+        log_p = [[(row[token].exp() / row.exp().sum()).log().item() for token in tokens] for row in logits[-2:]]
+        assert line["scores"] == pytest.approx(log_p[1], abs=1e-3)
+        assert line["scores"] != pytest.approx(log_p[0], abs=0.1)
+        assert line["answer"] == COLOURS[log_p[1].index(max(log_p[1]))]
         assert line["right"] == (line["answer"] == "red")
-    assert variants == {"baseline": None, "both": OutRo(gamma=2.0)}
 
 
-def test_letters_with_a_space_before_and_without_are_summed_where_both_are_tokens(toy):
-    """The toy has ' A' but not ' B', ' Yes' and ' No' but not 'Yes'; a tokenizer with all has two forms."""
-    processor, first_tokens = toy[1], evaluate.first_tokens
-    token = processor.tokenizer.token_to_id
-    assert first_tokens(processor, COLOURS).tolist() == [[token("A"), token("B"), token("C")]]
-    assert first_tokens(processor, ("No", "Yes")).tolist() == [[token("ĠNo"), token("ĠYes")]]
-
-    class Whole:
-        def tokenize(self, pieces):
-            return [len(pieces[0]) * 100 + ord(pieces[0][-1])]
-
-    class Bytes:
-        def tokenize(self, pieces):
-            return list(pieces[0].encode())
-    assert first_tokens(Whole(), COLOURS).tolist() == [[265, 266, 267], [165, 166, 167]]
-    with pytest.raises(ValueError, match="no token for Yes or No"):
-        first_tokens(Bytes(), ("Yes", "No"))
-
-
-def test_a_video_is_decoded_and_encoded_once_for_its_questions_and_variants(toy, folder, monkeypatch):
+def test_each_video_is_encoded_once(toy, folder, monkeypatch):
     model, processor = toy
     encoded, opened = [], []
-    monkeypatch.setattr(model, "encode", lambda pixels: encoded.append(pixels.shape[1]) or type(model).encode(
-        model, pixels))
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda pixels: encoded.append(pixels.shape[1]) or encode(pixels))
     monkeypatch.setattr(evaluate, "read_video", lambda path, *rest: opened.append(path.name) or read_video(
         path, *rest))
-    variants = variants_of("baseline,relax,align,both", [1.0, 3.0])
+    variants = variants_of(["relax"])
     found = list(ask(model, processor, RECORDS, variants, folder))
     assert opened == ["a.mp4", "b.mp4", "a.mp4", "c.mp4"] and encoded == [8, 8, 4, 8]
-    assert list(variants) == ["baseline", "relax", "align 1", "align 3", "both 1", "both 3"]
     assert Counter((line["id"], line["variant"]) for line in found) == Counter(
         (record.id, name) for record in RECORDS for name in variants)
     plain = {line["id"]: line for line in found if line["variant"] == "baseline"}
@@ -105,17 +107,43 @@ def test_a_video_is_decoded_and_encoded_once_for_its_questions_and_variants(toy,
     assert plain["q3"]["answer"] == "ring" and not any(line["error"] or line["unparsed"] for line in found)
 
 
-def test_generated_choices_that_cannot_be_read_are_wrong_and_counted(toy, folder, monkeypatch):
+def test_generated_choices(toy, folder, monkeypatch):
+    """What cannot be read is wrong, and counted."""
     model, processor = toy
-    texts = {"q0": "A", "q2": "It does, yes", "q4": "purple"}
+    texts = {"q0": "A", "q2": "It does, yes", "q4": "A. red B. green"}
     monkeypatch.setattr(model, "generate", lambda *_, max_new_tokens, **__: [max_new_tokens])
     order = iter([texts.get(f"q{n}", "the Three.") for n in (0, 1, 2, 5, 3, 4)])
     monkeypatch.setattr(processor, "decode", lambda ids: next(order) if ids == [9] else 1 / 0)
-    asked = ask(model, processor, RECORDS, {"baseline": None}, folder, generate=True, max_new_tokens=9)
-    found = {line["id"]: line for line in asked}
+    how = How(generate=True, max_new_tokens=9)
+    found = {line["id"]: line for line in ask(model, processor, RECORDS, {"baseline": None}, folder, how=how)}
     assert {id: line["right"] for id, line in found.items()} == {
         "q0": True, "q1": False, "q2": False, "q3": False, "q4": False, "q5": True}
     assert [id for id, line in found.items() if line["unparsed"]] == ["q4"]
+
+
+def test_right_is_judged_by_position(toy, monkeypatch):
+    """Also for choices that are equal, which no file may have."""
+    model, processor = toy
+    video = read_video(TOY / "clip.mp4")
+    features = model.encode(processor(video, "?").pixel_values)
+    record = Record("q", "a.mp4", "Which?", ("ring", "ring", "ring"), "ring", "")
+    for position in range(3):
+        scores = -torch.eye(3)[(position + 1) % 3] - 2 * torch.eye(3)[(position + 2) % 3]
+        monkeypatch.setattr(evaluate, "score_choices", lambda *_: scores)
+        assert answer(model, processor, record, video, features, None)["right"] == (position == 0)
+
+
+def test_a_video_that_does_not_fit_into_memory_is_an_error(toy, folder, monkeypatch):
+    model, processor = toy
+    encode = model.encode
+
+    def encode_short(pixels):
+        if pixels.shape[1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return encode(pixels)
+    monkeypatch.setattr(model, "encode", encode_short)
+    errors = {line["id"]: line["error"] for line in ask(model, processor, RECORDS, {"baseline": None}, folder)}
+    assert errors.pop("q3") is None and {*errors.values()} == {"CUDA out of memory. Tried to allocate"}
 
 
 def test_numbers_that_are_not_finite_are_an_error(toy, folder):
@@ -129,106 +157,18 @@ def test_numbers_that_are_not_finite_are_an_error(toy, folder):
     assert ["no finite numbers" in line["error"] for line in lines] == [True, True] and not lines[0]["right"]
 
 
-# ---- statistics ----
+# ---- one run ----
 
 
-def test_the_sign_test_by_hand_and_as_scipy_has_it():
-    """SciPy: binomtest(gained, gained + lost).pvalue."""
-    assert sign_test(5, 5) == sign_test(0, 0) == 1
-    assert sign_test(0, 3) == sign_test(3, 0) == 2 / 8
-    assert sign_test(1, 5) == 2 * (1 + 6) / 64
-    for gained, lost, p in ((3, 21, 0.0002771615982055664), (45, 62, 0.1215124218762441), (8, 1, 0.0390625)):
-        assert sign_test(gained, lost) == pytest.approx(p, rel=1e-9)
-
-
-def test_holms_correction_by_hand_and_as_statsmodels_has_it():
-    """0.01 three times, then 0.03 twice, then 0.04, which may not be below the one before."""
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.2, 0.0002, 0.03, 0.03, 0.9]) == pytest.approx([0.4, 0.001, 0.12, 0.12, 0.9])
-    assert holm([0.7, 0.6]) == [1.0, 1.0] and holm([]) == [] and holm([0.02]) == [0.02]
-
-
-def test_the_smallest_difference_that_could_be_shown_by_hand():
-    """Of 9 changes, 8 against 1 has p = 20/512 and 7 against 2 has 92/512; of 6, 6 against 0 has 2/64."""
-    assert detectable(100, 9) == 7 / 100
-    assert detectable(50, 6) == 6 / 50 == detectable(50, 0) == detectable(50, 5)
-    for changes in (7, 20, 51):
-        least = round(1000 * detectable(1000, changes))
-        p = [sign_test((changes + d) // 2, (changes - d) // 2) for d in (least, least - 2)]
-        assert p[0] < 0.05 <= p[1]
-
-
-def test_the_interval_equals_a_second_writing_of_it():
-    """With numbers drawn by another generator, so within what 10,000 draws leave open."""
-    rng = random.Random(1)
-    videos = [f"v{rng.randrange(40)}" for _ in range(300)]
-    lean = {f"v{n}": rng.choice((-1, 0, 0, 1, 1)) for n in range(40)}
-    changes = [lean[video] if rng.random() < 0.4 else 0 for video in videos]
-    of_video = [[c for c, video in zip(changes, videos) if video == v] for v in sorted(set(videos))]
-    means = []
-    for _ in range(4000):
-        drawn = sum(rng.choices(of_video, k=len(of_video)), [])
-        means.append(sum(drawn) / len(drawn))
-    means.sort()
-    low, high = interval(changes, videos, seed=0)
-    assert (low, high) == pytest.approx((means[100], means[3900]), abs=0.005)
-    assert interval(changes, videos, seed=0) == [low, high] != interval(changes, videos, seed=1)
-    one_each = interval(changes, [f"{n}" for n in range(300)], seed=0)       # as if videos did not matter
-    assert one_each[1] - one_each[0] < 0.9 * (high - low)
-
-
-def test_the_interval_of_what_leaves_no_doubt_and_of_one_video():
-    assert interval([1] * 6, list("aabbcc"), 0) == [1.0, 1.0]
-    assert interval([1, 0], ["a", "a"], 0) == interval([], [], 0) == [-1.0, 1.0]
-
-
-def line(id, variant, right, video="v", task="t", **more):
-    return {"id": id, "variant": variant, "right": right, "video": video, "task": task, "unparsed": False,
-            "error": None, **more}
-
-
-def test_the_summary_counts_pairs_overall_and_by_task():
-    """Ten questions; OutRo mends 2 and spoils 1. Then one that failed, one half asked, one asked again."""
-    base, outro = "1110000000", "1101100000"
-    lines = [line(f"{n}", name, bit == "1", f"v{n % 3}", "st"[n < 4])
-             for n, pair in enumerate(zip(base, outro)) for name, bit in zip(("baseline", "both"), pair)]
-    lines += [line("x", "baseline", True), line("x", "both", False, error="broken")]
-    lines += [line("half", "baseline", True)]
-    lines += [line("9", "both", False, "v0", "s", unparsed=True)]
-    found = summarise(lines, seed=5)
-    assert (found["questions"], found["videos"], found["errors"], found["seed"]) == (11, 4, 1, 5)
-    both = found["variants"]["both"]
-    keys = ("n", "right", "gained", "lost", "unparsed", "p", "p_holm")
-    assert [both[key] for key in keys] == [10, 4, 2, 1, 1, 1, 1]
-    assert both["difference"] == 0.1 and both["interval"][0] < 0.1 < both["interval"][1]
-    assert found["variants"]["baseline"]["right"] == 3 and found["variants"]["baseline"]["difference"] == 0
-    assert list(found["tasks"]) == ["s", "t"] and found["tasks"]["t"]["both"]["gained"] == 1
-    assert found["tasks"]["s"]["both"]["n"] == 6 and found["tasks"]["t"]["both"]["errors"] == 1
-    assert summarise(lines[::-1][1:], seed=5) != found and summarise(lines[4:] + lines[:4], seed=5) == found
-    with pytest.raises(ValueError, match="no question has an answer of every variant"):
-        summarise(lines[-2:-1] + [line("y", "both", True)])
-
-
-def test_holm_counts_the_variants_but_not_the_baseline():
-    questions = [{name: line("", name, n < k, f"v{n}") for name, k in
-                  (("baseline", 0), ("relax", 0), ("align", 6), ("both", 9))} for n in range(20)]
-    found = compare(questions, ["baseline", "relax", "align", "both"], 0)
-    assert [found[name]["p_holm"] for name in found] == pytest.approx([1, 1, 2 * 2 / 64, 3 * 2 / 512])
-
-
-# ---- the command ----
-
-
-def test_an_interrupted_run_goes_on_to_the_report_of_a_whole_one(folder, call, monkeypatch):
+def test_an_interrupted_run_goes_on(folder, call, monkeypatch):
     """Killed at any byte, or by Ctrl-C; what is there is not asked again, and counts once."""
-    ask_for = [folder / "q.jsonl", "--model", TOY, "--variants", "both"]
+    ask_for = [folder / "q.jsonl", "--model", TOY]
     code, whole, err = call(*ask_for, "--out", folder / "whole")
     assert code == 0 and whole.startswith("6 questions on 3 videos; seed 0\n") and err == "6 questions\n"
     data = (folder / "whole").read_bytes()
     assert {"id", "variant", "answer", "right", "settings"} <= answers(folder / "whole")[0].keys()
     asked = []
-    monkeypatch.setattr(evaluate, "ask", lambda *args, **how: (
-        asked.append(answer) or answer for answer in ask(*args, **how)))
+    monkeypatch.setattr(evaluate, "ask", lambda *args: (asked.append(line) or line for line in ask(*args)))
     for cut in (3, data.index(b"\n") + 1, len(data) // 2, len(data)):
         (folder / "part").write_bytes(data[:cut])
         asked.clear()
@@ -236,115 +176,190 @@ def test_an_interrupted_run_goes_on_to_the_report_of_a_whole_one(folder, call, m
         assert (folder / "part").read_bytes() == data
         assert len(asked) == 12 - data[:cut].count(b"\n")
 
-    def interrupted(*args, **how):
-        for n, answer in enumerate(ask(*args, **how)):
+    def interrupted(*args):
+        for n, line in enumerate(ask(*args)):
             if n == 5:
                 raise KeyboardInterrupt
-            yield answer
+            yield line
     monkeypatch.setattr(evaluate, "ask", interrupted)
     code, out, err = call(*ask_for, "--out", folder / "stopped")
     assert (code, out, (folder / "stopped").read_bytes().count(b"\n")) == (130, "", 5)
     assert call("--report", folder / "whole")[:2] == (0, whole)
 
 
-def test_processes_share_the_videos_and_their_files_report_together(folder, call, monkeypatch):
-    ask_for = [folder / "q.jsonl", "--model", TOY, "--variants", "relax,align", "--seed", 4]
+def test_processes_share_the_videos(folder, call, monkeypatch):
+    """Each says what it asks, and their files are reported together."""
+    ask_for = [folder / "q.jsonl", "--model", TOY, "--seed", 4]
     whole = call(*ask_for, "--json")[1]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert call(*ask_for)[0] == 2
-    for rank in "10":
+    for rank, asked in (("1", 2), ("0", 4)):
         monkeypatch.setenv("RANK", rank)
-        assert call(*ask_for, "--out", folder / "out")[:2] == (0, "")
-    monkeypatch.delenv("WORLD_SIZE")
-    videos = [{answer["video"] for answer in answers(folder / f"out.{rank}")} for rank in "01"]
+        code, out, err = call(*ask_for, "--out", folder / "out")
+        assert (code, out) == (0, "") and err.startswith(f"process {rank} of 2: {asked} of 6 questions; --report")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    videos = [{line["video"] for line in answers(folder / f"out.{rank}")} for rank in "01"]
     assert videos == [{"a.mp4", "c.mp4"}, {"b.mp4"}]
     assert call("--report", folder / "out.1", folder / "out.0", "--json")[:2] == (0, whole)
     found = json.loads(whole)
-    assert list(found) == ["questions", "videos", "errors", "seed", "variants", "tasks"]
-    assert {*"n right unparsed gained lost p p_holm difference interval detectable".split()} <= {
-        *found["variants"]["relax"]}
-    assert sorted(found["tasks"]) == ["colour", "free", "moves"] and found["seed"] == 4
+    assert sorted(found["tasks"]) == ["colour", "free", "moves"] and (found["seed"], found["asked"]) == (4, "outro")
 
 
-def test_a_broken_or_missing_video_is_an_error_that_is_counted_and_tried_again(folder, call):
+def test_ranks_count_only_under_torchrun(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert Share.of_environment() == Share()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert Share.of_environment() == Share(1, 4, 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert Share.of_environment() == Share(1, 4, 0)
+    monkeypatch.setenv("RANK", "")
+    assert Share.of_environment() == Share()
+
+
+def test_a_share_of_many_videos():
+    """Of 50,000, at once: to look each up in a list would take minutes."""
+    records = [RECORDS[0]._replace(id=f"{n}", video=f"{n // 2}") for n in range(100_000)]
+    shares = [Share(rank, 3).records(records) for rank in range(3)]
+    assert sorted(record.id for share in shares for record in share) == sorted(record.id for record in records)
+    assert len({record.video for record in shares[0]} & {record.video for record in shares[1]}) == 0
+
+
+def test_a_bad_video_is_an_error_of_its_questions(folder, call):
+    """It is counted, and tried again. One name is longer than a file system allows."""
     (folder / "b.mp4").write_bytes(b"no video at all")
     (folder / "c.mp4").rename(folder / "elsewhere")
-    ask_for = [folder / "q.jsonl", "--model", TOY, "--variants", "relax", "--out", folder / "out"]
-    code, out, err = call(*ask_for, "--json")
+    records = [RECORDS[0]._replace(id="long", video="x" * 300), *RECORDS]
+    written(folder / "q.jsonl", [record._asdict() for record in records])
+    ask_for = [folder / "q.jsonl", "--model", TOY, "--out", folder / "out", "--json"]
+    code, out, err = call(*ask_for)
     found = json.loads(out)
-    assert (code, found["questions"], found["errors"], found["variants"]["relax"]["n"]) == (0, 6, 3, 3)
-    assert err.count("\n") == 3 and "b.mp4 is not a video" in err and "c.mp4: no such file" in err
-    errors = {answer["video"]: answer["error"] or "" for answer in answers(folder / "out")}
+    assert (code, found["questions"], found["errors"], found["variants"]["outro"]["n"]) == (0, 7, 4, 3)
+    assert err.count("\n") == 4 and "b.mp4 is not a video" in err and "c.mp4: no such file" in err
+    assert "File name too long" in err
+    errors = {line["video"]: line["error"] or "" for line in answers(folder / "out")}
     assert errors["c.mp4"].endswith("c.mp4: no such file; check the path") and not errors["a.mp4"]
-    assert call(*ask_for, "--json")[1] == out and len(answers(folder / "out")) == 12
+    assert call(*ask_for)[1] == out and len(answers(folder / "out")) == 14
     (folder / "elsewhere").rename(folder / "c.mp4")
-    found = json.loads(call(*ask_for, "--json")[1])
-    assert (found["errors"], found["variants"]["relax"]["n"]) == (2, 4)
+    found = json.loads(call(*ask_for)[1])
+    assert (found["errors"], found["variants"]["outro"]["n"]) == (3, 4)
 
 
-def test_the_report_says_in_words_what_is_shown(folder, call):
-    """40 questions of which OutRo mends 9 and alignment spoils 1: the first is shown, the second is not."""
-    right = {"baseline": lambda n: n < 20, "both": lambda n: n < 29, "align": lambda n: n < 19}
-    rows = [json.dumps({**line(f"{n}", name, is_right(n), f"v{n}"), "settings": "seed 0; gamma 3"})
-            for n in range(40) for name, is_right in right.items()]
-    (folder / "out").write_text("\n".join(rows) + "\n")
-    code, out, _ = call("--report", folder / "out", "--figures", folder / "pictures")
-    table = [text.split() for text in out.splitlines()]
-    assert table[3] == ["all:", "40", "questions"] and table[4] == ["baseline", "50.0%", "0"]
-    assert table[5][:5] == ["both", "72.5%", "0", "9", "0"] and table[5][5] == "+22.50"
-    assert table[5][-4:] == ["0.0039", "0.0078", "17.50", "better"] and table[6][-1] == "no"
-    assert "both: better than the baseline, by 22.50 points" in out
-    assert "align: no difference from the baseline is shown; with so many changed answers, 15.00" in out
-    assert out.splitlines()[-1].startswith("The best of several variants") and "is no result" in out
-    assert [path.name for path in (folder / "pictures").iterdir()] == ["differences.png"]
+def test_names_of_files_are_escaped(folder, call):
+    record = RECORDS[0]._replace(id="x", video="\x1b[2J\u202e.mp4", task="\x1b]0;title\x07")
+    written(folder / "q.jsonl", [record._asdict(), RECORDS[1]._asdict()])
+    _, out, err = call(folder / "q.jsonl", "--model", TOY)
+    assert "\\x1b[2J\\u202e.mp4: no such file" in err and "\\x1b]0;title\\x07: 0 questions, 1 error" in out
+    assert all(character.isprintable() or character == "\n" for character in out + err)
 
 
-def test_a_report_needs_no_more_of_a_line_than_what_was_answered(folder, call):
-    """Ten videos with a question each, of which OutRo mends eight and spoils one; --seed counts then."""
-    rows = [{"id": f"{n}", "variant": name, "answer": "", "right": is_right, "settings": "mine"}
-            for n in range(10) for name, is_right in (("baseline", n == 9), ("both", n < 8))]
-    (folder / "out").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    found = json.loads(call("--report", folder / "out", "--seed", 6, "--json")[1])
-    both = found["variants"]["both"]
-    assert (found["videos"], found["seed"], found["tasks"]) == (10, 6, {})
-    assert (both["gained"], both["lost"], both["p"], both["difference"]) == (8, 1, 20 / 512, 0.7)
+@pytest.mark.parametrize("arguments, name", [
+    (["q.jsonl"], HUB_MODEL), (["--toy", "1"], TOY), (["--toy", "1", "--model", "mine"], "mine")])
+def test_default_model(folder, call, monkeypatch, arguments, name):
+    loaded = []
+
+    def refuse(path_or_repo, *rest):
+        loaded.append(path_or_repo)
+        raise ValueError("not now")
+    monkeypatch.setattr(evaluate, "load", refuse)
+    monkeypatch.chdir(folder)
+    assert call(*arguments)[0] == 2 and loaded == [name]
+
+
+def test_a_model_is_told_by_its_weights(folder, call):
+    """A copy elsewhere goes on; the same path with other weights does not."""
+    model = folder / "model"
+    shutil.copytree(TOY, model, copy_function=shutil.copyfile)
+    ask_for = [folder / "q.jsonl", "--limit", 1, "--out", folder / "out"]
+    assert call(*ask_for, "--model", TOY)[0] == 0
+    data = (folder / "out").read_bytes()
+    assert call(*ask_for, "--model", model)[0] == 0 and (folder / "out").read_bytes() == data
+    tensors = load_file(model / "model.safetensors")
+    name = "model.text_model.layers.2.self_attn.o_proj.weight"
+    save_file({**tensors, name: tensors[name] * 1.01}, model / "model.safetensors", {"format": "pt"})
+    code, out, err = call(*ask_for, "--model", model)
+    assert (code, out) == (2, "") and "is of another run, with weights" in err
+    assert (folder / "out").read_bytes() == data
+    assert fingerprint(*load(TOY)) == fingerprint(*load(TOY)) != fingerprint(*load(model))
+
+
+# ---- reports ----
+
+
+def line(n, variant, right, **more):
+    return {"id": f"{n}", "variant": variant, "right": right, "settings": "seed 3; gamma 3", **more}
+
+
+def test_a_report_needs_only_what_was_answered(folder, call):
+    """Ten videos with a question each, of which OutRo mends eight and spoils one."""
+    rows = [line(n, name, right) for n in range(10) for name, right in (("baseline", n == 9), ("outro", n < 8))]
+    found = json.loads(call("--report", written(folder / "out", rows), "--json")[1])
+    row = found["variants"]["outro"]
+    assert (found["videos"], found["seed"], found["tasks"]) == (10, 3, {})
+    assert (row["gained"], row["lost"], row["difference"]) == (8, 1, 0.7)
+    assert found["test"] == {"p": 20 / 512, "detectable": 0.7, "verdict": "better"}
+    assert found == json.loads(json.dumps(summarise(evaluate.read_answers(folder / "out"), 3)))
+
+
+def test_reports_of_two_runs_are_not_mixed(folder, call):
+    """Neither in two files nor in one; the second file of one run is."""
+    mine = [line(n, name, True) for n in range(2) for name in ("baseline", "outro")]
+    other = [{**row, "settings": "seed 3; gamma 1"} for row in mine]
+    first, second, third = (written(folder / name, rows) for name, rows in (
+        ("first", mine[:2]), ("second", mine[2:]), ("third", other[2:])))
+    both = written(folder / "both", mine[:2] + other[2:])
+    assert json.loads(call("--report", first, second, "--json")[1])["questions"] == 2
+    for files in ([first, third], [both]):
+        code, out, err = call("--report", *files)
+        assert (code, out) == (2, "") and "is of another run, with gamma 1 instead of gamma 3" in err
+
+
+# ---- errors of the user ----
 
 
 @pytest.mark.parametrize("arguments, said", [
     ([], "give one of these: a file of questions, --toy N, or --report FILE"),
     (["q.jsonl", "--toy", "3"], "give one of these"),
     (["none.jsonl"], "none.jsonl: no such file"),
-    (["q.jsonl", "--format", "vqa"], "its format is vqa"),
+    (["q.jsonl", "--format", "vqa"], "argument --format: invalid choice: 'vqa'"),
     (["q.jsonl", "--videos", "empty"], "empty has no a.mp4"),
-    (["q.jsonl", "--variants", "relax,open"], "--variants 'open' is none of baseline, relax, align, both"),
-    (["q.jsonl", "--gamma", "3,x"], "could not convert string to float: 'x'"),
-    (["q.jsonl", "--gamma", "-1"], "gamma must be a number from 0 on"),
+    (["q.jsonl", "--variants", "relax,open"], "--variants 'open' is none of baseline, outro, relax, align"),
+    (["q.jsonl", "--gamma", "3,x"], "argument --gamma: 'x' is not a number"),
+    (["q.jsonl", "--gamma", "-1"], "argument --gamma: '-1' is not from 0"),
     (["q.jsonl", "--model", "no/toy/here"], "no/toy/here is neither a folder here"),
     (["q.jsonl", "--out", "notes.txt"], "notes.txt: line 1 is not JSON"),
-    (["q.jsonl", "--out", "q.jsonl"], "q.jsonl is no file of answers"),
-    (["q.jsonl", "--out", "word.txt"], "word.txt is no file of answers"),
-    (["q.jsonl", "--out", "five.txt"], "five.txt is no file of answers"),
-    (["q.jsonl", "--out", "old", "--gamma", "2"], "old is of another run, with gamma 3 instead of gamma 2"),
-    (["--report", "none"], "No such file or directory: 'none'"),
-    (["--report", "old", "none"], "No such file or directory: 'none'"),
-    (["--report", "old", "older"], "older is of another run, with gamma 1"),
+    (["q.jsonl", "--out", "q.jsonl"], "q.jsonl is not a file of answers"),
+    (["q.jsonl", "--out", "word.txt"], "word.txt is not a file of answers"),
+    (["q.jsonl", "--out", "five.txt"], "five.txt is not a file of answers"),
+    (["q.jsonl", "--out", "empty"], "empty is a folder"),
+    (["q.jsonl", "--out", "pipe"], "pipe is a pipe or a device"),
+    (["q.jsonl", "--out", "/dev/full"], "/dev/full is a pipe or a device"),
+    (["q.jsonl", "--out", "nowhere/out"], "there is no folder nowhere"),
+    (["q.jsonl", "--out", "old", "--gamma", "2"], "old is of another run, with variants baseline,outro instead of"),
+    (["--report", "none"], "none: no such file"),
+    (["--report", "old", "none"], "none: no such file"),
+    (["--report", "pipe"], "pipe is a pipe or a device"),
+    (["--report", "words"], "words: right of the question '1' is 'yes'; correct it"),
     (["--report", "void"], "no question has an answer"),
-    (["q.jsonl", "--figures", "q.jsonl/a"], "is not a writable folder"),
     (["q.jsonl", "--frames", "0"], "argument --frames: '0' is not from 1 to"),
     (["--toy", "0"], "argument --toy: '0' is not from 1 to"),
     (["--toy", "5", "--noise", "256"], "argument --noise: '256' is not from 0 to 255"),
     (["q.jsonl", "--fps", "nan"], "argument --fps: 'nan' is not from"),
 ])
-def test_errors_of_the_user_are_one_line_and_nothing_is_lost(folder, call, monkeypatch, arguments, said):
+def test_errors_are_one_line_and_nothing_is_lost(folder, call, monkeypatch, arguments, said):
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
+    os.mkfifo(folder / "pipe")
     for name, text in {"notes.txt": "a list\n", "word.txt": "a list", "five.txt": "5\n", "void": ""}.items():
         (folder / name).write_text(text)
+    written(folder / "words", [line(1, "baseline", "yes")])
     if "old" in arguments:
-        align = ("q.jsonl", "--model", TOY, "--limit", 1, "--variants", "align")
-        call(*align, "--out", "old")
-        (folder / "older").write_text((folder / "old").read_text().replace("gamma 3", "gamma 1"))
-        arguments = [*align, *arguments[1:]] if "q.jsonl" in arguments else arguments
+        same = ("q.jsonl", "--model", TOY, "--limit", 1)
+        call(*same, "--out", "old")
+        arguments = [*same, *arguments[1:]] if "q.jsonl" in arguments else arguments
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     code, out, err = call(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err

@@ -1,16 +1,14 @@
-"""Files of questions, as their authors publish them, and what is wrong with a file, in one line."""
+"""Files of questions, as their authors publish them, what is wrong with a file, and how answers are read."""
 
 import json
-import random
 
 import pytest
 
 from minioutro.lab.questions import (
-    FORMATS,
-    LETTERS,
     OF_A_CLIP,
     Record,
     chosen,
+    first_tokens,
     plain,
     read_questions,
     toy_questions,
@@ -28,9 +26,6 @@ MME = {"videoID": "x1", "video_id": "001", "duration": "short", "domain": "d", "
        "options": ["A. 1", "B. 2", "C. 3", "D. 4"], "answer": "C"}
 SENSE = {"task_domain": "d", "task_type": "t", "question": "Who?", "candidates": ["A. I", "B. you", "C. he"],
          "answer": "A"}
-MVB = {"video": "x.webm", "question": "Then?", "candidates": ["a", "b", "it"], "answer": "it"}
-NEXT = "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
-EGO = {"question": "Why?", **{f"option {n}": letter for n, letter in enumerate("abcde")}}
 
 
 def written(folder, name, content):
@@ -43,11 +38,30 @@ def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def without(row, key):
+    return {k: value for k, value in row.items() if k != key}
+
+
+def refusal(folder, name, content):
+    """What is said about a file: one line that names it."""
+    path = written(folder, name, content)
+    with pytest.raises((ValueError, OSError)) as error:
+        read_questions(path)
+    text = str(error.value)
+    assert text.startswith(str(path)) and "\n" not in text
+    return text
+
+
+# ---- formats ----
+
+
 @pytest.mark.parametrize("name, content, records", [
     ("ours.jsonl", lines(OURS, {"id": 2, "video": "b/c.mkv", "question": "What?", "answer": "a ring",
                                 "task": "shape", "start": 0, "end": 2.5, "choices": None}),
      [Record("1", "a.mp4", "Which colour?", ("red", "blue"), "blue", "", None, None),
       Record("2", "b/c.mkv", "What?", (), "a ring", "shape", 0.0, 2.5)]),
+    ("ours.csv", "\ufeffid,video,question,answer,task,start\n007,1.mp4,\"Why, so?\",3,,\n8,1.mp4,How?,x,t,1.5\n",
+     [Record("007", "1.mp4", "Why, so?", (), "3", ""), Record("8", "1.mp4", "How?", (), "x", "t", 1.5)]),
     ("lettered.jsonl", lines({**OURS, "choices": ["(A) red", "(B) blue", "(C) 3"], "answer": "C"}),
      [Record("1", "a.mp4", "Which colour?", ("red", "blue", "3"), "3", "")]),
     ("avhbench.json", [AV, {**AV, "task": "AV Captioning", "label": "A dog barks."}, {**AV, "label": "yes"}],
@@ -59,100 +73,156 @@ def lines(*rows):
     ("mme.jsonl", lines(MME, {**MME, "question_id": "001-2", "answer": "(A)"}),
      [Record("001-1", "x1.mp4", "How many?", ("1", "2", "3", "4"), "3", "Counting Problem"),
       Record("001-2", "x1.mp4", "How many?", ("1", "2", "3", "4"), "1", "Counting Problem")]),
-    ("sense.json", {"v1": {"duration": 60, "domain": "d", "task0": SENSE, "task1": {**SENSE, "answer": "C"}}},
+    ("sense.json", {"v1": {"duration": 60, "audio_class": ["Speech"], "task0": SENSE,
+                           "task1": {**SENSE, "answer": "C"}}},
      [Record("v1_task0", "v1.mp4", "Who?", ("I", "you", "he"), "I", "t"),
       Record("v1_task1", "v1.mp4", "Who?", ("I", "you", "he"), "he", "t")]),
-    ("moving.json", [MVB, {**MVB, "candidates": ["B", "A"], "answer": "B", "start": 1.5, "end": 9}],
-     [Record("moving_1", "x.webm", "Then?", ("a", "b", "it"), "it", "moving"),
-      Record("moving_2", "x.webm", "Then?", ("B", "A"), "B", "moving", 1.5, 9.0)]),
-    ("next.csv", NEXT + '7,9,4,3,"why, ""so""",2,6,CW,a,b,"c, d",e,f\n8,9,4,3,how,0,6,CH,1,0,2,,\n',
-     [Record("7_6", "7.mp4", 'why, "so"', ("a", "b", "c, d", "e", "f"), "c, d", "CW"),
-      Record("8_6", "8.mp4", "how", ("1", "0", "2"), "1", "CH")]),
 ], ids=lambda value: value if isinstance(value, str) and "." in value[:20] else "")
-def test_every_format_becomes_the_same_records(tmp_path, name, content, records):
+def test_formats(tmp_path, name, content, records):
     assert read_questions(written(tmp_path, name, content)) == records
 
 
-def test_egoschemas_answers_and_nextqas_folders_lie_beside_the_questions(tmp_path):
-    path = written(tmp_path, "questions.json", [{"q_uid": q, **EGO} for q in ("u1", "u2", "u3")])
-    with pytest.raises(FileNotFoundError, match="subset_answers.json: no such file"):
-        read_questions(path)
-    written(tmp_path, "subset_answers.json", {"u1": 3, "u3": 0})
-    notes = []
-    assert [(r.id, r.video, r.answer) for r in read_questions(path, notes=notes)] == [
-        ("u1", "u1.mp4", "d"), ("u3", "u3.mp4", "a")]
-    assert notes == ["left out: 1 captions, or without an answer"]
-    other = written(tmp_path, "answers.json", {"u2": 4})
-    assert [(r.id, r.answer) for r in read_questions(path, answers=other)] == [("u2", "e")]
-    path = written(tmp_path, "val.csv", NEXT + "7,9,4,3,why,2,6,CW,a,b,c,d,e\n8,9,4,3,why,2,6,CW,a,b,c,d,e\n")
-    written(tmp_path, "map_vid_vidorID.json", {"7": "1164/7"})
-    assert [r.video for r in read_questions(path)] == ["1164/7.mp4", "8.mp4"]
+@pytest.mark.parametrize("content", [
+    lines({"v1": {"task0": SENSE, "task1": SENSE}}, {"v2": {"task3": SENSE}}),
+    json.dumps([{"v1": {"task0": SENSE, "task1": SENSE}}, {"v2": {"task3": SENSE}}]),
+    json.dumps({"v1": {"task0": SENSE, "task1": SENSE}, "v2": {"task3": SENSE}})], ids=["lines", "list", "object"])
+def test_worldsense_of_several_objects(tmp_path, content):
+    records = read_questions(written(tmp_path, "a.json", content))
+    assert [record.id for record in records] == ["v1_task0", "v1_task1", "v2_task3"]
 
 
-def test_what_is_left_out_is_counted_and_deafness_said(tmp_path):
+def test_format_is_given(tmp_path):
+    path = written(tmp_path, "a.json", [{**AV, "videoID": "x"}])
+    assert read_questions(path)[0] == read_questions(path, "avhbench")[0]
+    with pytest.raises(ValueError, match="record 1: it has no 'options'"):
+        read_questions(path, "video-mme")
+    with pytest.raises(ValueError, match="its format is vqa, with the keys label, task"):
+        read_questions(path, "vqa")
+    with pytest.raises(ValueError, match="is an object of videos"):
+        read_questions(path, "worldsense")
+
+
+def test_notes(tmp_path):
+    """Captions are counted, and what the model cannot hear is said."""
     notes = []
-    read_questions(written(tmp_path, "a.json", [AV, {**AV, "task": "AV Captioning"}, {**AV, "label": ""}]),
-                   notes=notes)
-    assert notes == ["left out: 2 captions, or without an answer",
-                     "avhbench asks about sound, and these models are deaf"]
+    read_questions(written(tmp_path, "a.json", [AV, {**AV, "task": "AV Captioning"}]), notes=notes)
+    assert notes == ["captions left out: 1",
+                     "two of avhbench's three tasks ask about sound, which the model cannot hear"]
     read_questions(written(tmp_path, "b.jsonl", lines(OURS)), notes=notes)
     assert len(notes) == 2
 
 
-def without(row, key):
-    return {k: value for k, value in row.items() if k != key}
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("none.json", None, "none.json: no such file"),
-    ("a.jsonl", "", "a.jsonl has no questions"),
-    ("a.json", [], "a.json has no questions"),
-    ("a.json", [{**AV, "task": "AV Captioning"}], "a.json has no questions with answers"),
+    ("a.jsonl", "", "has no questions"),
+    ("a.json", [], "has no questions"),
+    ("a.json", [{**AV, "task": "AV Captioning"}], "has no questions with answers"),
     ("a.json", [{"foo": 1, "bar": 2}], "its format is unknown, with the keys bar, foo; known formats are"),
-    ("a.json", "[1, 2]", "not objects"), ("a.json", '"text"', "not objects"),
     ("a.jsonl", lines(OURS, OURS)[:-9], "line 2 is not JSON"),
-    ("a.jsonl", '{"id": 1,\n' + lines(OURS), "line 1 is not JSON"),
-    ("a.json", '[\n{"id": 1},\n{"id"\n]', "line 4 is not JSON"),
-    ("a.json", "[" * 100_000, "line 1 is not JSON"),
     ("a.parquet", "PAR1", "read_parquet(...).to_json("),
-    ("a.jsonl", lines(OURS, {"id": "seven", "video": "a", "question": "?"}), "'seven': it has no 'answer'"),
+    ("a.jsonl", lines(OURS, {"id": "seven", "video": "a", "question": "?"}), "record 2: it has no 'answer'"),
     ("a.jsonl", lines(without(OURS, "id"), OURS), "record 1: it has no 'id'"),
-    ("a.jsonl", lines({**OURS, "video": None}), "record '1': it has no 'video'"),
-    ("a.jsonl", lines({**OURS, "answer": "green"}), "record '1': its answer 'green' is none of the choices"),
-    ("a.json", [{**MME, "answer": "E"}], "record '001-1': its answer 'E' is none of"),
-    ("a.csv", NEXT + "7,9,4,3,why,5,6,CW,a,b,c,d,e\n", "record '7_6': its answer '5' is none of"),
-    ("a.jsonl", lines({**OURS, "choices": ["blue"]}), "'1': its choices are ['blue'], not a list of 2"),
-    ("a.jsonl", lines({**OURS, "choices": "blue"}), "record '1': its choices are 'blue', not a list"),
-    ("a.jsonl", lines(OURS, OURS), "record '1': this id is there twice"),
-    ("a.jsonl", lines({**OURS, "start": "soon"}), "record '1': could not convert string to float: 'soon'"),
+    ("a.jsonl", lines({**OURS, "video": None}), "record 1: it has no 'video'"),
+    ("a.jsonl", lines({**OURS, "video": 7.0}), "record 1: its 'video' is 7.0, with a decimal point"),
+    ("a.jsonl", lines({**OURS, "video": " "}), "record 1: its 'video' is empty"),
+    ("a.jsonl", lines({**OURS, "answer": float("nan")}), "record 1: its 'answer' is empty"),
+    ("a.jsonl", lines({**OURS, "answer": float("inf")}), "record 1: its 'answer' is inf, not a text"),
+    ("a.jsonl", lines({**OURS, "answer": True}), "record 1: its 'answer' is True, not a text or a number"),
+    ("a.jsonl", lines({**OURS, "question": ["Why?"]}), "record 1: its 'question' is ['Why?'], not a text"),
+    ("a.jsonl", lines({**OURS, "options": ["red", "blue"]}), "record 1: its key 'options' is unknown"),
+    ("a.jsonl", lines(OURS, {**OURS, "id": 1}), "record 2: its id '1' is there twice"),
+    ("a.jsonl", lines({**OURS, "start": "soon"}), "record 1: its 'start' is 'soon', not a number of seconds"),
+    ("a.jsonl", lines({**OURS, "end": "nan"}), "record 1: its 'end' is 'nan', not a number of seconds"),
+    ("a.jsonl", lines({**OURS, "start": True}), "record 1: its 'start' is True, not a text or a number"),
+    ("a.jsonl", lines({**OURS, "start": 2, "end": 2}), "record 1: its end, 2 s, does not come after"),
+    ("a.csv", "id,video,question,answer\n1,a,b\n", "record 1: it has fewer cells"),
+    ("a.csv", "id,video,question,answer\n1,a,b,c,d\n", "record 1: it has more cells"),
+    ("a.json", [{**AV, "label": ""}], "record 1: its 'label' is empty"),
+    ("a.json", [{**AV, "label": "maybe"}], "record 1: its answer 'maybe' is none of the choices ('Yes', 'No')"),
+    ("a.json", {"v1": {"task0": SENSE}, "v2": {"question0": SENSE}}, "video 'v2' has {'question0'"),
+    ("a.json", {"v1": {"task0": SENSE, "task1": None}}, "video 'v1' has 'task1', which is None"),
+    ("a.json", {"v1": {"task0": SENSE, "more": {}}}, "video 'v1' has 'more', which is {}"),
+    ("a.json", {"v1": {"task0": without(SENSE, "answer")}}, "record 1: it has no 'answer'"),
+    ("a.json", {"id": {"0": 1}, "video": {"0": "a"}, "question": {"0": "?"}, "answer": {"0": "x"}},
+     "is the object {'0': 'x'}, not a text or a number; pandas writes a row for each record with orient='records'"),
+    ("a.json", {key: {"0": value} for key, value in MME.items()}, "with orient='records'"),
 ])
-def test_what_is_wrong_with_a_file_is_named_in_one_line(tmp_path, name, content, said):
-    path = tmp_path / name if content is None else written(tmp_path, name, content)
-    with pytest.raises((ValueError, OSError)) as error:
-        read_questions(path)
-    assert said in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
+def test_a_wrong_file_is_refused(tmp_path, name, content, said):
+    assert said in refusal(tmp_path, name, content)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json: no such file"):
+        read_questions(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("row, keys", [
     (OURS, "video question answer"), (AV, "task label"), (DAILY, "video_id Question Answer Type"),
-    (MME, "question_id question options answer task_type"), (MVB, "video question answer")], ids=range(5))
-def test_a_missing_field_is_named_with_what_is_there(tmp_path, row, keys):
+    (MME, "question_id question options answer task_type")], ids=range(4))
+def test_a_missing_field_is_named(tmp_path, row, keys):
     for key in keys.split():
         rest = without(row, key)
-        with pytest.raises(ValueError, match=f"record .*: it has no '{key}'; .*{sorted(rest)[0]}"):
-            read_questions(written(tmp_path, "a.json", [rest]))
+        text = refusal(tmp_path, "a.json", [row, {**rest, "id": "2"} if row is OURS else rest])
+        assert f"record 2: it has no '{key}'" in text and f"with the keys {sorted(rest)[0]}" in text
 
 
-def test_a_format_can_be_forced(tmp_path):
-    path = written(tmp_path, "a.json", [{**MVB, "id": "1"}])
-    assert read_questions(path)[0].id == "a_1" and read_questions(path, "mvbench")[0].id == "a_1"
-    assert read_questions(path, "ours")[0] == Record("1", "x.webm", "Then?", (), "it", "")
-    with pytest.raises(ValueError, match="its format is vqa, with the keys answer, candidates"):
-        read_questions(path, "vqa")
-    assert len(FORMATS) == 8
+@pytest.mark.parametrize("options, said", [
+    (["red", None, "blue"], "option 2 of its 'choices' is empty"),
+    (["red", " ", "blue"], "option 2 of its 'choices' is empty"),
+    (["red", float("nan"), "blue"], "option 2 of its 'choices' is empty"),
+    (["A. red", "B.", "C. blue"], "option 2 of its 'choices' is empty"),
+    (["blue", "blue ", "red"], "of which two are equal"),
+    (["A. blue", "B. blue"], "of which two are equal"),
+    (["blue"], "are ['blue'], not a list of 2 to 26"),
+    ("blue", "are 'blue', not a list"),
+    ({"A": "red", "B": "blue"}, "'choices' is the object"),
+    ([["red"], "blue"], "option 1 of its 'choices' is ['red'], not a text"),
+    ([True, "blue"], "option 1 of its 'choices' is True, not a text"),
+    ([f"{n}" for n in range(27)], "not a list of 2 to 26")])
+def test_wrong_options_are_refused(tmp_path, options, said):
+    text = refusal(tmp_path, "a.jsonl", lines(OURS, {**OURS, "id": "2", "choices": options}))
+    assert "record 2: " in text and said in text
 
 
-def test_the_requests_are_the_releases():
+@pytest.mark.parametrize("row, answer, said", [
+    (OURS, "green", "its answer 'green' is none of the choices ('red', 'blue')"),
+    (OURS, 1, "its answer '1' is none of"),
+    ({**OURS, "choices": ["b", "a"]}, "A", "is the letter of one choice and the text of another"),
+    ({**OURS, "choices": ["A. B", "B. A"]}, "B", "is the letter of one choice and the text of another"),
+    (MME, "E", "its answer 'E' is none of the choices"),
+    (MME, "B. 3", "its answer 'B. 3' is none of the choices")])
+def test_a_wrong_answer_is_refused(tmp_path, row, answer, said):
+    assert said in refusal(tmp_path, "a.json", [{**row, "answer": answer}])
+
+
+# ---- options and answers ----
+
+
+@pytest.mark.parametrize("options, choices", [
+    (["A. x", "B. y"], ("x", "y")), (["(A) x", "(B) y"], ("x", "y")), (["A: A. x", "B) y"], ("A. x", "y")),
+    (["A. x", "C. y"], ("A. x", "C. y")), (["A. x", "y"], ("A. x", "y")), (["A x", "B y"], ("A x", "B y")),
+    (["Ab", "Ba"], ("Ab", "Ba")), (["A.D.", "B.C."], ("A.D.", "B.C.")), (["A.x", "B.y"], ("A.x", "B.y")),
+    (["A.", "B."], ("A.", "B.")), (["(A)", "(B)"], ("(A)", "(B)")), (["A", "B"], ("A", "B"))])
+def test_letters_in_front_of_options(tmp_path, options, choices):
+    """They are taken off if all options have one, in order, a space follows, and something is left."""
+    for position, letter in enumerate("AB"):
+        for answer in (letter, options[position]):
+            path = written(tmp_path, "a.json", [{**MME, "options": options, "answer": answer}])
+            record, = read_questions(path)
+            assert (record.choices, record.answer) == (choices, choices[position])
+
+
+def test_an_answer_is_first_of_all_a_text_in_our_format(tmp_path):
+    """In the others it is first of all a letter."""
+    record, = read_questions(written(tmp_path, "a.json", [{**OURS, "choices": ["B", "A"], "answer": "B"}]))
+    assert record.answer == "B"
+    record, = read_questions(written(tmp_path, "a.json", [{**MME, "options": ["B", "A"], "answer": "B"}]))
+    assert record.answer == "A"
+
+
+def test_requests():
     assert with_choices("Who?", ()) == "Who?"
     assert with_choices("Is it?", ("Yes", "No")) == "Is it? Answer yes or no."
     assert with_choices("Who?", ("I", "you", "he", "we")) == (
@@ -161,26 +231,60 @@ def test_the_requests_are_the_releases():
     assert with_choices("Who?", ("I", "you")).endswith("the letter (A or B) of the correct option.")
 
 
-@pytest.mark.parametrize("text, choice", [
-    ("B", "a boat"), ("B.", "a boat"), ("B) whatever", "a boat"), ("(B)", "a boat"), ("B: a boat", "a boat"),
-    ("A boat.", "a boat"), ("the  BOAT", "a boat"), (" C\n", "Bob"), ("D", None), ("b", None), ("", None),
-    ("B or C", None), ("The answer is B", None), ("a", None), ("a boat and a car", None)])
-def test_a_generated_choice_is_read_strictly(text, choice):
-    assert chosen(text, ("a car", "a boat", "Bob")) == choice
+@pytest.mark.parametrize("text, position", [
+    ("B", 1), ("B.", 1), ("B) whatever", 1), ("(B)", 1), ("B: a boat", 1), ("B. A boat", 1), ("B. B", 1),
+    ("C. Vitamin A", 2), ("A boat.", 1), ("the  BOAT", 1), (" C\n", 2), ("vitamin a", 2),
+    ("D", None), ("b", None), ("", None), ("The answer is B", None), ("a", None), ("B.C.", None),
+    ("a boat and a car", None), ("B or C", None), ("A, B", None), ("(A) or (B)", None), ("A) B) C)", None),
+    ("A. a car B. a boat C. Vitamin A", None), ("A. a car\nB. a boat", None), ("A. and B", None), ("B. C", None)])
+def test_chosen_letter(text, position):
+    assert chosen(text, ("a car", "a boat", "Vitamin A")) == position
 
 
-@pytest.mark.parametrize("text, choice", [
-    ("Yes", "Yes"), ("no.", "No"), ("I think NO, yes", "No"), ("Nobody knows", None), ("yesterday", None)])
-def test_yes_or_no_is_the_first_whole_word(text, choice):
-    assert chosen(text, ("Yes", "No")) == choice
+def test_chosen_text_that_looks_lettered():
+    assert chosen("A. Huxley", ("B. Braun", "A. Huxley")) == 1
+    assert chosen("A", ("B", "A")) == 0                     # the request asks for a letter
+    assert chosen("B.C.", ("B.C.", "A.D.")) == 0
+    assert chosen("ph", ("pH", "PH")) is None               # as plain as both
 
 
-def test_plain_texts():
+@pytest.mark.parametrize("text, position", [
+    ("Yes", 0), ("no.", 1), ("I think NO, yes", 1), ("Yes, no dog is heard", 0), ("Nobody knows", None),
+    ("yesterday", None), ("Yes or no", None), ("yes/no", None)])
+def test_chosen_yes_or_no(text, position):
+    assert chosen(text, ("Yes", "No")) == position
+
+
+def test_plain():
     assert plain(" The red  Ring. ") == plain("a red ring") == "red ring"
     assert plain("A") == "a" and plain("red, blue!") == "red, blue" and plain("an") != plain("the")
 
 
-def test_the_toys_questions_are_about_unseen_clips_and_answered_by_what_is_drawn():
+def test_first_tokens(toy):
+    """The toy has ' A' but not ' B', ' Yes' and ' No' but not 'Yes'; a tokenizer with all has two forms."""
+    processor = toy[1]
+    colours = ("red", "green", "blue")
+    token = processor.tokenizer.token_to_id
+    assert first_tokens(processor, colours).tolist() == [[token("A"), token("B"), token("C")]]
+    assert first_tokens(processor, ("No", "Yes")).tolist() == [[token("ĠNo"), token("ĠYes")]]
+
+    class Whole:
+        def tokenize(self, pieces):
+            return [len(pieces[0]) * 100 + ord(pieces[0][-1])]
+
+    class Bytes:
+        def tokenize(self, pieces):
+            return list(pieces[0].encode())
+    assert first_tokens(Whole(), colours).tolist() == [[265, 266, 267], [165, 166, 167]]
+    with pytest.raises(ValueError, match="no single token for Yes or No"):
+        first_tokens(Bytes(), ("Yes", "No"))
+
+
+# ---- the toy's world ----
+
+
+def test_toy_questions():
+    """They are about unseen clips, answered by what is drawn, and of every kind that a clip has."""
     records, clips = toy_questions(25, seed=3, noise=7)
     assert len(records) == 25 and len(clips) == 3 and len({record.id for record in records}) == 25
     for n, (video, write) in enumerate(clips.items()):
@@ -194,13 +298,3 @@ def test_the_toys_questions_are_about_unseen_clips_and_answered_by_what_is_drawn
         assert len({r.task for r in asked}) == min(len(set(kinds)), len(asked))
         assert all(kinds.count(r.task) > 1 for r in asked[len(set(kinds)):])
     assert toy_questions(20, seed=3)[0] == records[:20] != toy_questions(20, seed=4)[0]
-
-
-def test_letters_of_options_are_taken_off_only_if_all_have_them_in_order(tmp_path):
-    rng = random.Random(0)
-    for options, bare in ((["A. x", "B. y"], ["x", "y"]), (["A. x", "C. y"], None), (["A. x", "y"], None),
-                          (["A: A. x", "B) y"], ["A. x", "y"]), (["A x", "B y"], None), (["Ab", "Ba"], None)):
-        n = rng.randrange(2)
-        path = written(tmp_path, "a.json", [{**MME, "options": options, "answer": LETTERS[n]}])
-        record, = read_questions(path)
-        assert record.choices == tuple(bare or options) and record.answer == record.choices[n]

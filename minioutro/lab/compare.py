@@ -65,6 +65,8 @@ def interval(changes: list[int], videos: list[str], seed: int) -> list[float]:
     V = len(number_of)
     if V < 2:
         return [-1.0, 1.0]
+    if not any(changes):
+        return [0.0, 0.0]               # as from any resample, and thousands of rows may be so
     video_numbers = torch.tensor([number_of[video] for video in videos])
     change_and_count = torch.tensor([[change, 1] for change in changes]).double()
     of_video = torch.zeros(V, 2).double().index_add_(0, video_numbers, change_and_count)    # (V,2)

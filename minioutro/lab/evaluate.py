@@ -57,6 +57,7 @@ from minioutro.weights import HUB_MODEL, TOY
 SWITCHES = {"outro": {}, "relax": {"align": False}, "align": {"relax": False}}
 MOST_SAMPLES = 4096                 # values of each tensor by which a model is told from another
 ERRORS_SHOWN = 5
+OF_ONE_QUESTION = (ValueError, OSError, torch.OutOfMemoryError)    # the next may be answered
 
 
 # ---- 1. Asking ----------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ class How:
     """How a question is asked. None: the checkpoint's own setting."""
     fps: float | None = None
     frames: int | None = None       # at most
-    generate: bool = False          # generate the answer to a choice, too
+    generate: bool = False          # generate a text also where there are choices
     max_new_tokens: int = 64
 
 
@@ -159,7 +160,7 @@ def ask(model: VideoLM, processor: Processor, records: list[Record],
                 clips[file](path)
             video = read_video(path, fps, frames, processor.longest_edge, start, end)
             features = model.encode(processor(video, "?").pixel_values.to(device))
-        except (ValueError, OSError) as error:
+        except OF_ONE_QUESTION as error:
             problem = error
         for record, name in questions:
             line = {"id": record.id, "variant": name, "answer": "", "right": False,
@@ -168,7 +169,7 @@ def ask(model: VideoLM, processor: Processor, records: list[Record],
                 if problem:
                     raise problem
                 line |= answer(model, processor, record, video, features, variants[name], how)
-            except (ValueError, OSError) as error:
+            except OF_ONE_QUESTION as error:
                 line["error"] = " ".join(str(error).split())
             yield line
 

@@ -53,8 +53,8 @@ def ours(row: dict, number: int) -> Record:
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"its end, {end:g} s, does not come after its start")
     return Record(
-        id=text_of(row, "id"),
-        video=text_of(row, "video"),
+        id=name_of(row, "id"),
+        video=name_of(row, "video"),
         question=text_of(row, "question"),
         choices=without_letters(options),
         answer=answer_by_text(answer, options) if options else answer,
@@ -65,7 +65,7 @@ def ours(row: dict, number: int) -> Record:
 
 def avhbench(row: dict, number: int) -> Record:
     """Its captions are left out before, in `read_questions`."""
-    video = text_of(row, "video_id")
+    video = name_of(row, "video_id")
     return Record(
         id=f"{video}_{number}",
         video=f"{video}.mp4",
@@ -76,7 +76,7 @@ def avhbench(row: dict, number: int) -> Record:
 
 
 def daily_omni(row: dict, number: int) -> Record:
-    video = text_of(row, "video_id")
+    video = name_of(row, "video_id")
     options = options_of(row, "Choice")
     return Record(
         id=f"{video}_{number}",
@@ -90,8 +90,8 @@ def daily_omni(row: dict, number: int) -> Record:
 def video_mme(row: dict, number: int) -> Record:
     options = options_of(row, "options")
     return Record(
-        id=text_of(row, "question_id"),
-        video=text_of(row, "videoID") + ".mp4",
+        id=name_of(row, "question_id"),
+        video=name_of(row, "videoID") + ".mp4",
         question=text_of(row, "question"),
         choices=without_letters(options),
         answer=answer_by_letter(text_of(row, "answer"), options),
@@ -100,10 +100,11 @@ def video_mme(row: dict, number: int) -> Record:
 
 def worldsense(row: dict, number: int) -> Record:
     """A row of `rows_of_worldsense`."""
+    video = name_of(row, "video")
     options = options_of(row, "candidates")
     return Record(
-        id=f"{row['video']}_{row['task']}",
-        video=f"{row['video']}.mp4",
+        id=f"{video}_{row['task']}",
+        video=f"{video}.mp4",
         question=text_of(row, "question"),
         choices=without_letters(options),
         answer=answer_by_letter(text_of(row, "answer"), options),
@@ -111,7 +112,7 @@ def worldsense(row: dict, number: int) -> Record:
 
 
 def rows_of_worldsense(objects: list[dict]) -> list[dict]:
-    """WorldSense's {video: {"duration": 60, "task0": {...}, "task1": {...}}} -> a row for each task.
+    """A row for each task of WorldSense's {video: {"duration": 60, "task0": {...}, ...}, ...}.
 
     A file may have all videos in one object, or some in each of several.
     """
@@ -176,7 +177,7 @@ def read_questions(path, format: str | None = None,
         raise ValueError(f"{path} has no questions with answers; give another file")
     if notes is not None:
         if left_out:
-            notes.append(f"left out: {left_out} captions")
+            notes.append(f"captions left out: {left_out}")
         if name in ABOUT_SOUND:
             notes.append(ABOUT_SOUND[name])
     return list(records.values())
@@ -198,7 +199,7 @@ def rows_of_format(path: Path, format: str | None) -> tuple[str, list[dict]]:
         raise ValueError(f"{path}: its format is {format}, with the keys {listed(keys)}; known "
                          f"formats are {', '.join(FORMATS)}")
     if rows and format == "worldsense":
-        raise ValueError(f"{path}: a file of worldsense is an object of videos, and each has task0; "
+        raise ValueError(f"{path}: a file of worldsense is an object of videos, each with tasks; "
                          f"the keys here are {listed(keys)}")
     return format, rows
 
@@ -244,6 +245,15 @@ def text_of(row: dict, key: str) -> str:
     if key not in row or row[key] is None:
         raise ValueError(f"it has no {key!r}")
     return as_text(row[key], f"its {key!r}")
+
+
+def name_of(row: dict, key: str) -> str:
+    """An id or the name of a file. Tables turn whole numbers into 7.0 if some are missing."""
+    name = text_of(row, key)
+    if isinstance(row[key], float):
+        raise ValueError(f"its {key!r} is {name}, with a decimal point; write it "
+                         f"as a text")
+    return name
 
 
 def seconds_of(row: dict, key: str) -> float | None:

@@ -1,0 +1,213 @@
+"""Answers compared in pairs: the test, the interval, the one verdict, and what the table says."""
+
+import json
+import random
+
+import pytest
+
+from minioutro.lab.compare import (
+    compare_answers,
+    decide,
+    detectable,
+    interval,
+    sign_test,
+    summarise,
+    table_of_differences,
+    verdict,
+)
+
+
+def line(id, variant, right, video="v", task="", **more):
+    return {"id": f"{id}", "variant": variant, "right": right, "video": video, "task": task,
+            "unparsed": False, "error": None, **more}
+
+
+def pairs(baseline, outro, task="", first=0, **more):
+    """The answers to some questions on a video each, "1" where they are right; more: other variants."""
+    of_variant = {"baseline": baseline, "outro": outro, **more}
+    return [line(first + n, name, bits[n] == "1", f"v{first + n}", task)
+            for n in range(len(baseline)) for name, bits in of_variant.items()]
+
+
+# ---- the test and the interval ----
+
+
+def test_sign_test_by_hand():
+    """Of 3 changes all in one way: 2 of 8 outcomes. Of 6, at most one in the other: 2 * (1 + 6) of 64."""
+    assert sign_test(5, 5) == sign_test(0, 0) == 1
+    assert sign_test(0, 3) == sign_test(3, 0) == 2 / 8
+    assert sign_test(1, 5) == 14 / 64
+
+
+@pytest.mark.parametrize("gained, lost, p", [
+    (3, 21, 0.0002771615982055664), (45, 62, 0.12151242187624432), (8, 1, 0.0390625), (45, 73, 0.01260262870692145),
+    (6, 9, 0.6072387695312499), (20, 3, 0.00048828125), (4800, 5200, 6.593515598672343e-05)])
+def test_sign_test_as_scipy(gained, lost, p):
+    """SciPy 1.x: binomtest(gained, gained + lost).pvalue."""
+    assert sign_test(gained, lost) == pytest.approx(p, rel=1e-9)
+    assert sign_test(lost, gained) == sign_test(gained, lost)
+
+
+def test_detectable_by_hand():
+    """Of 9 changes, 8 against 1 has p = 20/512 and 7 against 2 has 92/512; of 6, 6 against 0 has 2/64."""
+    assert detectable(100, 9) == 7 / 100 and detectable(50, 6) == 6 / 50
+
+
+@pytest.mark.parametrize("changes", [7, 20, 51, 10_000])
+def test_detectable_is_the_smallest(changes):
+    least = round(20_000 * detectable(20_000, changes))
+    p = [sign_test((changes + d) // 2, (changes - d) // 2) for d in (least, least - 2)]
+    assert p[0] < 0.05 <= p[1]
+
+
+def test_detectable_needs_six_changes():
+    assert [detectable(100, changes) for changes in range(6)] == [None] * 6
+    assert sign_test(5, 0) == 2 / 32 > 0.05 > sign_test(6, 0)
+
+
+def test_interval_equals_a_second_writing():
+    """With numbers drawn by another generator, so within what 10,000 draws leave open."""
+    rng = random.Random(1)
+    videos = [f"v{rng.randrange(40)}" for _ in range(300)]
+    lean = {f"v{n}": rng.choice((-1, 0, 0, 1, 1)) for n in range(40)}
+    changes = [lean[video] if rng.random() < 0.4 else 0 for video in videos]
+    of_video = [[c for c, video in zip(changes, videos) if video == v] for v in sorted(set(videos))]
+    means = []
+    for _ in range(4000):
+        drawn = sum(rng.choices(of_video, k=len(of_video)), [])
+        means.append(sum(drawn) / len(drawn))
+    means.sort()
+    low, high = interval(changes, videos, seed=0)
+    assert (low, high) == pytest.approx((means[100], means[3900]), abs=0.005)
+    assert interval(changes, videos, seed=0) == [low, high] != interval(changes, videos, seed=1)
+    one_each = interval(changes, [f"{n}" for n in range(300)], seed=0)       # as if videos did not matter
+    assert one_each[1] - one_each[0] < 0.9 * (high - low)
+
+
+def test_interval_without_doubt_and_of_one_video():
+    assert interval([1] * 6, list("aabbcc"), 0) == [1.0, 1.0]
+    assert interval([1, 0], ["a", "a"], 0) == interval([], [], 0) == [-1.0, 1.0]
+
+
+# ---- what is compared ----
+
+
+def test_summary_counts_pairs_overall_and_by_task():
+    """Ten questions; OutRo mends 2 and spoils 1. Then one that failed, one half asked, one asked again."""
+    base, outro = "1110000000", "1101100000"
+    lines = [line(n, name, bit == "1", f"v{n % 3}", "st"[n < 4])
+             for n, pair in enumerate(zip(base, outro)) for name, bit in zip(("baseline", "outro"), pair)]
+    lines += [line("x", "baseline", True, task="t"), line("x", "outro", False, task="t", error="broken")]
+    lines += [line("half", "baseline", True)]
+    lines += [line(9, "outro", False, "v0", "s", unparsed=True)]
+    found = summarise(lines, seed=5)
+    keys = ("questions", "videos", "errors", "unfinished", "seed", "asked")
+    assert [found[key] for key in keys] == [11, 4, 1, 1, 5, "outro"]
+    row = found["variants"]["outro"]
+    assert [row[key] for key in ("n", "right", "gained", "lost", "unparsed")] == [10, 4, 2, 1, 1]
+    assert row["difference"] == 0.1 and row["interval"][0] < 0.1 < row["interval"][1]
+    assert found["variants"]["baseline"]["right"] == 3 and found["variants"]["baseline"]["difference"] == 0
+    assert list(found["tasks"]) == ["s", "t"] and found["tasks"]["t"]["outro"]["gained"] == 1
+    assert found["tasks"]["s"]["outro"]["n"] == 6 and found["tasks"]["t"]["outro"]["errors"] == 1
+    assert summarise(lines[::-1][1:], seed=5) != found and summarise(lines[4:] + lines[:4], seed=5) == found
+    assert "1 question without an answer of every variant" in table_of_differences(found)
+
+
+def test_summary_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no question has an answer of every variant"):
+        summarise([line("x", "baseline", True), line("y", "outro", True)])
+    with pytest.raises(ValueError, match="no answer is of the baseline"):
+        summarise([line("x", "outro", True)])
+
+
+def test_summary_is_json_where_every_question_failed():
+    """No difference is there then: null, never NaN."""
+    answers = [line(n, name, False, task="t", error="broken") for n in range(7) for name in ("baseline", "outro")]
+    found = summarise(answers)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["variants"]["outro"]["difference"] is None and found["test"]["verdict"] == "cannot be shown"
+    assert "all: 0 questions, 7 errors" in table_of_differences(found)
+
+
+# ---- the one verdict ----
+
+
+@pytest.mark.parametrize("baseline, outro, decided", [
+    ("0" * 9 + "1", "1" * 9 + "1", "better"), ("1" * 9 + "0", "0" * 9 + "0", "worse"),
+    ("0" * 4 + "1" * 6, "1" * 4 + "0" * 6, "not shown"), ("0" * 5, "1" * 5, "cannot be shown"),
+    ("0" * 20, "1" * 5 + "0" * 15, "cannot be shown")])
+def test_verdict(baseline, outro, decided):
+    assert summarise(pairs(baseline, outro))["test"]["verdict"] == decided
+
+
+def test_verdict_needs_several_videos():
+    """Nine gains are significant by the sign test, but if all are of one video they say little."""
+    questions = [{"baseline": line(n, "baseline", False), "outro": line(n, "outro", True)} for n in range(9)]
+    test = decide(compare_answers(questions, ["baseline", "outro"], 0)["outro"])
+    assert test["p"] < 0.05 and test["verdict"] == "not shown"
+    found = summarise([answer for question in questions for answer in question.values()])
+    assert "because the interval over videos contains 0" in verdict(found)
+
+
+def test_only_the_row_that_was_asked_is_tested():
+    """relax mends nine of nine, here without a verdict: it was not asked about."""
+    found = summarise(pairs("0" * 9, "0" * 9, relax="1" * 9))
+    assert (found["asked"], found["test"]["verdict"]) == ("outro", "cannot be shown")
+    assert not {"p", "detectable", "verdict"} & found["variants"]["relax"].keys()
+    text = table_of_differences(found)
+    assert "better," not in text and "  outro *" in text and "  relax *" not in text
+    found = summarise(pairs("0" * 9, "0" * 9, relax="1" * 9), asked="relax")
+    assert (found["asked"], found["test"]["verdict"]) == ("relax", "better")
+
+
+def test_no_verdict_without_the_row_that_was_asked():
+    found = summarise([{**answer, "variant": answer["variant"].replace("outro", "relax")}
+                       for answer in pairs("0" * 9, "1" * 9)])
+    assert (found["asked"], found["test"]) == (None, None)
+    text = table_of_differences(found)
+    assert "No row is tested" in text and "The table has 1 other row, not tested" in text
+
+
+# ---- the table ----
+
+
+def test_table():
+    """40 questions of two kinds on a video each; of the second kind no answer changes."""
+    answers = pairs("0" * 20 + "1" * 10, "1" * 9 + "0" * 11 + "1" * 10, "colour",
+                    relax="0" * 20 + "1" * 7 + "0" * 3)
+    answers += pairs("1" * 10, "1" * 10, "moves", first=30, relax="1" * 10)
+    lines = table_of_differences(summarise(answers)).splitlines()
+    assert [text.split() for text in lines[3:7]] == [
+        ["all:", "40", "questions"], ["baseline", "50.0%", "0"],
+        ["outro", "*", "72.5%", "0", "9", "0", "+22.50", "(+10.00", "to", "+35.00)"],
+        ["relax", "42.5%", "0", "0", "3", "-7.50", "(-17.50", "to", "+0.00)"]]
+    assert lines[13].split() == ["outro", "100.0%", "0", "0", "0", "no", "answer", "changed"]
+    assert lines[0] == "40 questions on 40 videos; seed 0" and lines[11] == "moves: 10 questions"
+    assert lines[15:] == [
+        "",
+        "* asked: is outro better or worse than the baseline, over all questions?",
+        "Sign test over 9 changed answers: p = 0.0039.",
+        "It is better, by 22.50 points.",
+        "The table has 5 other rows, not tested: among many rows, some differ by chance.",
+        "A row with fewer than 6 changed answers can show nothing."]
+
+
+def test_table_says_what_could_have_been_shown():
+    text = table_of_differences(summarise(pairs("0" * 12 + "1" * 8, "1" * 12 + "0" * 8)))
+    assert ("Sign test over 20 changed answers: p = 0.5.\nNo difference is shown. With 20 changed answers, only a "
+            "difference of\n50.00 points or more could have been shown.") in text and "other row" not in text
+
+
+def test_table_of_few_questions_says_that_nothing_can_be_shown():
+    """Not that 150 points could be."""
+    text = table_of_differences(summarise(pairs("0000", "1110", "t")))
+    assert text.count("fewer than 6 questions") == 2 and "%" in text and "points" not in text
+    assert "Nothing can be shown: of 4 answers, 3 changed." in text
+
+
+def test_table_escapes_names():
+    names = ["a\nb", "\x1b[31mred\x1b[2J", "\u202egnihton"]
+    answers = [answer for n, name in enumerate(names) for answer in pairs("1", "1", name, first=n)]
+    text = table_of_differences(summarise(answers))
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert "\na\\nb: 1 question\n" in text and "\n\\x1b[31mred\\x1b[2J: 1 question\n" in text
