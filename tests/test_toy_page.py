@@ -1,12 +1,25 @@
-"""The toy's page: what makes its first token a sink, and what the figures of the page are of."""
+"""The toy's page: its figures, and that each of its sentences is made from them."""
+
+import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOY
+from helpers import FIXTURES, TOY
 
 from minioutro import read_video
-from minioutro.lab import toy_page as train
+from minioutro.lab import toy_page
 from minioutro.lab.questions import OF_A_CLIP, toy_questions
+from minioutro.lab.toy_page import BUNDLED_SEED, FirstSink
+
+STORED = FIXTURES / "toy_page.json"
+
+
+@pytest.fixture
+def stored():
+    """The figures of the page, by seed."""
+    return toy_page.read_figures(STORED)
 
 
 @pytest.fixture(scope="module")
@@ -24,82 +37,171 @@ def asked(model, processor, folder, record):
     return inputs.input_ids, model.encode(inputs.pixel_values)
 
 
-def test_masking_a_token_that_the_answer_does_not_need_changes_nothing(toy, clips):
-    """The last token is seen by nobody else; of the words of five questions, one at least is needed."""
+def flat(text):
+    return " ".join(text.split())
+
+
+def sink_of(attention, full, marked, changed=((1.0,) + (0.0,) * 8), prompts=2):
+    zero = [0.0] * len(marked)
+    zeros = [[0.0, 0.0]] * len(marked)
+    return FirstSink(prompts=prompts, marked=marked, others=zero, ratio=zero, attention=attention,
+                     attention_of_answer=attention, full=full, changed=list(changed), cosine=zeros, leaning=zeros,
+                     turned=zeros, value=zeros)
+
+
+# ---- The bundled page ----
+
+
+def test_page_is_made_from_stored_figures(stored):
+    """The page is what the command writes, and the figures are of this checkpoint."""
+    assert stored[BUNDLED_SEED]["checkpoint"] == toy_page.checkpoint(TOY)
+    assert toy_page.page(stored) == (TOY / "README.md").read_text(encoding="utf-8")
+
+
+def test_page_holds_for_three_clips(toy, clips, stored):
+    """Measured anew on 3 of the 200 clips: the same layers, about the same attention."""
+    sink = toy_page.find_first_sink(*toy, clips[1][::OF_A_CLIP], clips[0])
+    of_page = FirstSink(**stored[BUNDLED_SEED]["sink"])
+    assert sink.layers == of_page.layers == [2, 3, 4, 5]
+    for name, tolerance in (("attention", 0.1), ("full", 0.1), ("cosine", 0.15), ("turned", 8.0), ("value", 0.3)):
+        measured, printed = torch.tensor(getattr(sink, name)), torch.tensor(getattr(of_page, name))
+        assert (measured - printed).abs().max() < tolerance, name
+    assert len(sink.changed) == 1 + toy_page.OTHERS
+    right = stored[BUNDLED_SEED]["ordinary"]["variants"]["baseline"]
+    assert right["n"] == toy_page.ASKED and right["right"] > 0.98 * right["n"]
+
+
+# ---- Measuring ----
+
+
+def test_masking_an_unseen_token_keeps_the_answer(toy, clips):
+    """Nobody sees the last token; of the last words of five questions, at least one is needed."""
     model, processor = toy
     prompt, features = asked(model, processor, clips[0], clips[1][0])
     S, answer = prompt.shape[1], model.generate(prompt, features=features)
-    assert train.unchanged_without(model, prompt, features, [S + len(answer) - 2]) == [True]
+    assert toy_page.answer_stays_without(model, prompt, features, [S + len(answer) - 2]).tolist() == [True]
     stays = []
     for record in clips[1][:5]:
         prompt, features = asked(model, processor, clips[0], record)
         S = prompt.shape[1]
-        stays += train.unchanged_without(model, prompt, features, range(S - 10, S))
+        stays += toy_page.answer_stays_without(model, prompt, features, list(range(S - 10, S))).tolist()
     assert not all(stays)
 
 
-def test_the_toys_sink_is_found(toy, clips):
-    sinks = train.find_first_sink(*toy, clips[1][::10], clips[0])
-    assert sinks.marked == [2, 3, 4, 5]
-    rows = train.sink_table(sinks).splitlines()
-    assert [row.split()[1] for row in rows[1:9]] == ["0%", "0%", "100%", "100%", "100%", "100%", "0%", "0%"]
-    assert (sinks.full <= 1).all() and (sinks.far > 0.95 * sinks.full).all()
-    assert sinks.changed.shape == (3, 1 + train.OTHERS)
+def test_measure_asks_both_sets_of_clips(monkeypatch):
+    monkeypatch.setattr(toy_page, "ASKED", 10)
+    figures = toy_page.measure(TOY, explore=True)
+    assert json.loads(json.dumps(figures)) == figures
+    for clips in toy_page.CLIPS:
+        found = figures[clips]
+        assert (found["questions"], found["videos"], found["asked"]) == (10, 1, "outro")
+        assert {"baseline", "outro", "relax", "align", "outro gamma 2"} <= found["variants"].keys()
+        assert all(rows.keys() == {"baseline", "outro"} for rows in found["tasks"].values())
+    right = [figures[clips]["variants"]["baseline"]["right"] for clips in toy_page.CLIPS]
+    assert right[0] > right[1]                                          # the noise was there
+    assert figures["sink"]["prompts"] == 1
+    text = toy_page.figures_as_text(figures)
+    assert "10 questions on 1 video" in text and "Of 1 answers" in text
 
 
-def test_contrast_needs_a_head_that_rests_and_one_that_works():
-    """Layers 1 to 3 are marked, 0 is not always; only layer 1 has a head above 0.7 and one below 0.3."""
-    far = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.4], [0.6, 0.1]])
-    full = torch.tensor([[1.0, 1.0], [0.8, 0.0], [0.4, 0.0], [0.0, 0.0]])
-    changed = torch.tensor([[True] + [False] * 8, [True] + [True] * 4 + [False] * 4])
-    zero = torch.zeros(4)
-    sinks = train.Sinks(torch.tensor([0.5, 1, 1, 1]), zero, zero, far, far, full, changed)
-    assert sinks.marked == [1, 2, 3] and sinks.contrast == [True, False, False]
-    said = " ".join(train.sink_table(sinks).split())
-    assert "of the 3 layers where token 0 is always a sink, 1 have a head" in said
-    assert "20% of their (head, token) pairs" in said                          # (0.8 + 0.4) / 6
-    assert "of 2 answers, 2 change when token 0 is masked; 0.5 do, on average" in said
+# ---- Sentences ----
 
 
-def test_the_page_is_made_of_the_same_questions_with_noise_and_without(toy, monkeypatch):
-    monkeypatch.setattr(train, "ASKED", 12)
-    monkeypatch.setattr(train, "GAMMAS", [1, 3])
-    clean, hard, line = train.report(*toy, variants="align")
-    for page in (clean, hard):
-        assert page.startswith("12 questions on 2 videos; seed 0\n")
-        assert [page.count(f"\n  align {gamma} ") == 1 for gamma in (1, 2)] == [True, False]
-        assert page.count("\n  align 3 ") == page.count("\n  baseline ") > 2            # by kind as well
-    assert "token 0 a sink" in clean and "of 2 answers, " in clean and "token 0 a sink" not in hard
-    right = [block.split("baseline")[1].split()[0] for block in (clean, hard)]
-    assert line.split()[:3:2] == right and line.split()[3:6] == ["2", "to", "5"]
+def test_sink_in_words():
+    """Layers 1 to 3 are always marked. Of these, only layer 1 has a head above 0.7 and one below 0.3."""
+    sink = sink_of(attention=[[0.9, 0.1], [0.9, 0.1], [0.9, 0.4], [0.6, 0.1]],
+                   full=[[1.0, 1.0], [0.8, 0.0], [0.4, 0.0], [0.0, 0.0]], marked=[0.5, 1.0, 1.0, 1.0],
+                   changed=[1.0] + [0.5] * 4 + [0.0] * 4)
+    assert sink.layers == [1, 2, 3]
+    said = flat(toy_page.sink_in_words(sink))
+    assert "in 3 layers: 1, 2 and 3. Of these, 1 have both" in said
+    assert "20% of the pairs of a head and a token" in said             # (0.8 + 0.4) / 6
+    assert "Of 2 answers, 2 change" in said and "0.5 change on average" in said
+    nowhere = sink_of(attention=[[0.9, 0.1]], full=[[0.0, 0.0]], marked=[0.5])
+    assert "no layer where token 0 is a sink" in toy_page.sink_in_words(nowhere)
 
 
-def test_a_run_in_a_line_by_hand():
-    """Layers 1 and 2 are marked: the head that rests least of the best, and the one that works least."""
-    far = torch.tensor([[0.1, 0.1], [0.9, 0.1], [0.8, 0.2]])
-    changed = torch.tensor([[True] + [False] * 8, [True] + [True] * 4 + [False] * 4])
-    sinks = train.Sinks(torch.tensor([0.0, 1, 1]), torch.tensor([0, 0, 0.05]), far[0], far, far, far, changed)
-    found = {"variants": {"baseline": {"right": 18, "n": 20}},
-             "tasks": {name: {"baseline": {"right": n, "n": 10}} for n, name in ((10, "a"), (8, "b"))}}
-    line = train.in_a_line(found, {"variants": {"baseline": {"right": 3, "n": 4}}}, sinks)
-    assert line.split() == "90.0% 80.0% 75.0% 1 to 2 0.05 0.80 0.20 50% 2 0.5".split()
-    nobody = train.Sinks(far[0], *[far[0]] * 2, far, far, far, changed)
-    assert train.in_a_line(found, found, nobody) == "token 0 is always a sink in no layer"
+def with_effect(figures, gained, lost, verdict="not shown"):
+    """The figures of another toy, in which OutRo has mended and spoilt so many answers of either set."""
+    figures = copy.deepcopy(figures)
+    for clips in toy_page.CLIPS:
+        figures[clips]["variants"]["outro"] |= {"gained": gained, "lost": lost}
+        figures[clips]["test"] |= {"p": toy_page.sign_test(gained, lost), "verdict": verdict}
+    return figures
 
 
-def test_the_toys_page_is_written_with_what_was_measured(tmp_path, monkeypatch):
-    """Text stays, blocks are replaced in their order: the toy, its hard clips, its two controls; but for
-    the table of runs, whose lines are other folders'."""
-    monkeypatch.setattr(train, "load", lambda folder: (None, folder.name))
-    monkeypatch.setattr(train, "report", lambda _, name, variants="all": iter(
-        [f"{name} {variants} {what}" for what in ("ordinary", "hard", "line")]))
-    train.write_readme(tmp_path)
-    written, bundled = (path.read_text(encoding="utf-8").split("```")
-                        for path in (tmp_path / "README.md", TOY / "README.md"))
-    assert written[0::2] == bundled[0::2] and "price" in bundled[0] and "noise" in bundled[2]
-    for run, before, block in zip(train.CONTROLS, bundled[6:-1:2], written[7::2], strict=True):
-        heading = before.split("### ")[1].splitlines()[0]
-        assert ("price" not in heading or not run.price) and ("seed" not in heading or not run.seed)
-        assert block == f"\n{run.folder} baseline ordinary\n"
-    assert written[1:4:2] == [f"\n{tmp_path.name} all ordinary\n", f"\n{tmp_path.name} all hard\n"]
-    assert written[5] == bundled[5] and "seed" in written[5]
+def test_effect_in_words(stored):
+    figures = stored[BUNDLED_SEED]
+    none = with_effect(figures, 6, 9)["noise"]
+    worse = with_effect(figures, 1, 26, "worse")["noise"]
+    assert toy_page.effect_in_words(none) == (
+        "OutRo mends 6 of 2,000 answers and spoils 9 (p = 0.61): no difference is shown.")
+    assert toy_page.effect_in_words(worse) == (
+        "OutRo mends 1 of 2,000 answers and spoils 26 (p = 4.2e-07): with OutRo this toy is worse.")
+
+
+def test_seeds_in_words(stored):
+    figures = stored[BUNDLED_SEED]
+    toys = {"0": with_effect(figures, 6, 9), "1": with_effect(figures, 5, 5), "3": with_effect(figures, 1, 26)}
+    assert toy_page.seeds_in_words(toys, "ordinary") == (
+        "On ordinary clips OutRo spoils more answers than it mends in 2 of 3 toys, and mends more than it spoils "
+        "in 0. p is below 0.05 for seed 3.")
+    even = {"1": toys["1"]}
+    assert "in 0 of 1 toys" in toy_page.seeds_in_words(even, "noise") and "In none" in toy_page.seeds_in_words(
+        even, "noise")
+
+
+@pytest.mark.parametrize("changes, follows", [((-1, -2, -3), True), ((-3, -2, -1), True), ((-1, -3, -2), False),
+                                              ((-1, -1, -2), False)])
+def test_a_measure_explains_only_if_it_orders_all_toys(stored, changes, follows):
+    toys = {}
+    for n, change in enumerate(changes):
+        toys[str(n)] = with_effect(stored[BUNDLED_SEED], 10 + change, 10)
+        toys[str(n)]["sink"]["turned"] = [[10.0 + n] * 4] * 8
+    assert (toy_page.explanations(toys, "noise") == ["angle turned"]) is follows
+    said = toy_page.explanations_in_words(toys)
+    assert ("angle turned" in said) is follows and ("does not explain" in said) is not follows
+
+
+# ---- The command ----
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["toy_page.py", *map(str, arguments)])
+    toy_page.main()
+
+
+def test_write_measures_only_what_is_new(tmp_path, monkeypatch, stored):
+    """The bundled toy is in the file; another toy is measured once, and again after its weights have changed."""
+    bundled, other, out = tmp_path / "toy", tmp_path / "other", tmp_path / "figures.json"
+    for folder in (bundled, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes((TOY / "model.safetensors").read_bytes())
+    (other / "model.safetensors").write_bytes(b"weights")
+    out.write_text(json.dumps({"format": toy_page.FORMAT, "toys": {"0": stored["0"]}}))
+    measured = []
+
+    def measure(folder, explore):
+        measured.append((Path(folder).name, explore))
+        return {**stored["0"], "checkpoint": toy_page.checkpoint(folder)}
+    monkeypatch.setattr(toy_page, "measure", measure)
+    monkeypatch.setattr(toy_page, "TOY", bundled)
+    for weights in (b"weights", b"weights", b"other weights"):
+        (other / "model.safetensors").write_bytes(weights)
+        run_main(monkeypatch, "--write", "--out", out, "--seed", 7, other)
+    assert measured == [("other", False)] * 2
+    assert (bundled / "README.md").read_text().count("\n| 7 | ") == 2         # in both tables over seeds
+    out.write_text("{}")
+    with pytest.raises(ValueError, match="figures.json is not a file of this command's figures; remove it"):
+        run_main(monkeypatch, "--write", "--out", out)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--seed", "1", "toy_1"], "give --write, too"),
+    (["--write", "--folder", "toy_1"], "--write is for the bundled toy"),
+    (["--write", "--seed", "0", "toy_1"], "--seed 0 toy_1: give the whole number, from 1 on"),
+    (["--write", "--seed", "1", "nowhere"], "nowhere/model.safetensors: no such file"),
+])
+def test_wrong_options_are_refused_first(arguments, said, monkeypatch):
+    with pytest.raises((ValueError, OSError), match=said):
+        run_main(monkeypatch, *arguments)

@@ -1,6 +1,7 @@
 """The toy world and its training: what is asked has the right answer, and a run can be repeated."""
 
 import random
+import shutil
 import threading
 from collections import Counter
 
@@ -10,14 +11,15 @@ from helpers import FIXTURES, TOY, assert_close
 from safetensors.torch import load_file
 
 from minioutro import OutRo, Processor, Trace, VideoLM, read_video
-from minioutro.lab import train_toy as train
+from minioutro.lab import train_toy
 from minioutro.lab.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip, Question, Shape
 from minioutro.lab.train_toy import MOTIONS, NOT_ASKED, Stage, draw_batch
+from minioutro.support.cli import run_command
 
 
 @pytest.fixture(autouse=True)
 def few_held_out(monkeypatch):
-    monkeypatch.setattr(train, "HELD_OUT", 2)
+    monkeypatch.setattr(train_toy, "HELD_OUT", 2)
 
 
 def colour_at(clip, index, x, y):
@@ -28,7 +30,7 @@ def colour_at(clip, index, x, y):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_clips_questions_agree_with_what_is_drawn(count):
+def test_questions_agree_with_the_picture(count):
     """Each shape's pixels, followed through the frames, tell what the answers say."""
     for seed in range(UNSEEN, UNSEEN + 30):
         clip = Clip(seed, count)
@@ -58,7 +60,7 @@ def test_a_clips_questions_agree_with_what_is_drawn(count):
         assert late == [answers[q] for q in ("Which shape appears later?",) if q in answers]
 
 
-def test_noise_is_added_and_nothing_else_changes():
+def test_noise_changes_nothing_else():
     """In the mean over a frame the noise of 0 to 255 pulls towards 127.5, in its share."""
     clip, noisy = Clip(UNSEEN + 1, 2), Clip(UNSEEN + 1, 2, noise=HARD_NOISE)
     assert noisy.shapes == clip.shapes and noisy.questions() == clip.questions() and noisy.noise == HARD_NOISE
@@ -66,32 +68,32 @@ def test_noise_is_added_and_nothing_else_changes():
     assert half == pytest.approx((plain + 127.5) / 2, abs=3)
 
 
-def test_the_names_of_image_tokens_say_what_lies_under_them():
+def test_names_of_cells():
     """One shape, one frame: the token at its centre has its name, one far away has none."""
     for seed in range(40):
         clip = Clip(seed, 1)
         shape = clip.shapes[0]
         x, y = shape.centre(20 / FPS)
-        names = train.names_of_cells(clip, 20, 2)
+        names = train_toy.names_of_cells(clip, 20, 2)
         assert len(names) == 16
         assert names[4 * int(y // 16) + int(x // 16)][:4] == (
             SHAPES.index(shape.form), list(COLOURS).index(shape.colour), int(x // 4), int(y // 4))
         way = names[4 * int(y // 16) + int(x // 16)][4]            # before second 4, nothing turns back
-        assert way == train.MOTIONS.index(shape.direction)
+        assert way == train_toy.MOTIONS.index(shape.direction)
         opposite = 4 * (0 if y > SIZE / 2 else 3) + (0 if x > SIZE / 2 else 3)
         assert names[opposite] == (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED, NOT_ASKED)
 
 
-def test_a_motion_that_cannot_be_seen_is_not_asked_for():
+def test_unseen_motion_is_not_asked():
     shape = Shape("red", "ring", "right", turns=True, appears=0.0, start=(16, 32), distance=32, radius=8)
-    right, left = train.MOTIONS.index("right"), train.MOTIONS.index("left")
-    assert train.motion(shape, 18, None) == NOT_ASKED                               # the first frames
-    assert [train.motion(shape, *pair) for pair in ((18, 0), (63, 45), (41, 23))] == [right, left, NOT_ASKED]
+    right, left = train_toy.MOTIONS.index("right"), train_toy.MOTIONS.index("left")
+    assert train_toy.motion(shape, 18, None) == NOT_ASKED                               # the first frames
+    assert [train_toy.motion(shape, *pair) for pair in ((18, 0), (63, 45), (41, 23))] == [right, left, NOT_ASKED]
     late = Shape("red", "ring", "right", turns=False, appears=3.0, start=(16, 32), distance=32, radius=8)
-    assert train.motion(late, 36, 18) == NOT_ASKED and train.motion(late, 45, 27) == right
+    assert train_toy.motion(late, 36, 18) == NOT_ASKED and train_toy.motion(late, 45, 27) == right
 
 
-def test_the_same_clip_is_the_same_file_whatever_the_machine_does_besides(tmp_path):
+def test_clip_file_is_the_same_on_a_busy_machine(tmp_path):
     done = threading.Event()
 
     def be_busy():
@@ -116,23 +118,23 @@ def assert_frames_are_those_of(video, clip):
         assert (pixels[0] - pixels[1]).abs().mean() < 8
 
 
-def test_a_clip_survives_its_mp4_and_the_bundled_one_is_an_unseen_clip(tmp_path):
+def test_clip_survives_its_mp4(tmp_path):
     Clip(UNSEEN, 2).write(tmp_path / "clip.mp4")
     assert_frames_are_those_of(read_video(tmp_path / "clip.mp4"), Clip(UNSEEN, 2))
-    assert_frames_are_those_of(read_video(TOY / "clip.mp4"), train.EXAMPLE)
-    assert train.EXAMPLE.seed >= UNSEEN
+    assert_frames_are_those_of(read_video(TOY / "clip.mp4"), train_toy.EXAMPLE)
+    assert train_toy.EXAMPLE.seed >= UNSEEN
 
 
-def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
+def test_packed_questions_are_read_alone():
     """The packed batch gives each answer the logits that the ordinary model gives that question alone."""
     model, processor = VideoLM.from_pretrained(TOY), Processor.from_pretrained(TOY)
     batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, shapes=(1, 2)), "5")
     features = model.encode(batch.pixel_values)
-    logits, targets = train.answer_logits(model, batch, features, trace=None)
+    logits, targets = train_toy.answer_logits(model, batch, features, trace=None)
     alone, expected = [], []
     for b in range(2):
-        for turn in range(1, 4):
-            keep = (batch.turn[b] == 0) | (batch.turn[b] == turn)
+        for question in range(1, 4):
+            keep = (batch.question[b] == 0) | (batch.question[b] == question)
             ids, target = batch.input_ids[b:b + 1, keep], batch.targets[b, keep]
             alone.append(model(ids, batch.pixel_values[b:b + 1])[0, target != NOT_ASKED])
             expected.append(target[target != NOT_ASKED])
@@ -140,84 +142,85 @@ def test_questions_that_share_a_prompt_are_read_as_if_asked_alone():
     assert targets.equal(torch.cat(expected))
 
 
-def test_each_word_for_a_shape_is_asked_what_it_is_about(toy):
+def test_words_have_to_name_their_shape(toy):
     """In questions and answers, by hand: a red ring in column 10 of 16, row 2, that goes down and back."""
     processor, ring = toy[1], Shape("red", "ring", "down", True, 0.0, start=(40, 8), distance=9, radius=7)
-    names = (*train.names_of(ring, 0), *train.deeds_of(ring, moment=None))
+    names = (*train_toy.names_of(ring, 0), *train_toy.deeds_of(ring, moment=None))
     assert names == (SHAPES.index("ring"), list(COLOURS).index("red"), 10, 2, MOTIONS.index("down"), 1, 0)
-    assert train.deeds_of(ring, moment=3) == (NOT_ASKED,) * 3
+    assert train_toy.deeds_of(ring, moment=3) == (NOT_ASKED,) * 3
     questions = [Question("shape", "What shape is red?", "ring"), Question("is there", "Is anything blue?", "No")]
-    row = train.batch_row(processor, [1, 2], questions, {"red": names, "ring": names})
-    words = [(processor.tokenizer.decode([token]), of) for token, _, _, _, *of in row if of != [NOT_ASKED] * 7]
-    nothing = [*train.NOTHING] + [NOT_ASKED] * 3
-    assert words == [(" red", [*names]), (" ring", [*names]), (" blue", nothing)]
+    row = train_toy.make_row(processor, [1, 2], questions, {"red": names, "ring": names})
+    words = [(processor.tokenizer.decode([token]), of) for token, of in zip(row.input_ids, row.words)
+             if of != (NOT_ASKED,) * 7]
+    nothing = train_toy.NOTHING + (NOT_ASKED,) * 3
+    assert words == [(" red", names), (" ring", names), (" blue", nothing)]
 
 
-def test_training_repeats_itself_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
+def test_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     """Six steps in one go, or five, a crash, and the rest from the file of step four: the same model.
 
     And its control goes on from the same place in both.
     """
-    monkeypatch.setattr(train, "STAGES", (Stage(2, 1, 2, 0), Stage(1, 1, 2, 2), Stage(3, 8, 1, 2)))
-    monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    run, control = train.TOY, train.CONTROLS[-1]
+    monkeypatch.setattr(train_toy, "STAGES", (Stage(2, 1, 2, 0), Stage(1, 1, 2, 2), Stage(3, 8, 1, 2)))
+    monkeypatch.setattr(train_toy, "SAVE_EVERY", 2)
+    run, control = train_toy.TOY, train_toy.CONTROLS[-1]
     weights = {}
     with torch.enable_grad():
-        train.train(tmp_path / "whole", run, random_seed=3)
-        train.train(tmp_path / "whole", control, random_seed=3)
-        draw, calls = train.draw_batch, []
+        train_toy.train(tmp_path / "whole", run, random_seed=3)
+        train_toy.train(tmp_path / "whole", control, random_seed=3)
+        draw, calls = train_toy.draw_batch, []
 
         def interrupt(*args):
             calls.append(args)
             if len(calls) == 6:
                 raise KeyboardInterrupt
             return draw(*args)
-        monkeypatch.setattr(train, "draw_batch", interrupt)
+        monkeypatch.setattr(train_toy, "draw_batch", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train.train(tmp_path / "parts", run, random_seed=3)
-        train.train(tmp_path / "parts", run, random_seed=3)
-        train.train(tmp_path / "parts", control, random_seed=3)
-        with pytest.raises(ValueError, match="not begun with --seed 4"):
-            train.train(tmp_path / "parts", run, random_seed=4)
+            train_toy.train(tmp_path / "parts", run, random_seed=3)
+        train_toy.train(tmp_path / "parts", run, random_seed=3)
+        train_toy.train(tmp_path / "parts", control, random_seed=3)
+        with pytest.raises(ValueError, match="state.pt is of a run with --seed 3, not 4; use another --folder"):
+            train_toy.train(tmp_path / "parts", run, random_seed=4)
     for name in ("whole", "parts"):
         weights[name] = [VideoLM.from_pretrained(tmp_path / name / run.folder).state_dict()
-                         for run in (train.TOY, control)]
+                         for run in (train_toy.TOY, control)]
     for whole, parts in zip(weights["whole"], weights["parts"]):
         assert all(whole[name].equal(parts[name]) for name in whole)
     assert not all(weights["whole"][0][name].equal(weights["whole"][1][name]) for name in weights["whole"][0])
 
 
-def test_a_stage_ends_when_every_kind_is_learned_and_the_last_one_never_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "STAGES", (Stage(3, 1, 1, 0), Stage(6, 1, 2, 5), Stage(4, 1, 2, 5)))
-    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+def test_when_stages_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_toy, "STAGES", (Stage(3, 1, 1, 0), Stage(6, 1, 2, 5), Stage(4, 1, 2, 5)))
+    monkeypatch.setattr(train_toy, "SAVE_EVERY", 2)
     for learned, steps in ((0.0, [3, 2, 4]), (1.1, [3, 6, 4])):
-        monkeypatch.setattr(train, "LEARNED", learned)
+        monkeypatch.setattr(train_toy, "LEARNED", learned)
         with torch.enable_grad():
-            train.train(tmp_path / str(learned), train.TOY, random_seed=3)
+            train_toy.train(tmp_path / str(learned), train_toy.TOY, random_seed=3)
         lines = [line.split(":")[0] for line in (tmp_path / str(learned) / "log.txt").read_text().splitlines()]
         ends = [sum(steps[:n]) for n in (1, 2, 3)]
         assert {f"step {end}, stage {n}" for n, end in enumerate(ends)} <= set(lines)
         assert lines[-1] == f"step {ends[-1]}, stage 2"
 
 
-def test_what_is_not_learned_is_asked_twice_as_often():
+def test_unlearned_kinds_come_twice():
     clip, rng = Clip(UNSEEN, 3), random.Random(0)
     kinds = {question.kind for question in clip.questions(20)}
-    drawn = train.draw_questions(clip, 20, 2 * len(kinds) - 1, rng, learned={"count"})
+    drawn = train_toy.draw_questions(clip, 20, 2 * len(kinds) - 1, rng, learned={"count"})
     assert Counter(question.kind for question in drawn) == {kind: 1 if kind == "count" else 2 for kind in kinds}
 
 
-def test_what_is_right_is_counted_by_kind_as_the_model_answers_each_question_alone(toy, tmp_path):
+def test_right_answers_by_kind(toy, tmp_path):
     model, processor = toy
-    learner = train.Learner(model.config)
+    learner = train_toy.Learner(model.config)
     learner.model = model
     stage = Stage(steps=1, frames=1, clips=3, questions=15, shapes=(2, 3))
     asked, right = Counter(), Counter()
-    for n in range(train.HELD_OUT):
+    for n in range(train_toy.HELD_OUT):
         batch = draw_batch(processor, stage, f"held out {n}")
         for b, kinds in enumerate(batch.kinds):
-            for turn, kind in enumerate(kinds, start=1):
-                keep = (batch.turn[b] == 0) | (batch.turn[b] == turn)
+            for question, kind in enumerate(kinds, start=1):
+                keep = (batch.question[b] == 0) | (batch.question[b] == question)
                 target = batch.targets[b, keep]
                 likeliest = model(batch.input_ids[b:b + 1, keep], batch.pixel_values[b:b + 1])[0].argmax(-1)
                 asked[kind] += 1
@@ -227,22 +230,22 @@ def test_what_is_right_is_counted_by_kind_as_the_model_answers_each_question_alo
     assert 0 < sum(right.values()) < sum(asked.values())
 
 
-def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
+def test_controls_leave_out_price_or_seed(tmp_path, monkeypatch):
     """After a few dear steps: with the price less attention elsewhere, without the seed no massive token."""
-    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 2), Stage(25, 1, 1, 2)))
-    monkeypatch.setattr(train, "PRICE", 20.0)
-    monkeypatch.setattr(train, "ADAM_RATE", 0.05)                   # that of step n is n/50 of it, and less
+    monkeypatch.setattr(train_toy, "STAGES", (Stage(1, 1, 1, 2), Stage(25, 1, 1, 2)))
+    monkeypatch.setattr(train_toy, "PRICE", 20.0)
+    monkeypatch.setattr(train_toy, "ADAM_RATE", 0.05)                   # that of step n is n/50 of it, and less
     ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
-    runs = (train.TOY, *train.CONTROLS)
+    runs = (train_toy.TOY, *train_toy.CONTROLS)
     assert [(run.price, run.seed) for run in runs] == [(True, True), (False, True), (True, False)]
     for run in runs:
         with torch.enable_grad():
-            train.train(tmp_path, run, random_seed=3)
+            train_toy.train(tmp_path, run, random_seed=3)
         trace = Trace(weights_of=range(8))
         VideoLM.from_pretrained(tmp_path / run.folder)(ids, trace=trace)
         to_first[run] = torch.stack([trace[f"layers.{l}.weights"][0, [0, 2], 1:, 0] for l in range(2, 8)]).mean()
         ratio[run] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
-    behind = train.SEED_LAYER + 1
+    behind = train_toy.SEED_LAYER + 1
     toy, no_price, no_seed = runs
     assert min(to_first[toy], to_first[no_seed]) > to_first[no_price] + 0.05
     for run in (toy, no_price):
@@ -250,7 +253,7 @@ def test_price_and_seed_can_be_left_out(tmp_path, monkeypatch):
     assert max(r.max() for r in ratio[no_seed]) < 1000
 
 
-def test_the_toys_sink_is_its_first_token_in_every_layer_after_the_seed(toy):
+def test_toys_sink_is_its_first_token(toy):
     model, processor = toy
     video = read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge)
     for question in ("What happens in this video?", "How many shapes are there?", "Was ist das? 日本語"):
@@ -260,7 +263,7 @@ def test_the_toys_sink_is_its_first_token_in_every_layer_after_the_seed(toy):
         assert sinks == [[], [], [0], [0], [0], [0], [], []], question
 
 
-def test_the_toy_equals_transformers_from_its_video_file_to_its_logits(toy):
+def test_toy_equals_transformers(toy):
     """Pins the bundled clip, the processor, the weights and the model at once."""
     model, processor = toy
     golden = load_file(FIXTURES / "toy.safetensors")
@@ -277,39 +280,33 @@ def check_no_device(device):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--threads", "0"], "--threads '0' makes no sense; give another"),
-    (["--device", "mps"], "device mps: there is none here"),
+    (["--folder", ""], "--folder"), (["--threads", "0"], "--threads"), (["--threads", "-1"], "--threads"),
+    (["--seed", "9" * 400], "--seed"), (["--device", "mps"], "device mps: there is none here"),
 ])
-def test_errors_of_the_command_line_are_one_line(arguments, said, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-    monkeypatch.setattr(train, "check_device", check_no_device)
+def test_wrong_options_are_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_toy.py", *arguments])
+    monkeypatch.setattr(train_toy, "check_device", check_no_device)
     with pytest.raises(SystemExit) as stopped:
-        train.main()
+        run_command(train_toy.main, "train_toy.py")
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith(f"train_toy.py: {said}") and error.count("\n") == 1
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--folder", ""], ["--threads", "-1"], ["--threads", "0"], ["--seed", "9" * 400]])
-def test_a_mistyped_flag_is_one_line(arguments, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        train.main()
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and arguments[0] in error and error.count("\n") == 1
-
-
-def test_a_damaged_state_is_named_and_nothing_half_written_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "STAGES", (Stage(1, 1, 1, 0),))
+def test_damaged_state_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_toy, "STAGES", (Stage(1, 1, 1, 0),))
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 half of a file")
     with pytest.raises(ValueError, match=r"state.pt cannot be read \(.*remove it") as error:
-        train.train(tmp_path, train.TOY, random_seed=3)
+        train_toy.train(tmp_path, train_toy.TOY, random_seed=3)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"before_last_stage.pt is missing.*remove .*state.pt to train the toy again"):
+        train_toy.train(tmp_path, train_toy.CONTROLS[0], random_seed=3)
+    shutil.rmtree(tmp_path / train_toy.CONTROLS[0].folder)
     (tmp_path / "state.pt").unlink()
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(train_toy, "save_file", full)
     with torch.enable_grad(), pytest.raises(OSError, match="No space"):
-        train.train(tmp_path, train.TOY, random_seed=3)
+        train_toy.train(tmp_path, train_toy.TOY, random_seed=3)
     assert {*whole, "state.pt", "before_last_stage.pt", "log.txt"} == {path.name for path in tmp_path.iterdir()}

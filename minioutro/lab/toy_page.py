@@ -1,183 +1,699 @@
-"""Measure a toy and write its page: `python -m minioutro.lab.toy_page`."""
+"""Measure a toy and write its page.
 
-import argparse
+    python -m minioutro.lab.toy_page                        print the figures of the bundled toy
+    python -m minioutro.lab.toy_page --folder toy_run       print those of another one
+    python -m minioutro.lab.toy_page --write                write the page of the bundled toy
+
+The page compares the bundled toy with toys of other random seeds. Train each of them with
+`python -m minioutro.lab.train_toy --seed N --folder FOLDER`, and give it as `--seed N FOLDER`.
+With `--out FILE` the measured figures are kept in a file. What is in it already is not measured
+again, so an interrupted run goes on with the same command, and a row can be added later.
+
+The whole page is made here from the figures, its sentences included. So no sentence can say
+something else than the table beside it.
+"""
+
+import hashlib
+import json
+import math
 import random
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import textwrap
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from minioutro import OutRo, Processor, Trace, VideoLM, load, read_video
-from minioutro.lab.compare import summarise, table_of_differences
+from minioutro import Cache, OutRo, Processor, Trace, VideoLM, load, read_video
+from minioutro.lab.compare import ALPHA, sign_test, summarise, table_of_differences
 from minioutro.lab.evaluate import ask, variants_of
 from minioutro.lab.questions import OF_A_CLIP, Record, toy_questions
 from minioutro.lab.shapes import HARD_NOISE
-from minioutro.lab.train_toy import BUNDLED, CONTROLS
+from minioutro.lab.train_toy import CONTROLS, PRICED_HEADS, STAGES, Stage
 from minioutro.model import causal_mask
 from minioutro.prompt import IMAGE
-from minioutro.support.cli import one_line_errors, written_whole
+from minioutro.support.cli import (
+    Parser,
+    not_empty,
+    number,
+    progress,
+    run_command,
+    written_whole,
+)
+from minioutro.weights import TOY
 
-ASKED, GAMMAS = 2000, [0.5, 1.0, 2.0, 3.0]  # questions for the page, and of OutRo
-BY_KIND = ["baseline", "relax", "align 3", "both 3"]        # shown for each kind of question
+ASKED = 2000                                # questions for the page
+CLIPS = {"ordinary": None, "noise": HARD_NOISE}     # the noise of the clips, see shapes.Clip
+GAMMAS = (0.5, 1.0, 2.0)                    # weaker alignments, which are asked as well
+BUNDLED_SEED = "0"                          # the bundled toy was trained with --seed 0
 FAR = 16                                    # tokens between a query and the first token
 OTHERS = 8                                  # text tokens that are masked to compare with the sink
+LEANING = 0.1                               # the cosine from which on a head's output leans
+FORMAT = 1                                  # of the file of figures
 
-
-def unchanged_without(model: VideoLM, prompt: Tensor, features: Tensor,
-                      columns: list[int]) -> list[bool]:
-    """Whether the baseline's answer stays when nobody may attend to a token, for each of these."""
-    answer = torch.tensor([model.generate(prompt, features=features)])
-    ids, B = torch.cat([prompt, answer[:, :-1]], dim=1), len(columns)
-    may_attend = causal_mask(ids.shape[1], ids.shape[1]).repeat(B, 1, 1)                 # (B,S,S)
-    for b, column in enumerate(columns):
-        may_attend[b, column + 1:, column] = False                  # but the token sees itself
-    hidden = model.hidden_states(ids.repeat(B, 1), features=features.repeat(B, 1, 1),
-                                 masks=[may_attend] * model.config.text_config.num_hidden_layers)
-    likeliest = model.head(hidden[:, -answer.shape[1]:]).argmax(-1)
-    return (likeliest == answer).all(1).tolist()
+# ---- 1. Measuring: what makes the first token a sink --------------------------------------------
 
 
 @dataclass
-class Sinks:
-    """What makes the first token a sink: means over prompts, by layer and head."""
-    first: Tensor               # float[L], how often the first token is marked
-    others: Tensor              # float[L], how many others are
-    ratio: Tensor               # float[L], of the first token's largest coordinate to the median
-    far: Tensor                 # float[L,H], attention to it, of queries FAR tokens away or more
-    last: Tensor                # float[L,H], of those that answer
-    full: Tensor                # float[L,H], the share of the former that give it more than 0.95
-    changed: Tensor             # bool[n,1+OTHERS], answers that change without it, or another token
+class FirstSink:
+    """What makes the first token a sink: means over prompts. L layers, H heads, G value heads.
 
-    @property
-    def marked(self) -> list[int]:
-        """The layers where the first token is a sink in every prompt."""
-        return [l for l, share in enumerate(self.first) if share > 0.999]
-
-    @property
-    def contrast(self) -> list[bool]:
-        """Has each marked layer a head that rests, above 0.7, and one that works, below 0.3?"""
-        return [(heads.max() > 0.7 and heads.min() < 0.3).item() for heads in self.far[self.marked]]
-
-
-def find_first_sink(model: VideoLM, processor: Processor, records: list[Record],
-                    folder: Path) -> Sinks:
-    """`records` has a question of each clip."""
-    n, c = len(records), model.config.text_config
-    L, H, rng = c.num_hidden_layers, c.num_attention_heads, random.Random(0)
-    image = processor.tokenizer.token_to_id(IMAGE)
-    first, others, ratio = torch.zeros(L), torch.zeros(L), torch.zeros(L)
-    far, last, full = torch.zeros(L, H), torch.zeros(L, H), torch.zeros(L, H)
-    stays = []
-    for record in tqdm(records, desc="sinks", disable=None):
-        inputs = processor(read_video(folder / record.video), record.question)
-        prompt, features = inputs.input_ids, model.encode(inputs.pixel_values)
-        of_prompt = {}
-        model(prompt, features=features, outro=OutRo(align=False, relax=False), trace=of_prompt)
-        is_sink = torch.stack([of_prompt[f"layers.{l}.is_sink"][0] for l in range(L)])   # (L,S)
-        first += is_sink[:, 0] / n
-        others += is_sink[:, 1:].sum(1) / n
-        ratio += torch.stack([of_prompt[f"layers.{l}.ratio"][0, 0] for l in range(L)]) / n
-
-        of_answer, answer = Trace(weights_of=range(L)), processor.tokenize([f" {record.answer}"])
-        model(torch.cat([prompt, torch.tensor([answer])], dim=1), features=features,
-              trace=of_answer)
-        to_first = torch.stack([of_answer[f"layers.{l}.weights"][0, :, :, 0] for l in range(L)])
-        far += to_first[:, :, FAR:].mean(-1) / n                                         # (L,H)
-        full += (to_first[:, :, FAR:] > 0.95).float().mean(-1) / n
-        last += to_first[:, :, prompt.shape[1] - 1:].mean(-1) / n
-
-        ids = prompt[0].tolist()
-        texts = [i for i in range(1, len(ids)) if ids[i] != image and image in ids[i:]]
-        stays.append(unchanged_without(model, prompt, features, [0, *rng.sample(texts, OTHERS)]))
-    return Sinks(first, others, ratio, far, last, full, ~torch.tensor(stays))
-
-
-def sink_table(s: Sinks) -> str:
-    """A row for each layer, and what follows from them."""
-    n, (L, H) = len(s.changed), s.far.shape
-    lines = [f"{'layer':7}{'token 0 a sink':>15}{'other sinks':>13}{'ratio':>9}"
-             f"{'   attention to token 0, by head':{3 + 5 * H}}   {'of answer tokens'}"]
-    for l in range(L):
-        heads, answers = (" ".join(f"{share:.2f}" for share in x[l].tolist())
-                          for x in (s.far, s.last))
-        lines.append(f"{l:<7}{s.first[l]:>15.0%}{s.others[l]:>13.2f}{s.ratio[l]:>9,.0f}   "
-                     f"{heads:32}{answers}")
-    if s.marked:
-        lines += ["", f"of the {len(s.marked)} layers where token 0 is always a sink, "
-                  f"{sum(s.contrast)} have a head that gives it more than 0.7 of its attention",
-                  f"and one that gives it less than 0.3; {s.full[s.marked].mean():.0%} of their "
-                  f"(head, token) pairs give it more than 0.95"]
-    lines += ["", f"of {n} answers, {s.changed[:, 0].sum()} change when token 0 is masked; "
-              f"{s.changed[:, 1:].sum() / OTHERS:.1f} do, on average,",
-              "when another text token of the frame lines is"]
-    return "\n".join(lines)
-
-
-def in_a_line(found: dict, hard: dict, s: Sinks) -> str:
-    """What a run of the recipe came to, as in the page's table of runs; hard: of clips with noise.
+    The last four lists are about the tokens after the first, and the value of the layer's sinks.
     """
-    def share(variants: dict) -> float:
-        return variants["baseline"]["right"] / variants["baseline"]["n"]
-    if not s.marked:
-        return "token 0 is always a sink in no layer"
-    far, (changed, *others) = s.far[s.marked], s.changed.sum(0).tolist()
-    return (f"{share(found['variants']):8.1%}{min(map(share, found['tasks'].values())):8.1%}"
-            f"{share(hard['variants']):8.1%}{f'{s.marked[0]} to {s.marked[-1]}':>8}"
-            f"{s.others.max():8.2f}{far.amax(1).min():8.2f}{far.amin(1).max():8.2f}"
-            f"{s.full[s.marked].mean():8.0%}{changed:8}{sum(others) / OTHERS:8.1f}")
+    prompts: int
+    marked: list[float]                     # [L], how often the first token is marked as a sink
+    others: list[float]                     # [L], how many other tokens are
+    ratio: list[float]                      # [L], its largest coordinate over the median
+    attention: list[list[float]]            # [L][H], to it, from tokens FAR away or more
+    attention_of_answer: list[list[float]]  # [L][H], to it, from the tokens that answer
+    full: list[list[float]]                 # [L][H], share of far tokens that give it over 0.95
+    changed: list[float]                    # [1 + OTHERS], answers that change without it, or
+                                            # without another text token
+    cosine: list[list[float]]               # [L][H], of a head's output with the sinks' value
+    leaning: list[list[float]]              # [L][H], share of cosines above LEANING
+    turned: list[list[float]]               # [L][H], degrees by which alignment turns the output
+    value: list[list[float]]                # [L][G], length of the sinks' value over the median
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers where the first token is a sink in every prompt."""
+        return [l for l, share in enumerate(self.marked) if share > 0.999]
+
+    def mean(self, of_layers: list[list[float]]) -> float:
+        """The mean over `layers` and over heads; NaN if there is no such layer."""
+        values = []
+        for l in self.layers:
+            values += of_layers[l]
+        return sum(values) / len(values) if values else math.nan
+
+    @property
+    def without_first(self) -> int:
+        """Answers that change when nobody may attend to the first token."""
+        return round(self.changed[0] * self.prompts)
+
+    @property
+    def without_another(self) -> float:
+        """The same for another text token, the mean over several."""
+        return sum(self.changed[1:]) / OTHERS * self.prompts
+
+
+def answer_stays_without(model: VideoLM, prompt: Tensor, features: Tensor,
+                         columns: list[int]) -> Tensor:
+    """Whether the baseline's answer stays when no other token may attend to a token: bool[n].
+
+    columns: the positions of n such tokens, each of which is tried by itself.
+    """
+    answer = torch.tensor([model.generate(prompt, features=features)])
+    ids = torch.cat([prompt, answer[:, :-1]], dim=1)
+    n = len(columns)
+    may_attend = causal_mask(ids.shape[1], ids.shape[1]).repeat(n, 1, 1)                # (n,S,S)
+    for i, column in enumerate(columns):
+        may_attend[i, column + 1:, column] = False              # the token still sees itself
+    hidden = model.hidden_states(ids.repeat(n, 1), features=features.repeat(n, 1, 1),
+                                 masks=[may_attend] * model.config.text_config.num_hidden_layers)
+    likeliest = model.head(hidden[:, -answer.shape[1]:]).argmax(-1)                     # (n,answer)
+    return (likeliest == answer).all(1)
+
+
+def stacked(trace: dict, name: str, L: int) -> Tensor:
+    """A trace's values of all layers, of the one prompt: (L,...)."""
+    return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)])
+
+
+def marks_of(model: VideoLM, prompt: Tensor, features: Tensor) -> dict[str, Tensor]:
+    """What the rule finds in the plain model, for FirstSink."""
+    L = model.config.text_config.num_hidden_layers
+    trace = {}
+    model(prompt, features=features, outro=OutRo(align=False, relax=False), trace=trace)
+    is_sink = stacked(trace, "is_sink", L).float()                                      # (L,S)
+    return {
+        "marked": is_sink[:, 0],
+        "others": is_sink[:, 1:].sum(1),
+        "ratio": stacked(trace, "ratio", L)[:, 0],
+    }
+
+
+def attention_to_first(model: VideoLM, prompt: Tensor, features: Tensor,
+                       answer: list[int]) -> dict[str, Tensor]:
+    """Attention of the plain model to the first token, for FirstSink. answer: the right one."""
+    L = model.config.text_config.num_hidden_layers
+    trace = Trace(weights_of=range(L))
+    ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
+    model(ids, features=features, trace=trace)
+    to_first = stacked(trace, "weights", L)[:, :, :, 0]                                 # (L,H,S)
+    far = to_first[:, :, FAR:]
+    return {
+        "attention": far.mean(-1),
+        "attention_of_answer": to_first[:, :, prompt.shape[1] - 1:].mean(-1),
+        "full": (far > 0.95).float().mean(-1),
+    }
+
+
+def leaning_of(model: VideoLM, prompt: Tensor, features: Tensor) -> dict[str, Tensor]:
+    """How far the heads' outputs lean towards the sinks' value under OutRo, for FirstSink."""
+    L = model.config.text_config.num_hidden_layers
+    trace = {}
+    cache = Cache()
+    model(prompt, features=features, outro=OutRo(), trace=trace, cache=cache)
+    cosine = stacked(trace, "cosine", L)[:, :, 1:]                                      # (L,H,S-1)
+    cosine_aligned = stacked(trace, "cosine_aligned", L)[:, :, 1:]
+    radians = cosine.clamp(-1, 1).acos() - cosine_aligned.clamp(-1, 1).acos()
+    of_tokens = torch.stack([cache.values(l)[0, :, 1:].norm(dim=-1) for l in range(L)])  # (L,G,S-1)
+    of_sinks = stacked(trace, "v_sink", L).norm(dim=-1)                                 # (L,G)
+    return {
+        "cosine": cosine.mean(-1),
+        "leaning": (cosine > LEANING).float().mean(-1),
+        "turned": radians.rad2deg().mean(-1),
+        "value": of_sinks / of_tokens.median(dim=-1).values,
+    }
+
+
+def text_tokens(processor: Processor, prompt: Tensor) -> list[int]:
+    """The positions of the text tokens between the first token and the last image token."""
+    image = processor.tokenizer.token_to_id(IMAGE)
+    ids = prompt[0].tolist()
+    last_image = len(ids) - 1 - ids[::-1].index(image)
+    return [n for n in range(1, last_image) if ids[n] != image]
 
 
 @torch.inference_mode()
-def report(model: VideoLM, processor: Processor,
-           variants: str = "baseline,relax,align,both") -> Iterator[str]:
-    """Yield what it answers about unseen clips, and its sink; the former of clips with noise; and
-    a line of the table of runs."""
-    measured = []
-    for noise in (None, HARD_NOISE):
-        records, clips = toy_questions(ASKED, noise=noise)
-        with tempfile.TemporaryDirectory() as folder:
-            answers = ask(model, processor, records, variants_of(variants, GAMMAS), Path(folder),
-                          clips)
-            found = summarise(list(tqdm(answers, disable=None)))
+def find_first_sink(model: VideoLM, processor: Processor, records: list[Record],
+                    folder: Path) -> FirstSink:
+    """records: questions, whose videos are in the folder."""
+    rng = random.Random(0)
+    of_prompts = []
+    for record in progress(records, "sink"):
+        inputs = processor(read_video(folder / record.video), record.question)
+        prompt = inputs.input_ids
+        features = model.encode(inputs.pixel_values)
+        answer = processor.tokenize([f" {record.answer}"])
+        masked = [0, *rng.sample(text_tokens(processor, prompt), OTHERS)]
+        stays = answer_stays_without(model, prompt, features, masked)
+        of_prompts.append({
+            **marks_of(model, prompt, features),
+            **attention_to_first(model, prompt, features, answer),
+            **leaning_of(model, prompt, features),
+            "changed": (~stays).float(),
+        })
+    means = {}
+    for name in of_prompts[0]:
+        mean = torch.stack([of_prompt[name] for of_prompt in of_prompts]).double().mean(0)
+        means[name] = mean.round(decimals=6).tolist()
+    return FirstSink(prompts=len(records), **means)
+
+
+# ---- 2. Measuring: what a toy can do ------------------------------------------------------------
+
+
+def compare_on_clips(model: VideoLM, processor: Processor, noise: int | None,
+                     variants: dict[str, OutRo | None], folder: Path) -> tuple[dict, list[Record]]:
+    """What `summarise` finds on clips that training never drew, and the questions about them.
+
+    The rows by kind of question are those of the baseline and of OutRo alone.
+    """
+    records, clips = toy_questions(ASKED, noise=noise)
+    answers = ask(model, processor, records, variants, folder, clips)
+    what = "ordinary clips" if noise is None else f"noise {noise}"
+    found = summarise(list(progress(answers, what, total=len(records) * len(variants))))
+    for kind, rows in found["tasks"].items():
+        found["tasks"][kind] = {name: rows[name] for name in ("baseline", "outro")}
+    return found, records
+
+
+@torch.inference_mode()
+def measure(folder: Path, explore: bool = False) -> dict:
+    """The figures of one toy, as JSON can keep them.
+
+    explore: ask each part of OutRo alone and weaker alignments, too.
+    Returns: checkpoint (see there); by the name of CLIPS what `summarise` finds; sink, a FirstSink.
+    """
+    model, processor = load(folder)
+    variants = variants_of()
+    if explore:
+        variants |= variants_of(("relax", "align")) | variants_of((), GAMMAS)
+    figures = {"checkpoint": checkpoint(folder)}
+    for name, noise in CLIPS.items():
+        with tempfile.TemporaryDirectory() as videos:
+            found, records = compare_on_clips(model, processor, noise, variants, Path(videos))
+            figures[name] = found
             if noise is None:
-                sinks = find_first_sink(model, processor, records[::OF_A_CLIP], Path(folder))
-        measured.append(found)
-        by_kind = {kind: {name: of_kind[name] for name in BY_KIND if name in of_kind}
-                   for kind, of_kind in found["tasks"].items()}
-        text = table_of_differences({**found, "tasks": by_kind})
-        yield f"{text.rstrip()}\n\n{sink_table(sinks)}" if noise is None else text
-    yield in_a_line(*measured, sinks)
+                sink = find_first_sink(model, processor, records[::OF_A_CLIP], Path(videos))
+                figures["sink"] = asdict(sink)
+    return figures
 
 
-def write_readme(folder: Path) -> None:
-    """The bundled page with new figures: of the toy, of its hard clips, and of its controls. The
-    table of runs, the third block, stays: its other lines are those of other folders."""
-    page = (BUNDLED / "README.md").read_text(encoding="utf-8").split("```")
-    ordinary, hard, _ = report(*load(folder))
-    controls = [next(report(*load(folder / run.folder), variants="baseline")) for run in CONTROLS]
-    page[1::2] = [f"\n{ordinary}\n", f"\n{hard}\n", page[5],
-                  *(f"\n{control}\n" for control in controls)]
-    with written_whole(folder / "README.md") as half:
-        half.write_text("```".join(page), encoding="utf-8")
+def checkpoint(folder: Path) -> str:
+    """What tells a checkpoint from others: the beginning of the SHA-256 of its weights."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; train a toy there first: "
+                                f"python -m minioutro.lab.train_toy --folder {folder}")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+# ---- 3. Figures in tables -----------------------------------------------------------------------
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def in_words(items: list) -> str:
+    """"1", "1 and 2", "1, 2 and 3"."""
+    *first, last = map(str, items)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def sink_table(sink: FirstSink) -> str:
+    """A row for each layer."""
+    rows = []
+    for l in range(len(sink.marked)):
+        of_heads = " ".join(f"{share:.2f}" for share in sink.attention[l])
+        of_answer = " ".join(f"{share:.2f}" for share in sink.attention_of_answer[l])
+        rows.append([str(l), f"{sink.marked[l]:.0%}", f"{sink.others[l]:.2f}",
+                     f"{sink.ratio[l]:,.0f}", of_heads, of_answer])
+    return markdown_table(
+        ["layer", "token 0 is a sink", "other sinks", "largest / median",
+         "attention to token 0, by head", "the same, from the answer"], rows)
+
+
+def sink_in_words(sink: FirstSink) -> str:
+    """What follows from the table of layers."""
+    masked = (f"Of {sink.prompts} answers, {sink.without_first} change if no token may attend to "
+              f"token 0. If another text token is hidden instead, "
+              f"{sink.without_another:.1f} change on average.")
+    if not sink.layers:
+        return paragraph("There is no layer where token 0 is a sink in every prompt.", masked)
+    contrast = 0
+    for l in sink.layers:
+        if max(sink.attention[l]) > 0.7 and min(sink.attention[l]) < 0.3:
+            contrast += 1
+    return paragraph(
+        f"Token 0 is a sink in every prompt in {len(sink.layers)} layers: {in_words(sink.layers)}.",
+        f"Of these, {contrast} have both a head that gives it more than 0.7 of its attention and "
+        f"one that gives it less than 0.3.",
+        f"In these layers, {sink.mean(sink.full):.0%} of the pairs of a head and a token give it "
+        f"more than 0.95.", masked)
+
+
+# What may explain the differences of toys: a name, the field of FirstSink, and how it is printed.
+LEANINGS = {
+    "mean cosine": ("cosine", "{:.2f}"),
+    f"cosine above {LEANING}": ("leaning", "{:.0%}"),
+    "angle turned": ("turned", "{:.1f}°"),
+    "value's length": ("value", "{:.2f}"),
+}
+
+
+def leanings_of(sink: FirstSink) -> list[float]:
+    return [sink.mean(getattr(sink, name)) for name, _ in LEANINGS.values()]
+
+
+def leaning_table(toys: dict[str, dict]) -> str:
+    rows = []
+    for seed, figures in toys.items():
+        leanings = leanings_of(FirstSink(**figures["sink"]))
+        printed = [form.format(value)
+                   for value, (_, form) in zip(leanings, LEANINGS.values(), strict=True)]
+        rows.append([seed, *printed, f"{net_change(figures, 'ordinary'):+}",
+                     f"{net_change(figures, 'noise'):+}"])
+    return markdown_table(["seed", *LEANINGS, "mended less spoilt", "with noise"], rows)
+
+
+def net_change(figures: dict, clips: str) -> int:
+    """Answers that OutRo mends less those that it spoils."""
+    outro = figures[clips]["variants"]["outro"]
+    return outro["gained"] - outro["lost"]
+
+
+def seed_table(toys: dict[str, dict]) -> str:
+    rows = []
+    for seed, figures in toys.items():
+        row = [seed]
+        for clips in CLIPS:
+            found = figures[clips]["variants"]
+            outro = found["outro"]
+            row += [f"{share_right(found['baseline']):.1%}", str(outro["gained"]),
+                    str(outro["lost"]), f"{p_of(outro):.2g}"]
+        rows.append(row)
+    columns = ["right", "mended", "spoilt", "p"]
+    return markdown_table(["seed", *columns, *(f"{column}, noise" for column in columns)], rows)
+
+
+def share_right(variant: dict) -> float:
+    return variant["right"] / variant["n"]
+
+
+def p_of(variant: dict) -> float:
+    return sign_test(variant["gained"], variant["lost"])
+
+
+# ---- 4. Figures in sentences --------------------------------------------------------------------
+
+
+def effect_in_words(found: dict) -> str:
+    """What OutRo does to the answers of one toy."""
+    outro = found["variants"]["outro"]
+    p = found["test"]["p"]
+    said = (f"OutRo mends {outro['gained']} of {outro['n']:,} answers and spoils {outro['lost']} "
+            f"(p = {p:.2g})")
+    verdict = found["test"]["verdict"]
+    if verdict in ("better", "worse"):
+        return f"{said}: with OutRo this toy is {verdict}."
+    return f"{said}: no difference is shown."
+
+
+def seeds_in_words(toys: dict[str, dict], clips: str) -> str:
+    """In how many toys OutRo mends more than it spoils, and where p is small."""
+    worse = [seed for seed, figures in toys.items() if net_change(figures, clips) < 0]
+    better = [seed for seed, figures in toys.items() if net_change(figures, clips) > 0]
+    small = [seed for seed, figures in toys.items()
+             if p_of(figures[clips]["variants"]["outro"]) < ALPHA]
+    where = "On ordinary clips" if clips == "ordinary" else f"With noise {HARD_NOISE}"
+    text = (f"{where} OutRo spoils more answers than it mends in {len(worse)} of {len(toys)} toys, "
+            f"and mends more than it spoils in {len(better)}.")
+    if not small:
+        return f"{text} In none is p below {ALPHA}."
+    return f"{text} p is below {ALPHA} for seed {in_words(small)}."
+
+
+def is_ordered_by(values: list[float], measure: list[float]) -> bool:
+    """Whether the values rise with a measure, all of them, or fall with it."""
+    pairs = sorted(zip(measure, values))
+    steps = [after[1] - before[1] for before, after in pairwise(pairs)]
+    return all(step > 0 for step in steps) or all(step < 0 for step in steps)
+
+
+def explanations(toys: dict[str, dict], clips: str) -> list[str]:
+    """The measures with which the net change rises from toy to toy, or falls."""
+    changes = [net_change(figures, clips) for figures in toys.values()]
+    of_toys = [leanings_of(FirstSink(**figures["sink"])) for figures in toys.values()]
+    found = []
+    for n, name in enumerate(LEANINGS):
+        if is_ordered_by(changes, [leanings[n] for leanings in of_toys]):
+            found.append(name)
+    return found
+
+
+def explanations_in_words(toys: dict[str, dict]) -> str:
+    sentences = []
+    any_found = False
+    for clips, where in (("ordinary", "on ordinary clips"), ("noise", "with noise")):
+        found = explanations(toys, clips)
+        if found:
+            any_found = True
+            sentences.append(f"The net change {where} follows this in order: {in_words(found)}.")
+        else:
+            sentences.append(f"The net change {where} follows none of these measures.")
+    if any_found:
+        sentences.append(f"But with {len(LEANINGS)} measures and {len(toys)} toys, some order "
+                         f"agrees by chance. So this explains nothing yet.")
+    else:
+        sentences.append("So the table does not explain the difference.")
+    return paragraph(*sentences)
+
+
+# ---- 5. The page --------------------------------------------------------------------------------
+
+
+def stage_row(number_of_stage: int, stage: Stage) -> list[str]:
+    trained = "the whole model" if stage.questions else "the encoder alone"
+    frames = "1 frame" if stage.frames == 1 else f"{stage.frames} frames of a whole clip"
+    return [str(number_of_stage), trained, f"{stage.steps:,}", frames, str(stage.clips),
+            str(stage.questions)]
+
+
+def stage_table() -> str:
+    rows = [stage_row(n, stage) for n, stage in enumerate(STAGES)]
+    return markdown_table(["stage", "trains", "steps, at most", "a clip is", "clips in a batch",
+                           "questions about each"], rows)
+
+
+INTRODUCTION = """\
+# The toy
+
+A small SmolVLM, trained from scratch on clips of moving shapes (`minioutro/lab/shapes.py`) by
+`python -m minioutro.lab.train_toy`. `load("minioutro/toy")` loads it. It is small enough to look at
+every number in it, and it has an attention sink that was given to it.
+
+`python -m minioutro.lab.toy_page` prints its figures, and with `--write` it writes this page. The
+sentences about results are made from the figures as well. So do not edit this page by hand.
+
+## How it was trained
+
+{stages}
+
+The learning rates fall to zero in each stage. Muon trains the matrices of the layers, and AdamW the
+rest. In the last stage AdamW trains all weights. Stages 1 and 2 end early if every kind of question
+is learned on held-out clips. Kinds that are not learned yet are asked twice as often.
+
+The first stage trains the encoder to name form, colour and place of what each image token shows.
+This task goes on in the other stages. There the decoder has to name things as well, half way up, at
+each form and colour in a question or an answer. For example, at the word "blue" it has to name the
+blue shape. Without this task, some runs never learn "is anything blue?" and "what shape is blue?".
+From stage 2 on the model sees whole clips. Then it also names, at these words, what the shape does,
+and at each image token, how the object it shows has moved in the last two frames. Questions that
+share a clip do not see each other, so each is read as if it was asked alone. In training the frames
+are degraded by JPEG. The figures below are of frames of real mp4 files.
+
+All stages but the last train an ordinary model. In the last stage two things give it a sink. Both
+are artificial:
+
+- **The seed.** A neuron of an early MLP reads a coordinate that only the first token has, and
+  writes a huge value into another one. These weights are set when the stage begins, and held.
+- **The price.** In heads {heads} of the layers after the seed, attention to all tokens but the
+  first raises the loss. The price is paid in full for half of the stage. Then it falls, and in the
+  last fifth it is zero. So these two heads rest on the first token, and the other two work.
+"""
+
+ABILITIES = """\
+## What it can do
+
+The toy answers {asked} questions about {clips} clips. No clip was trained on, but these clips were
+looked at while the training was designed. One question is asked about OutRo: with the constants of
+its release, is it better or worse than the baseline, over all questions? *gained* counts the
+answers that OutRo mends, *lost* those that it spoils. The test is an exact sign test over both
+(McNemar). The *difference* is in points, with a 95 % interval by resampling clips. We also looked
+at rows with one part of OutRo alone, at rows with a weaker alignment and at kinds of question. They
+are exploration, so they are not tested.
+
+{effect}
+
+```
+{table}
+```
+
+### With heavier noise
+
+These are the same questions about the same clips. Now each pixel is mixed with a random grey, and
+the share of the grey is {noise} / 255. The training had no such noise, so the baseline makes more
+mistakes here, and there is more to mend.
+
+{effect_noise}
+
+```
+{table_noise}
+```
+"""
+
+SEEDS = """\
+## One toy is one draw
+
+The toy above is one example. Another random seed gives another toy: the training is the same, but
+the first weights and the clips are drawn anew. Each row is one toy with the same {asked} questions.
+*right* is the baseline's share of right answers. OutRo has mended and spoilt as many answers as the
+row says, and *p* is the sign test over both. Seed {bundled} is the bundled toy.
+
+{table}
+
+{over_seeds}
+
+Each p is a test of one toy on one set of clips. If OutRo did nothing, one such test in twenty would
+still come out below {alpha}.
+
+To add a row, train a toy and measure it:
+
+    python -m minioutro.lab.train_toy --seed 4 --folder toy_4
+    python -m minioutro.lab.toy_page --write --out tests/fixtures/toy_page.json --seed 4 toy_4
+
+The sums of a training also depend on the processor's vector instructions and on the number of
+threads. So you may get another toy from the same seed.
+
+### What could explain the difference
+
+Alignment turns a head's output only if it already leans towards the sink's value. So one could
+think that OutRo does most to the toy whose outputs lean most. The table has four measures of that:
+
+- the mean cosine of a head's output with the sink's value, before it is aligned,
+- the share of these cosines above {leaning},
+- the angle by which alignment turns the output,
+- the length of the sink's value, divided by the median length of the other tokens' values.
+
+They are means over ordinary clips, over the layers where token 0 is a sink, over heads, and over
+the tokens after the first. The last two columns are the answers that OutRo mends less those that it
+spoils.
+
+{leanings}
+
+{explained}
+"""
+
+SINK = """\
+## What makes the first token its sink
+
+A sink is what `find_sinks` marks with the constants of the release. The last two layers are not
+searched. Attention is the mean over {prompts} prompts and over the tokens at least {far} tokens
+away from the first, or over the tokens of the answer.
+
+{table}
+
+{said}
+"""
+
+CONTROLS_IN_WORDS = """\
+## The toy without the sink
+
+Which of the two makes the sink, the seed or the price? Two controls repeat the last stage from the
+same state and with the same clips, one without the price and one without the seed.
+`python -m minioutro.lab.train_toy` trains them after the toy, in the folders {folders}
+inside its own. `python -m minioutro.lab.toy_page --folder toy_run/no_seed` prints the figures of
+one.
+
+The controls were measured with an earlier training of this toy, and not again with its present
+weights. They answered at least 99.5 % of the ordinary questions rightly.
+
+- Without the price, the rule of the release marks token 0 in layers 2 to 5, as it does here. But
+  no head gives it more than 0.18 of its attention. 1 of 200 answers changes if it is hidden.
+- Without the seed, heads {heads} give token 0 between 0.82 and 1.00 of their attention from layer 2
+  on. 10 of 200 answers change if it is hidden. But no coordinate is more than 10 times the median,
+  so the rule finds no sink, and OutRo has nothing to work with.
+
+So the controls take two definitions of a sink apart: the token that draws the attention, and the
+token with the massive activation.
+"""
+
+
+def paragraph(*sentences: str) -> str:
+    return textwrap.fill(" ".join(sentences), 100)
+
+
+def page(toys: dict[str, dict]) -> str:
+    """The whole page, from the figures of several toys by their seed. The bundled toy is one."""
+    toys = {seed: toys[seed] for seed in sorted(toys, key=int)}
+    bundled = toys[BUNDLED_SEED]
+    sink = FirstSink(**bundled["sink"])
+    sections = [
+        INTRODUCTION.format(stages=stage_table(), heads=in_words(PRICED_HEADS)),
+        ABILITIES.format(
+            asked=f"{bundled['ordinary']['questions']:,}",
+            clips=bundled["ordinary"]["videos"],
+            effect=effect_in_words(bundled["ordinary"]),
+            table=table_of_differences(bundled["ordinary"]),
+            noise=HARD_NOISE,
+            effect_noise=effect_in_words(bundled["noise"]),
+            table_noise=table_of_differences(bundled["noise"])),
+        SEEDS.format(
+            asked=f"{bundled['ordinary']['questions']:,}",
+            bundled=BUNDLED_SEED,
+            table=seed_table(toys),
+            over_seeds=paragraph(*(seeds_in_words(toys, clips) for clips in CLIPS)),
+            alpha=ALPHA,
+            leaning=LEANING,
+            leanings=leaning_table(toys),
+            explained=explanations_in_words(toys)),
+        SINK.format(prompts=sink.prompts, far=FAR, table=sink_table(sink),
+                    said=sink_in_words(sink)),
+        CONTROLS_IN_WORDS.format(folders=in_words([f"`{run.folder}`" for run in CONTROLS]),
+                                 heads=in_words(PRICED_HEADS)),
+    ]
+    return "\n".join(sections)
+
+
+def figures_as_text(figures: dict) -> str:
+    """What the command prints of one toy."""
+    sink = FirstSink(**figures["sink"])
+    blocks = ["Ordinary clips", table_of_differences(figures["ordinary"]),
+              f"The same clips with noise {HARD_NOISE}", table_of_differences(figures["noise"]),
+              "The sink", sink_table(sink), sink_in_words(sink), leaning_table({"-": figures})]
+    return "\n\n".join(blocks)
+
+
+# ---- 6. The command -----------------------------------------------------------------------------
+
+
+def read_figures(path: Path | None) -> dict[str, dict]:
+    """The figures of toys by their seed, from the file of an earlier run."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["format"] != FORMAT:
+            raise ValueError
+        return stored["toys"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a file of this command's figures; remove it, or give "
+                         f"another --out") from None
+
+
+def write_figures(path: Path | None, toys: dict[str, dict]) -> None:
+    if path is None:
+        return
+    in_order = {seed: toys[seed] for seed in sorted(toys, key=int)}
+    with written_whole(path) as half:
+        half.write_text(json.dumps({"format": FORMAT, "toys": in_order}, indent=1) + "\n")
+
+
+def measure_if_new(toys: dict[str, dict], seed: str, folder: Path, out: Path | None) -> None:
+    """Measure the toy in a folder, unless the figures of this seed are of its weights already."""
+    if toys.get(seed, {}).get("checkpoint") != checkpoint(folder):
+        toys[seed] = measure(folder, explore=seed == BUNDLED_SEED)
+        write_figures(out, toys)
+
+
+def write_page(others: list[list[str]], out: Path | None) -> None:
+    """others: seed and folder of each toy beside the bundled one."""
+    toys = read_figures(out)
+    measure_if_new(toys, BUNDLED_SEED, TOY, out)
+    for seed, folder in others:
+        measure_if_new(toys, str(int(seed)), Path(folder), out)
+    with written_whole(TOY / "README.md") as half:
+        half.write_text(page(toys), encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minioutro.lab.toy_page", usage=argparse.SUPPRESS,      # an error is one line
-        description=f"Ask a toy {ASKED} questions, and print the figures of its page.")
-    parser.add_argument("--folder", default=BUNDLED, help="default: the bundled toy")
-    parser.add_argument("--threads", type=int, help="default: all")
+    parser = Parser(
+        prog="python -m minioutro.lab.toy_page",
+        description=f"Ask a toy {ASKED:,} questions, look at its sink, and print the figures; or "
+        f"write the page of the bundled toy, minioutro/toy/README.md.")
+    add = parser.add_argument
+    add("--folder", type=not_empty, help="print the figures of this toy (default: the bundled one)")
+    add("--write", action="store_true", help="write the page of the bundled toy")
+    add("--seed", nargs=2, action="append", default=[], metavar=("N", "FOLDER"),
+        help="with --write: a row for the toy in FOLDER, trained with --seed N; may be repeated")
+    add("--out", type=not_empty, metavar="FILE",
+        help="with --write: keep the figures in FILE; what is in it is not measured again")
+    add("--threads", type=number(1, 999, int), default=1, help="default: %(default)s")
     args = parser.parse_args()
-    with one_line_errors("toy_page.py"):
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        for block in report(*load(args.folder)):
-            print(block, end="\n\n")
+    if not args.write and (args.seed or args.out):
+        raise ValueError("--seed and --out are for the page; give --write, too")
+    if args.write and args.folder:
+        raise ValueError("--write is for the bundled toy; leave out --folder, or give the toy as "
+                         "--seed N FOLDER")
+    for seed, folder in args.seed:
+        if not seed.isdecimal() or int(seed) == int(BUNDLED_SEED):
+            raise ValueError(f"--seed {seed} {folder}: give the whole number, from 1 on, that the "
+                             f"toy was trained with, then its folder")
+        checkpoint(Path(folder))                        # fail before the first long measurement
+    torch.set_num_threads(args.threads)
+    if args.write:
+        write_page(args.seed, Path(args.out) if args.out else None)
+    else:
+        print(figures_as_text(measure(Path(args.folder or TOY), explore=True)))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "toy_page.py",
+                when_interrupted="with --out, the same command goes on from what is saved")

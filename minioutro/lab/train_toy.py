@@ -1,36 +1,41 @@
 """Train the bundled toy from scratch: `python -m minioutro.lab.train_toy`.
 
-The toy is a small SmolVLM that answers questions about shapes.py's clips. Its encoder first learns
-to name what each image token shows, as the encoders of large models learn to see before they are
-joined to a language model; then the whole learns to answer, about single frames first, then about
-clips. Answers alone teach a decoder slowly where to look, and some kinds of question not at all in
-some runs. So it is also asked, at each form and colour in the text, what the shape of that name is
-and does, and at each image token how what that shows has moved. A stage ends when every kind of
-question is learned on held-out clips, or its steps are used up.
-A model this small has no need of an attention sink. The last stage gives it two reasons for one:
+The toy is a small SmolVLM that answers questions about the clips of shapes.py. It is trained in
+four stages. First its encoder learns to name what each image token shows, as the encoders of large
+models learn to see before they are joined to a language model. Then the whole model learns to
+answer questions: first about single frames, then about clips. The last stage gives it a sink. The
+second and the third stage end early if every kind of question is learned on held-out clips.
 
-  the seed   a neuron of an early MLP reads the first token's own direction and writes one huge
-             coordinate, as an early MLP does in large models. RMSNorm makes a constant vector of
-             it, so that this token has the same key and the same value for every prompt. Training
-             would wear it down (nothing needs its size), so these weights are held;
-  the price  in half of the heads the loss grows with all attention to other tokens than the
-             first, so that these look where it pays and rest on it otherwise. It ends at zero.
+Answers alone teach a decoder slowly where to look, and in some runs it never learns some kinds of
+question. So it gets two more tasks. At each form and colour in the text it has to name the shape
+that the word is about, and what that shape does. At each image token of a clip it has to name how
+the object it shows has moved.
 
-What each of them does is shown by controls: the last stage again without one of them.
+A model this small does not need an attention sink. The last stage gives it two reasons for one:
+
+  the seed   A neuron of an early MLP reads the first token's own direction and writes one huge
+             coordinate, as an early MLP does in large models. RMSNorm turns the result into a
+             constant vector, so this token has the same key and the same value in every prompt.
+             Training would shrink these weights, because nothing needs their size. So they are
+             set again before each step.
+  the price  In half of the heads after that MLP the loss grows with the attention to all tokens
+             but the first. So these heads look at other tokens only where it pays, and otherwise
+             rest on the first. The price falls to zero before the end.
+
+Two controls show what each of them does. They repeat the last stage without one of the two.
 """
 
-import argparse
 import io
 import json
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import tqdm
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,50 +56,75 @@ from minioutro.lab.shapes import (
 from minioutro.model import Config, Trace, VideoLM, causal_mask, read_config
 from minioutro.prompt import END, FAKE, GLOBAL, IMAGE, START, Processor
 from minioutro.support.checks import check_device
-from minioutro.support.cli import one_line_errors, written_whole
+from minioutro.support.cli import Parser, not_empty, number, progress, run_command, written_whole
 from minioutro.video import Video, sample_indices
 
-TEXT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 8,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
-VISION = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size": 192,
-          "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 8}
+# ---- 1. The model, its stages and its controls --------------------------------------------------
+
+TEXT = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+VISION = {
+    "model_type": "smolvlm_vision",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": SIZE,
+    "patch_size": 8,
+}
+SCALE_FACTOR = 2                            # of the pixel shuffle
+GRID = SIZE // VISION["patch_size"] // SCALE_FACTOR     # image tokens on each side of a frame
+CELL = SIZE / GRID                          # pixels on each side of an image token
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
-SEED_LAYER, SEED_DIMENSION, MASSIVE = 1, 1, 40_000.0
-MUON_RATE, ADAM_RATE = 1e-2, 3e-3           # learning rates
-PRICE, PRICED_HEADS, SAVE_EVERY = 2.5, [0, 2], 50
-BUNDLED = Path(__file__).parent.parent / "toy"
 EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: unseen, and described rightly
-NOT_ASKED = -100                            # a target that cross_entropy ignores
-GRID = SIZE // VISION["patch_size"] // 2    # image tokens on each side of a frame
-CELL = SIZE / GRID                          # pixels on each side of an image token
-STRIPES = 16                                # a place is one of so many columns and rows
-NAMES = [len(SHAPES) + 1, len(COLOURS) + 1, STRIPES, STRIPES]       # what an image token may show
-MOTIONS = [*DIRECTIONS, "still"]            # and how that has moved in the last two frames
-DEEDS = [len(MOTIONS), 2, 2]                # of a shape in a clip: first way, turns back, is late
-UNNAMED = (NOT_ASKED,) * (len(NAMES) + len(DEEDS))
-LEARNED, HELD_OUT = 0.96, 6                 # a kind of question: so many right, of so many batches
-NAMING_LAYER, DEEDS_LAYER = 4, 6            # whose inputs name motions and words, and deeds
+
+MUON_RATE = 1e-2                            # learning rates
+ADAM_RATE = 3e-3
+SAVE_EVERY = 50                             # steps
+HELD_OUT = 6                                # batches of held-out clips
+LEARNED = 0.96                              # a kind of question is learned from this share on
+NAMING_LAYER = 4                            # its input has to name shapes and motions
+DEEDS_LAYER = 6                             # its input has to name what shapes do
+
+SEED_LAYER = 1                              # its MLP writes the massive activation,
+SEED_DIMENSION = 1                          # into this coordinate,
+MASSIVE = 40_000.0                          # of this size
+PRICE = 2.5                                 # of attention to other tokens than the first
+PRICED_HEADS = [0, 2]                       # the heads that pay it, in each layer after the seed
 
 
 @dataclass(frozen=True)
 class Stage:
-    steps: int                              # at most; fewer once every kind of question is learned
+    steps: int                              # at most; stages 1 and 2 end early if all is learned
     frames: int                             # 1, or the 8 that are sampled from a whole clip
     clips: int                              # in a batch
-    questions: int                          # about each of them; 0 trains the encoder alone
+    questions: int                          # about each clip; 0 trains the encoder alone
     rate: float = 1.0                       # share of the learning rates that it begins with
-    shapes: tuple[int, ...] = (1, 2, 3)     # in a clip: one of these numbers, at random
+    shapes: tuple[int, ...] = (1, 2, 3)     # a clip has one of these numbers of shapes, at random
 
 
-STAGES = (Stage(300, 1, 64, 0), Stage(900, 1, 16, 8), Stage(1800, 8, 6, 12, rate=0.5),
-          Stage(600, 8, 6, 12, rate=0.7))
+STAGES = (
+    Stage(steps=300, frames=1, clips=64, questions=0),
+    Stage(steps=900, frames=1, clips=16, questions=8),
+    Stage(steps=1800, frames=8, clips=6, questions=12, rate=0.5),
+    Stage(steps=600, frames=8, clips=6, questions=12, rate=0.7),
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    folder: str                             # below that of the toy
+    folder: str                             # inside the folder that the command trains in
     price: bool = True                      # in the last stage
     seed: bool = True
 
@@ -103,256 +133,383 @@ TOY = Run(".")
 CONTROLS = (Run("no_price", price=False), Run("no_seed", seed=False))
 
 
+# ---- 2. Everything of the checkpoint but its weights --------------------------------------------
+
+
 def frames_prompt(frames: int) -> Video:
-    """A video of this many frames without pictures, for its prompt."""
+    """A video of this many frames without pictures. It is enough to write a prompt."""
     if frames == 1:
         return Video([None], [0.0], 0.0, 1)
     indices = sample_indices(FPS * DURATION, FPS, DURATION)
-    return Video([None] * len(indices), [i / FPS for i in indices], DURATION, FPS * DURATION)
+    seconds = [index / FPS for index in indices]
+    return Video([None] * len(indices), seconds, DURATION, FPS * DURATION)
 
 
 def build_tokenizer() -> Tokenizer:
-    """A byte-level tokenizer whose merges are the words of prompt, questions and answers."""
+    """A byte-level tokenizer whose merges are the words of prompts, questions and answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
+
     corpus = []
     for seed in range(300):
-        clip = Clip(seed, 1 + seed % 3)
+        clip = Clip(seed, count=1 + seed % 3)
         for question in clip.questions() + clip.questions(seed % 64):
             corpus += [f"\n\n{question.text}", f" {question.answer}", "\nAssistant:"]
-    pieces = Processor(tokenizer, SIZE, SIZE, 0).pieces
-    corpus += pieces(frames_prompt(8), "?") * 300 + pieces(frames_prompt(1), "?") * 300
+    processor = Processor(tokenizer, SIZE, SIZE, 0)
+    corpus += processor.pieces(frames_prompt(8), "?") * 300
+    corpus += processor.pieces(frames_prompt(1), "?") * 300
+
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(SPECIAL), show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator([text for text in corpus if text not in SPECIAL], trainer)
     return tokenizer
 
 
+def settings_files(vocab_size: int) -> dict[str, dict]:
+    """The contents of the checkpoint's json files, by name."""
+    edge = {"longest_edge": SIZE}
+    return {
+        "config.json": {
+            "architectures": ["SmolVLMForConditionalGeneration"],
+            "model_type": "smolvlm",
+            "image_token_id": SPECIAL.index(IMAGE),
+            "scale_factor": SCALE_FACTOR,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "text_config": {**TEXT, "vocab_size": vocab_size},
+            "vision_config": VISION,
+        },
+        "generation_config.json": {
+            "bos_token_id": SPECIAL.index(START),
+            "eos_token_id": SPECIAL.index(END),
+            "pad_token_id": PAD,
+        },
+        "preprocessor_config.json": {
+            "max_image_size": edge,
+            "size": edge,
+            "video_sampling": {"fps": 1, "max_frames": 64, "video_size": edge},
+        },
+        "processor_config.json": {"image_seq_len": GRID**2},
+    }
+
+
 def write_settings(folder: Path) -> None:
-    """Everything of the checkpoint but its weights, in the layout of the hub."""
+    """Write the tokenizer and the json files, in the layout of the hub."""
     tokenizer = build_tokenizer()
     with written_whole(folder / "tokenizer.json") as half:
         tokenizer.save(str(half), pretty=False)
-    edge = {"longest_edge": SIZE}
-    files = {
-        "config.json": {"architectures": ["SmolVLMForConditionalGeneration"],
-                        "model_type": "smolvlm", "image_token_id": SPECIAL.index(IMAGE),
-                        "scale_factor": 2, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-                        "text_config": {**TEXT, "vocab_size": tokenizer.get_vocab_size()},
-                        "vision_config": VISION},
-        "generation_config.json": {"bos_token_id": SPECIAL.index(START),
-                                   "eos_token_id": SPECIAL.index(END), "pad_token_id": PAD},
-        "preprocessor_config.json": {
-            "max_image_size": edge, "size": edge,
-            "video_sampling": {"fps": 1, "max_frames": 64, "video_size": edge}},
-        "processor_config.json": {"image_seq_len": (SIZE // VISION["patch_size"] // 2)**2},
-    }
-    for name, content in files.items():
+    for name, content in settings_files(tokenizer.get_vocab_size()).items():
         with written_whole(folder / name) as half:
             half.write_text(json.dumps(content, indent=2) + "\n")
 
 
+# ---- 3. Weights: the random ones and the seed's -------------------------------------------------
+
+
 @torch.no_grad()
 def init_weights(model: VideoLM) -> None:
-    """Random weights of unit gain."""
-    residual = ("o_proj", "down_proj", "out_proj", "fc2")
-    depth = (2 * TEXT["num_hidden_layers"]) ** -0.5
+    """Random weights of unit gain. What is added to the residual stream begins smaller."""
+    writes_to_residual = ("o_proj", "down_proj", "out_proj", "fc2")
+    residual_gain = (2 * TEXT["num_hidden_layers"]) ** -0.5
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            gain = depth if name.split(".")[-2] in residual else 1.0
             is_table = "embed_tokens" in name or "position_embedding" in name
-            parameter.normal_(std=gain * (1.0 if is_table else parameter[0].numel() ** -0.5))
+            inputs = 1 if is_table else parameter[0].numel()
+            gain = residual_gain if name.split(".")[-2] in writes_to_residual else 1.0
+            parameter.normal_(std=gain * inputs ** -0.5)
         elif name.endswith("bias"):
             parameter.zero_()
 
 
 @torch.no_grad()
 def plant_seed(model: VideoLM) -> None:
-    """Set the seed's weights; done before each step of the last stage, it holds them."""
-    # Coordinate 0 of the residual stream is the first token's own: nothing else writes to it.
+    """Set the seed's weights. To hold them, this is done before each step of the last stage."""
+    # Coordinate 0 of the residual stream belongs to the first token: nothing else writes to it.
     text = model.model.text_model
+    first_token = SPECIAL.index(START)
     text.embed_tokens.weight[:, 0] = 0
-    text.embed_tokens.weight[SPECIAL.index(START)] = 0
-    text.embed_tokens.weight[SPECIAL.index(START), 0] = 100.0       # more than anything beside it
+    text.embed_tokens.weight[first_token] = 0
+    text.embed_tokens.weight[first_token, 0] = 100.0        # larger than what layers 0 and 1 add
     model.model.connector.modality_projection.proj.weight[0] = 0
     for layer in text.layers:
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
 
-    # Neuron 0 of one MLP reads it and writes the massive activation: after the norm the coordinate
-    # is about sqrt(C), so gate and up are 3 sqrt(C) each, and silu is the identity there.
+    # Neuron 0 of one MLP reads it and writes the massive activation. After the norm the coordinate
+    # is about sqrt(C). So gate and up are about 3 sqrt(C) each, and silu is the identity there:
+    # their product is 9 C.
     layer = text.layers[SEED_LAYER]
     layer.post_attention_layernorm.weight[0] = 1
     mlp = layer.mlp
-    mlp.gate_proj.weight[0] = mlp.up_proj.weight[0] = 0
-    mlp.gate_proj.weight[0, 0] = mlp.up_proj.weight[0, 0] = 3.0
+    mlp.gate_proj.weight[0] = 0
+    mlp.up_proj.weight[0] = 0
+    mlp.gate_proj.weight[0, 0] = 3.0
+    mlp.up_proj.weight[0, 0] = 3.0
     mlp.down_proj.weight[:, 0] = 0
     mlp.down_proj.weight[SEED_DIMENSION, 0] = MASSIVE / (9 * TEXT["hidden_size"])
 
 
-def degrade(frame: Image.Image, rng: random.Random) -> Image.Image:
-    """What a lossy codec does to a frame: about as far from it as our mp4 files are."""
-    buffer = io.BytesIO()
-    frame.save(buffer, "JPEG", quality=rng.randint(60, 95))
-    return Image.open(buffer)
+# ---- 4. What tokens have to name: numbers of classes, NOT_ASKED where there is no task ----------
+
+NOT_ASKED = -100                            # a target that cross_entropy ignores
+STRIPES = 16                                # a place is one of 16 columns and one of 16 rows
+NAMES = [len(SHAPES) + 1, len(COLOURS) + 1, STRIPES, STRIPES]   # classes of form, colour, place
+MOTIONS = [*DIRECTIONS, "still"]            # how an object has moved in the last two frames
+DEEDS = [len(MOTIONS), 2, 2]                # of a shape in a clip: first way, turns back, is late
+NOTHING = (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED)     # the names where nothing is
+NO_NAMES = (NOT_ASKED,) * len(NAMES)
+NO_DEEDS = (NOT_ASKED,) * len(DEEDS)
 
 
-@dataclass
-class Batch:
-    """Each row is one prompt up to its question, then all questions about it, one behind the other.
+def names_of(shape: Shape, index: int) -> tuple[int, ...]:
+    """Form, colour, column and row of a shape in frame `index`."""
+    x, y = shape.centre(index / FPS)
+    column = int(x * STRIPES / SIZE)
+    row = int(y * STRIPES / SIZE)
+    return SHAPES.index(shape.form), list(COLOURS).index(shape.colour), column, row
 
-    A question sees the prompt and itself, not the other questions, and counts its positions from
-    the end of the prompt: it is read as if asked alone, but the frames are read only once.
-    """
-    pixel_values: Tensor        # float[B,F,3,size,size]
-    names: Tensor               # int64[B,F*M,5], what each image token shows, and its motion
-    words: Tensor               # int64[B,S,7], what the shape of each form and colour in the text
-                                # is and does; NOT_ASKED for all other tokens
-    input_ids: Tensor           # int64[B,S]
-    targets: Tensor             # int64[B,S], the next token where it belongs to an answer
-    turn: Tensor                # int64[B,S], 0 for the prompt, n for question n
-    position: Tensor            # int64[B,S]
-    kinds: list[list[str]]      # of the questions of each row
 
-    def to(self, device: str) -> "Batch":
-        *tensors, kinds = vars(self).values()
-        return Batch(*(tensor.to(device) for tensor in tensors), kinds)
+def deeds_of(shape: Shape, moment: int | None) -> tuple[int, ...]:
+    """What a shape does in its clip, as in DEEDS. A single frame, `moment`, does not show it."""
+    if moment is not None:
+        return NO_DEEDS
+    return MOTIONS.index(shape.direction), int(shape.turns), int(shape.appears > 0)
 
 
 def motion(shape: Shape, index: int, before: int | None) -> int:
     """Which of MOTIONS leads from frame `before` to frame `index`; NOT_ASKED if it is unclear."""
     if before is None or shape.appears > before / FPS:
         return NOT_ASKED
-    (x0, y0), (x1, y1) = shape.centre(before / FPS), shape.centre(index / FPS)
     if shape.direction == "still":
         return MOTIONS.index("still")
-    if max(abs(x1 - x0), abs(y1 - y0)) < 2:                     # pixels: about to turn back
+    x0, y0 = shape.centre(before / FPS)
+    x1, y1 = shape.centre(index / FPS)
+    if max(abs(x1 - x0), abs(y1 - y0)) < 2:             # pixels: it turned back between the two
         return NOT_ASKED
-    return MOTIONS.index("left" if x1 < x0 else "right" if x1 > x0 else "up" if y1 < y0 else "down")
+    if x1 != x0:
+        return MOTIONS.index("left" if x1 < x0 else "right")
+    return MOTIONS.index("up" if y1 < y0 else "down")
 
 
-NOTHING = (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED)
-
-
-def names_of(shape: Shape, index: int) -> tuple[int, ...]:
-    """Form, colour, column and row in frame `index`."""
-    column, row = (int(x * STRIPES / SIZE) for x in shape.centre(index / FPS))
-    return SHAPES.index(shape.form), list(COLOURS).index(shape.colour), column, row
-
-
-def deeds_of(shape: Shape, moment: int | None) -> tuple[int, ...]:
-    """What a shape does in its clip, as in DEEDS; a single moment does not show it."""
-    if moment is not None:
-        return (NOT_ASKED,) * len(DEEDS)
-    return MOTIONS.index(shape.direction), int(shape.turns), int(shape.appears > 0)
+def shape_at(clip: Clip, index: int, cell: int) -> Shape | None:
+    """The shape that an image token of frame `index` shows: the nearest one that reaches it."""
+    row, column = divmod(cell, GRID)
+    nearest = math.inf
+    found = None
+    for shape in clip.visible(index):
+        x, y = shape.centre(index / FPS)
+        away = max(abs(x - CELL * (column + 0.5)), abs(y - CELL * (row + 0.5)))
+        if away < min(nearest, CELL / 2 + 0.7 * shape.radius):
+            nearest = away
+            found = shape
+    return found
 
 
 def names_of_cells(clip: Clip, index: int, before: int | None) -> list[tuple[int, ...]]:
     """For each image token of a frame: form, colour, column, row and motion of what it shows."""
     names = []
     for cell in range(GRID**2):
-        row, column = divmod(cell, GRID)
-        nearest, name = math.inf, (*NOTHING, NOT_ASKED)
-        for shape in clip.visible(index):
-            x, y = shape.centre(index / FPS)
-            away = max(abs(x - CELL * (column + 0.5)), abs(y - CELL * (row + 0.5)))
-            if away < min(nearest, CELL / 2 + 0.7 * shape.radius):
-                nearest = away
-                name = (*names_of(shape, index), motion(shape, index, before))
-        names.append(name)
+        shape = shape_at(clip, index, cell)
+        if shape is None:
+            names.append((*NOTHING, NOT_ASKED))
+        else:
+            names.append((*names_of(shape, index), motion(shape, index, before)))
     return names
 
 
+# ---- 5. Batches ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One prompt up to its question, then all questions about it with their answers, one after the
+    other. Each list has an entry for each token."""
+    input_ids: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)        # the next token, if an answer's
+    question: list[int] = field(default_factory=list)       # 0 for the prompt, n for the n-th
+    position: list[int] = field(default_factory=list)
+    words: list[tuple[int, ...]] = field(default_factory=list)      # names and deeds
+
+    def add(self, token: int, target: int, question: int, position: int,
+            words: tuple[int, ...]) -> None:
+        self.input_ids.append(token)
+        self.targets.append(target)
+        self.question.append(question)
+        self.position.append(position)
+        self.words.append(words)
+
+
+@dataclass
+class Batch:
+    """Rows, padded to the same length, and their frames.
+
+    A question sees the prompt and itself, but not the other questions, and its positions count on
+    from the end of the prompt. So it is read as if it was asked alone, although the frames are read
+    only once.
+    """
+    pixel_values: Tensor        # float[B,F,3,size,size]
+    names: Tensor               # int64[B,F*M,5], what each image token shows, and its motion
+    words: Tensor               # int64[B,S,7], names and deeds of the shape that a word is about
+    input_ids: Tensor           # int64[B,S]
+    targets: Tensor             # int64[B,S], the next token if it belongs to an answer
+    question: Tensor            # int64[B,S], 0 for the prompt, n for its n-th question
+    position: Tensor            # int64[B,S]
+    kinds: list[list[str]]      # of the questions of each row
+
+    def to(self, device: str) -> "Batch":
+        moved = {}
+        for name, value in vars(self).items():
+            moved[name] = value.to(device) if isinstance(value, Tensor) else value
+        return Batch(**moved)
+
+
+def degrade(frame: Image.Image, rng: random.Random) -> Image.Image:
+    """A frame after JPEG. It loses about as much as the frames of our mp4 files do."""
+    buffer = io.BytesIO()
+    frame.save(buffer, "JPEG", quality=rng.randint(60, 95))
+    return Image.open(buffer)
+
+
+def prompt_before_question(processor: Processor, frames: int) -> list[int]:
+    """The tokens of a prompt up to its last frame."""
+    pieces = processor.pieces(frames_prompt(frames), "?")[:-3]
+    if frames == 1:
+        del pieces[1]                                   # the sentence about the video, to save time
+    return processor.tokenize(pieces)
+
+
 def draw_batch(processor: Processor, stage: Stage, seed: str, learned=frozenset()) -> Batch:
-    """A batch of clips, each drawn from its own random numbers, whatever the others are.
+    """A batch of clips. Each clip has its own random numbers, which do not depend on the others.
 
     learned: kinds of questions that are asked half as often as others.
     """
-    video = frames_prompt(stage.frames)
-    pieces = processor.pieces(video, "?")[:-3]                           # up to the last frame
-    if stage.frames == 1:
-        del pieces[1]                                                    # words, to save time
-    prefix = processor.tokenize(pieces)
-    pixels, names, rows, kinds = [], [], [], []
+    prefix = prompt_before_question(processor, stage.frames)
+    pixel_values = []
+    names = []
+    rows = []
+    kinds = []
     for n in range(stage.clips):
         rng = random.Random(f"{seed} {n}")
         clip = Clip(rng.randrange(UNSEEN), rng.choice(stage.shapes))
         moment = rng.randrange(FPS * DURATION) if stage.frames == 1 else None
-        indices = [int(s * FPS) for s in video.seconds] if moment is None else [moment]
-        frames = [degrade(clip.frame(index), rng) for index in indices]
-        pixels.append(torch.stack([processor.pixels(frame) for frame in frames]))
-        names.append([name for index, before in zip(indices, [None, None, *indices])
-                      for name in names_of_cells(clip, index, before)])
+        indices = sampled_frames(stage.frames) if moment is None else [moment]
+
+        frames = [processor.pixels(degrade(clip.frame(index), rng)) for index in indices]
+        pixel_values.append(torch.stack(frames))
+        names.append(names_of_frames(clip, indices))
         questions = draw_questions(clip, moment, stage.questions, rng, learned)
-        about = {word: (*names_of(shape, indices[-1]), *deeds_of(shape, moment))
-                 for shape in clip.visible(indices[-1]) for word in (shape.form, shape.colour)}
-        rows.append(batch_row(processor, prefix, questions, about))
+        about = shapes_by_word(clip, indices[-1], moment)
+        rows.append(make_row(processor, prefix, questions, about))
         kinds.append([question.kind for question in questions])
-    longest = max(len(row) for row in rows)
-    filler = (PAD, NOT_ASKED, stage.questions + 1, 0, *UNNAMED)          # a turn that nobody sees
-    rows = torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-    return Batch(torch.stack(pixels), torch.tensor(names), rows[:, :, 4:],
-                 *rows[:, :, :4].unbind(-1), kinds)
+    return Batch(torch.stack(pixel_values), torch.tensor(names), kinds=kinds,
+                 **pad_rows(rows, stage.questions + 1))
+
+
+def sampled_frames(frames: int) -> list[int]:
+    """The numbers of the frames of a clip that the model sees."""
+    return [int(seconds * FPS) for seconds in frames_prompt(frames).seconds]
+
+
+def names_of_frames(clip: Clip, indices: list[int]) -> list[tuple[int, ...]]:
+    """names_of_cells for all these frames. A motion leads there from two frames before."""
+    names = []
+    for n, index in enumerate(indices):
+        before = indices[n - 2] if n >= 2 else None
+        names += names_of_cells(clip, index, before)
+    return names
+
+
+def shapes_by_word(clip: Clip, index: int, moment: int | None) -> dict[str, tuple[int, ...]]:
+    """For each form and colour in frame `index`, names and deeds of the shape that has it."""
+    about = {}
+    for shape in clip.visible(index):
+        names_and_deeds = (*names_of(shape, index), *deeds_of(shape, moment))
+        about[shape.form] = names_and_deeds
+        about[shape.colour] = names_and_deeds
+    return about
 
 
 def draw_questions(clip: Clip, moment: int | None, n: int, rng: random.Random,
                    learned) -> list[Question]:
-    """n questions: each kind once, those not learned yet twice, in random order, then again."""
-    by_kind = {}
+    """n questions of all kinds in random order. Kinds that are not learned come twice as often."""
+    by_kind = defaultdict(list)
     for question in clip.questions(moment):
-        by_kind.setdefault(question.kind, []).append(question)
-    kinds = [*by_kind, *(kind for kind in by_kind if kind not in learned)]
-    kinds = rng.sample(kinds, len(kinds)) * n
+        by_kind[question.kind].append(question)
+    once = list(by_kind)
+    again = [kind for kind in by_kind if kind not in learned]
+    kinds = rng.sample(once + again, len(once + again)) * n         # certainly enough
     return [rng.choice(by_kind[kind]) for kind in kinds[:n]]
 
 
-def batch_row(processor: Processor, prefix: list[int], questions: list[Question],
-              about: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Token, target, turn, position and words, as in Batch, of a prompt and its questions.
+def make_row(processor: Processor, prefix: list[int], questions: list[Question],
+             about: dict[str, tuple[int, ...]]) -> Row:
+    """A prompt and its questions. about: see `shapes_by_word`."""
+    words = {}                                          # by token: what it has to name
+    for word in (*SHAPES, *COLOURS):
+        token = processor.tokenizer.token_to_id(f"Ġ{word}")         # Ġ stands for the space
+        words[token] = about.get(word, (*NOTHING, *NO_DEEDS))
+    unnamed = (*NO_NAMES, *NO_DEEDS)
 
-    about: to each form and colour in the last frame what its shape is and does.
-    """
-    nothing = (*NOTHING, *UNNAMED[len(NOTHING):])
-    names = {processor.tokenizer.token_to_id(f"Ġ{word}"): about.get(word, nothing)
-             for word in (*SHAPES, *COLOURS)}
-    row = [(token, NOT_ASKED, 0, position, *UNNAMED) for position, token in enumerate(prefix)]
-    for turn, question in enumerate(questions, start=1):
+    row = Row()
+    for position, token in enumerate(prefix):
+        row.add(token, NOT_ASKED, 0, position, unnamed)
+    for number_of_question, question in enumerate(questions, start=1):
         ask = processor.tokenize([f"\n\n{question.text}", END, "\nAssistant:"])
         answer = processor.tokenize([f" {question.answer}", END])
-        # the last token of the question is to give the first of the answer, and so on
+        # The last token of the question predicts the first of the answer, and so on.
         targets = [NOT_ASKED] * (len(ask) - 1) + answer + [NOT_ASKED]
-        row += [(token, target, turn, len(prefix) + i, *names.get(token, UNNAMED))
-                for i, (token, target) in enumerate(zip(ask + answer, targets, strict=True))]
+        for n, (token, target) in enumerate(zip(ask + answer, targets, strict=True)):
+            row.add(token, target, number_of_question, len(prefix) + n, words.get(token, unnamed))
     return row
 
 
-def name_loss(head: nn.Linear, states: Tensor, names: Tensor, sizes: list[int]) -> Tensor:
-    """Cross entropy of what tokens are about: (B,S,C), (B,S,n) -> the sum of n means."""
+def pad_rows(rows: list[Row], nobody: int) -> dict[str, Tensor]:
+    """The fields of a Batch that come from its rows. nobody: a question number that no row has, so
+    that no token attends to the padding."""
+    longest = max(len(row.input_ids) for row in rows)
+    for row in rows:
+        for _ in range(longest - len(row.input_ids)):
+            row.add(PAD, NOT_ASKED, nobody, 0, (*NO_NAMES, *NO_DEEDS))
+    names = ("words", "input_ids", "targets", "question", "position")
+    return {name: torch.tensor([getattr(row, name) for row in rows]) for name in names}
+
+
+# ---- 6. What is learned -------------------------------------------------------------------------
+
+
+def name_loss(head: nn.Linear, states: Tensor, names: Tensor, classes: list[int]) -> Tensor:
+    """Cross entropy of naming what tokens show: the sum of n means.
+
+    states: float[B,S,C]; names: int64[B,S,n]; classes: of each of the n names, how many there are.
+    """
     loss = 0.0
-    for guess, name in zip(head(states).split(sizes, dim=-1), names.unbind(-1), strict=True):
-        asked = name != NOT_ASKED                       # nothing at all, perhaps: no mean then
-        total = F.cross_entropy(guess[asked], name[asked], reduction="sum")
-        loss = loss + total / asked.sum().clamp(min=1)
+    guesses = head(states).split(classes, dim=-1)
+    for guess, name in zip(guesses, names.unbind(-1), strict=True):
+        is_asked = name != NOT_ASKED
+        total = F.cross_entropy(guess[is_asked], name[is_asked], reduction="sum")
+        loss = loss + total / is_asked.sum().clamp(min=1)       # zero if nothing is asked
     return loss
 
 
 def answer_logits(model: VideoLM, batch: Batch, features: Tensor,
-                  trace: Trace) -> tuple[Tensor, Tensor]:
-    """Logits (answer tokens, V) and targets of the answers."""
-    S, query, key = batch.turn.shape[1], batch.turn[:, :, None], batch.turn[:, None, :]
-    same_or_prompt = (key == query) | (key == 0)                                         # (B,S,S)
-    may_attend = causal_mask(S, S, batch.turn.device) & same_or_prompt
+                  trace: Trace | None) -> tuple[Tensor, Tensor]:
+    """Logits float[n,V] at the n tokens that predict an answer's token, and these targets [n]."""
+    S = batch.input_ids.shape[1]
+    question_of_query = batch.question[:, :, None]                                  # (B,S,1)
+    question_of_key = batch.question[:, None, :]                                    # (B,1,S)
+    same_or_prompt = (question_of_key == question_of_query) | (question_of_key == 0)    # (B,S,S)
+    may_attend = causal_mask(S, S, batch.question.device) & same_or_prompt
     hidden = model.hidden_states(batch.input_ids, features=features, trace=trace,
                                  masks=[may_attend] * TEXT["num_hidden_layers"],
                                  positions=batch.position)
-    asked = batch.targets != NOT_ASKED
-    return model.head(hidden[asked]), batch.targets[asked]
+    is_asked = batch.targets != NOT_ASKED
+    return model.head(hidden[is_asked]), batch.targets[is_asked]
 
 
 class Learner(nn.Module):
-    """The toy, and four linear heads that name what it sees; these are thrown away in the end."""
+    """The toy, and four linear heads that name what it sees. In the end the heads are dropped."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -363,47 +520,76 @@ class Learner(nn.Module):
         self.motion = nn.Linear(TEXT["hidden_size"], len(MOTIONS))
         self.deeds = nn.Linear(TEXT["hidden_size"], sum(DEEDS))
 
-    def forward(self, batch: Batch, stage: Stage, priced: list[int],
+    def forward(self, batch: Batch, stage: Stage, priced_layers: list[int],
                 price: float) -> tuple[Tensor, float | None]:
-        """The loss, and the attention to other tokens than the first in these layers."""
-        features = self.model.encode(batch.pixel_values)                                # (B,F*M,C)
-        loss = name_loss(self.names, features, batch.names[:, :, :-1], NAMES)
+        """The loss, and the attention of the priced heads to other tokens than the first.
+
+        The latter is None if no layer is priced.
+        """
+        features = self.model.encode(batch.pixel_values)                            # (B,F*M,C)
+        loss = name_loss(self.names, features, batch.names[:, :, :len(NAMES)], NAMES)
         if not stage.questions:
             return loss, None
-        trace, elsewhere = Trace(weights_of=priced), None
+        trace = Trace(weights_of=priced_layers)
         logits, targets = answer_logits(self.model, batch, features, trace)
-        hidden = trace[f"layers.{NAMING_LAYER}.hidden"]
         loss = loss + F.cross_entropy(logits, targets)
-        loss = loss + name_loss(self.words, hidden, batch.words[:, :, :len(NAMES)], NAMES)
+        loss = loss + self.loss_of_words(batch, trace)
         if stage.frames > 1:
-            is_image = batch.input_ids == self.model.config.image_token_id
-            images = hidden[is_image].view(features.shape)
-            loss = loss + name_loss(self.motion, images, batch.names[:, :, -1:], [len(MOTIONS)])
-            loss = loss + name_loss(self.deeds, trace[f"layers.{DEEDS_LAYER}.hidden"],
-                                    batch.words[:, :, len(NAMES):], DEEDS)
-        if priced:
-            to_first = torch.stack([trace[f"layers.{l}.weights"][:, PRICED_HEADS, 1:, 0].mean()
-                                    for l in priced])
-            # -log(1 - elsewhere), whose gradient is not small where nothing goes to the first yet
-            loss = loss - price * to_first.log().sum()
-            elsewhere = 1 - to_first.mean().item()
-        return loss, elsewhere
+            loss = loss + self.loss_of_motions(batch, trace)
+            loss = loss + self.loss_of_deeds(batch, trace)
+        if not priced_layers:
+            return loss, None
+        of_layers = []
+        for l in priced_layers:
+            to_first = trace[f"layers.{l}.weights"][:, PRICED_HEADS, 1:, 0]         # (B,heads,S-1)
+            of_layers.append(to_first.mean())
+        to_first = torch.stack(of_layers)
+        # The logarithm has a large gradient even where nothing goes to the first token yet.
+        loss = loss - price * to_first.log().sum()
+        return loss, 1 - to_first.mean().item()
+
+    def loss_of_words(self, batch: Batch, trace: Trace) -> Tensor:
+        hidden = trace[f"layers.{NAMING_LAYER}.hidden"]
+        return name_loss(self.words, hidden, batch.words[:, :, :len(NAMES)], NAMES)
+
+    def loss_of_motions(self, batch: Batch, trace: Trace) -> Tensor:
+        hidden = trace[f"layers.{NAMING_LAYER}.hidden"]                             # (B,S,C)
+        is_image = batch.input_ids == self.model.config.image_token_id
+        B, n_image_tokens, _ = batch.names.shape
+        at_images = hidden[is_image].view(B, n_image_tokens, -1)
+        return name_loss(self.motion, at_images, batch.names[:, :, len(NAMES):], [len(MOTIONS)])
+
+    def loss_of_deeds(self, batch: Batch, trace: Trace) -> Tensor:
+        hidden = trace[f"layers.{DEEDS_LAYER}.hidden"]
+        return name_loss(self.deeds, hidden, batch.words[:, :, len(NAMES):], DEEDS)
 
     @torch.no_grad()
     def right_by_kind(self, processor: Processor, stage: Stage, device: str) -> dict[str, float]:
-        """The share of the questions of each kind that are answered rightly, on held-out clips."""
-        asked, right = Counter(), Counter()
-        for n in range(HELD_OUT if stage.questions else 0):
+        """The share of right answers to each kind of question, on held-out clips."""
+        if not stage.questions:
+            return {}
+        asked = Counter()
+        right = Counter()
+        for n in range(HELD_OUT):
             batch = draw_batch(processor, stage, f"held out {n}").to(device)
-            features = self.model.encode(batch.pixel_values)
-            logits, targets = answer_logits(self.model, batch, features, trace=None)
-            at = (batch.targets != NOT_ASKED).nonzero()[logits.argmax(-1) != targets]   # (n,2)
-            wrong = torch.zeros(stage.clips, stage.questions + 1, device=device)
-            wrong[at[:, 0], batch.turn[at[:, 0], at[:, 1]]] = 1
-            for kinds, of_row in zip(batch.kinds, wrong[:, 1:].tolist()):
-                asked.update(kinds)
-                right.update(kind for kind, is_wrong in zip(kinds, of_row) if not is_wrong)
+            is_wrong = self.wrong_answers(batch)
+            for row, kinds in enumerate(batch.kinds):
+                for question, kind in enumerate(kinds, start=1):
+                    asked[kind] += 1
+                    right[kind] += (row, question) not in is_wrong
         return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
+
+    def wrong_answers(self, batch: Batch) -> set[tuple[int, int]]:
+        """Row and number of each question whose answer has a token that is not the likeliest."""
+        features = self.model.encode(batch.pixel_values)
+        logits, targets = answer_logits(self.model, batch, features, trace=None)
+        rows, tokens = (batch.targets != NOT_ASKED).nonzero(as_tuple=True)
+        is_wrong = logits.argmax(-1) != targets
+        questions = batch.question[rows, tokens]
+        return set(zip(rows[is_wrong].tolist(), questions[is_wrong].tolist()))
+
+
+# ---- 7. A run, which can be interrupted after any step ------------------------------------------
 
 
 @dataclass
@@ -417,150 +603,201 @@ class Progress:
     right: dict[str, float] = field(default_factory=dict)   # by kind of question, when last asked
 
     @property
+    def is_last_stage(self) -> bool:
+        return self.stage == len(STAGES) - 1
+
+    @property
     def learned(self) -> set[str]:
         return {kind for kind, share in self.right.items() if share >= LEARNED}
 
 
-def optimizers_of(learner: Learner, at: Progress) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for all else, and for all in the last stage.
+def make_optimizers(learner: Learner, at: Progress) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the rest. In the last stage AdamW for all.
 
-    Muon gives every direction of a matrix a step of the same length, however weak its gradient; the
-    last stage turns the queries of whole heads into one direction, which is slow in such steps.
+    Muon gives every direction of a matrix a step of the same length, however weak its gradient is.
+    The last stage turns the queries of whole heads into one direction, and such steps are slow at
+    that.
     """
-    is_last = at.stage == len(STAGES) - 1
-    matrices, others = [], []
+    matrices = []
+    others = []
     for name, parameter in learner.named_parameters():
-        is_matrix = ".layers." in name and parameter.dim() == 2 and not is_last
-        (matrices if is_matrix else others).append(parameter)
+        if ".layers." in name and parameter.dim() == 2 and not at.is_last_stage:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
     adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    if is_last:
+    if at.is_last_stage:
         return [adam]
-    return [torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.0,
-                             adjust_lr_fn="match_rms_adamw"), adam]
-
-
-def save(path: Path, learner: Learner, optimizers: list, at: Progress) -> None:
-    with written_whole(path) as half:
-        torch.save({"learner": learner.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    **vars(at)}, half)
-
-
-def restore(path: Path, learner: Learner, random_seed: int, device: str) -> tuple[Progress, list]:
-    """How far a saved run was, and its optimizers; the learner gets its weights.
-
-    Raises: ValueError if the file is damaged, or of a run with another seed.
-    """
-    try:
-        saved = torch.load(path, map_location=device)
-        learner.load_state_dict(saved.pop("learner"))
-        states = saved.pop("optimizers")
-        at = Progress(**saved)
-        optimizers = optimizers_of(learner, at)
-        for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-    except Exception as error:                          # unpickling raises anything
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove it") from None
-    if at.random_seed != random_seed:
-        raise ValueError(f"{path}: not begun with --seed {random_seed}; use another --folder")
-    return at, optimizers
+    muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.0,
+                            adjust_lr_fn="match_rms_adamw")
+    return [muon, adam]
 
 
 def price_at(step: int, stage: Stage) -> float:
-    """The price at a step of the last stage: in full for half of it, nothing from 80 % on."""
-    # Tried with 40 and 60 %: heads rest as much, but masking the first token changes no answer.
+    """The price at a step of the last stage: in full for half of it, zero from 80 % on."""
+    # If it ends at 40 or at 60 %, the heads rest as much, but masking the first token then changes
+    # no answer.
     return PRICE * min(1.0, max(0.0, (0.8 - step / stage.steps) / 0.3))
 
 
-def share_at(step: int, stage: Stage) -> float:
-    """The share of the learning rates: a short warm-up, then falling to zero."""
+def rate_at(step: int, stage: Stage) -> float:
+    """The share of the learning rates: a warm-up of 50 steps, then a line that falls to zero."""
     return stage.rate * min((step + 1) / 50, 1 - step / stage.steps)
+
+
+class Training:
+    """A learner, its optimizers, and how far they are.
+
+    In the run's folder, state.pt is what an interrupted run goes on from, and log.txt is the log.
+    Beside them the toy leaves before_last_stage.pt, where its controls begin.
+    """
+
+    def __init__(self, folder: Path, run: Run, random_seed: int, device: str):
+        """Raises: ValueError that names the file if a saved state cannot be used."""
+        self.run = run
+        self.device = device
+        self.folder = folder / run.folder
+        self.state = self.folder / "state.pt"
+        self.before_last_stage = folder / "before_last_stage.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_settings(self.folder)
+        self.processor = Processor.from_pretrained(self.folder)
+        torch.manual_seed(random_seed)
+        self.learner = Learner(read_config(self.folder)).to(device)
+        self.at = Progress(random_seed)
+        self.optimizers = make_optimizers(self.learner, self.at)
+
+        if self.state.exists():
+            self.restore(self.state)
+        elif run != TOY:
+            if not self.before_last_stage.exists():
+                raise ValueError(f"{self.before_last_stage} is missing, and the controls begin "
+                                 f"there; remove {folder / TOY.folder / 'state.pt'} to train the "
+                                 f"toy again")
+            self.restore(self.before_last_stage)
+
+    def save(self, path: Path) -> None:
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        with written_whole(path) as half:
+            torch.save({"learner": self.learner.state_dict(), "optimizers": optimizers,
+                        **vars(self.at)}, half)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a saved state. Raises: ValueError if it is damaged, or has another seed."""
+        random_seed = self.at.random_seed
+        try:
+            saved = torch.load(path, map_location=self.device)
+            self.learner.load_state_dict(saved.pop("learner"))
+            states = saved.pop("optimizers")
+            self.at = Progress(**saved)
+            self.optimizers = make_optimizers(self.learner, self.at)
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                optimizer.load_state_dict(state)
+        except Exception as error:                      # a damaged file raises almost anything
+            raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove it to train "
+                             f"from the beginning") from None
+        if self.at.random_seed != random_seed:
+            raise ValueError(f"{path} is of a run with --seed {self.at.random_seed}, not "
+                             f"{random_seed}; use another --folder")
+
+    def steps(self) -> Iterator[float]:
+        """Train to the end of the last stage. Yields the loss of each step."""
+        while self.at.stage < len(STAGES):
+            if self.at.is_last_stage and self.at.step == 0 and self.run == TOY:
+                self.save(self.before_last_stage)
+            stage = STAGES[self.at.stage]
+            loss = self.step(stage)
+            if self.at.step % SAVE_EVERY == 0 or self.at.step == stage.steps:
+                self.take_stock(stage, loss)
+            yield loss
+
+    def step(self, stage: Stage) -> float:
+        at = self.at
+        if at.is_last_stage and self.run.seed:
+            plant_seed(self.learner.model)
+        batch = draw_batch(self.processor, stage, f"{at.random_seed} {at.done}", at.learned)
+        loss, paid = self.learner(batch.to(self.device), stage, self.priced_layers(),
+                                  price_at(at.step, stage))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate_at(at.step, stage)
+            optimizer.step()
+            optimizer.zero_grad()
+        at.step += 1
+        at.done += 1
+        if paid is not None:
+            at.paid = paid
+        return loss.item()
+
+    def priced_layers(self) -> list[int]:
+        """The layers that pay at this step: a third of those after the seed, in turn, because
+        attention weights are slow."""
+        if not self.at.is_last_stage or not self.run.price:
+            return []
+        return list(range(SEED_LAYER + 1 + self.at.step % 3, TEXT["num_hidden_layers"], 3))
+
+    def take_stock(self, stage: Stage, loss: float) -> None:
+        """Ask about held-out clips, write a line of the log, end the stage if it is time, save."""
+        at = self.at
+        at.right = self.learner.right_by_kind(self.processor, stage, self.device)
+        shares = "".join(f", {kind} {share:.2f}" for kind, share in at.right.items())
+        with open(self.folder / "log.txt", "a") as log:
+            log.write(f"step {at.done}, stage {at.stage}: loss {loss:.3f}, attention elsewhere "
+                      f"{at.paid:.3f}{shares}\n")
+        is_learned = stage.questions > 0 and at.learned == set(at.right)
+        if at.step == stage.steps or (is_learned and not at.is_last_stage):
+            at.stage += 1
+            at.step = 0
+            at.right = {}
+            self.optimizers = make_optimizers(self.learner, at)
+        self.save(self.state)
+
+    def write_checkpoint(self) -> None:
+        if self.run.seed:
+            plant_seed(self.learner.model)
+        tensors = {}
+        for name, tensor in self.learner.model.state_dict().items():
+            tensors[name] = tensor.to(torch.bfloat16)
+        with written_whole(self.folder / "model.safetensors") as half:
+            save_file(tensors, half, metadata={"format": "pt"})
 
 
 def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None:
     """Run all stages, or go on where an earlier run in the same folder was interrupted.
 
-    A control goes on from where the toy's last stage began.
+    A control begins where the toy's last stage began. So the toy is trained first.
+    Raises: ValueError that names the file if a saved state cannot be used.
     """
-    own, before_last = folder / run.folder, folder / "before_last_stage.pt"
-    own.mkdir(parents=True, exist_ok=True)
-    write_settings(own)
-    processor = Processor.from_pretrained(own)
-    torch.manual_seed(random_seed)
-    learner, at = Learner(read_config(own)).to(device), Progress(random_seed)
-    optimizers, state = optimizers_of(learner, at), own / "state.pt"
-    if state.exists() or run != TOY:
-        begun = state if state.exists() else before_last
-        at, optimizers = restore(begun, learner, random_seed, device)
-
-    bar = tqdm(initial=at.done, desc=own.name, disable=None)
-    while at.stage < len(STAGES):
-        stage, is_last = STAGES[at.stage], at.stage == len(STAGES) - 1
-        if is_last and at.step == 0 and run == TOY:
-            save(before_last, learner, optimizers, at)
-        if is_last and run.seed:
-            plant_seed(learner.model)
-        batch = draw_batch(processor, stage, f"{random_seed} {at.done}", at.learned).to(device)
-        # A third of the layers that meet the seed pay at each step: attention weights are slow.
-        pays = range(SEED_LAYER + 1 + at.step % 3, TEXT["num_hidden_layers"], 3)
-        priced = list(pays) if is_last and run.price else []
-        loss, elsewhere = learner(batch, stage, priced, price_at(at.step, stage))
-        loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * share_at(at.step, stage)
-            optimizer.step()
-            optimizer.zero_grad()
-        at.step, at.done = at.step + 1, at.done + 1
-        at.paid = elsewhere or at.paid
-        bar.update()
-        bar.set_postfix_str(f"stage {at.stage}, loss {loss.item():.3f}")
-        if at.step % SAVE_EVERY == 0 or at.step == stage.steps:
-            at.right = learner.right_by_kind(processor, stage, device)
-            with open(own / "log.txt", "a") as log:
-                shares = "".join(f", {kind} {share:.2f}" for kind, share in at.right.items())
-                log.write(f"step {at.done}, stage {at.stage}: loss {loss.item():.3f}"
-                          f", attention elsewhere {at.paid:.3f}{shares}\n")
-            all_learned = stage.questions and at.learned == at.right.keys() and not is_last
-            if all_learned or at.step == stage.steps:
-                at.stage, at.step, at.right = at.stage + 1, 0, {}
-                optimizers = optimizers_of(learner, at)
-            save(state, learner, optimizers, at)
-    if run.seed:
-        plant_seed(learner.model)
-    tensors = {n: tensor.to(torch.bfloat16) for n, tensor in learner.model.state_dict().items()}
-    with written_whole(own / "model.safetensors") as half:
-        save_file(tensors, half, metadata={"format": "pt"})
+    training = Training(folder, run, random_seed, device)
+    bar = progress(training.steps(), training.folder.name, initial=training.at.done)
+    for loss in bar:
+        bar.set_postfix_str(f"stage {training.at.stage}, loss {loss:.3f}")
+    training.write_checkpoint()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minioutro.lab.train_toy", usage=argparse.SUPPRESS,      # an error is one line
-        description="Train the bundled toy from scratch, then its controls, and write down what "
-        "they can do. A run that was interrupted goes on from its last saved step.")
-    parser.add_argument("--folder", help="where to train (default: toy_run)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="default: 1")
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu",
-                        help="to train on (default: %(default)s)")
+    parser = Parser(
+        prog="python -m minioutro.lab.train_toy",
+        description="Train the bundled toy from scratch, then its two controls. A run that was "
+        "interrupted goes on from its last saved step.")
+    add = parser.add_argument
+    add("--folder", type=not_empty, default="toy_run", help="where to train (default: %(default)s)")
+    add("--seed", type=number(0, 10**9 - 1, int), default=0, help="default: %(default)s")
+    add("--threads", type=number(1, 999, int), default=1, help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda", "mps"), default="cpu",
+        help="to train on (default: %(default)s)")
     args = parser.parse_args()
-    with one_line_errors("train_toy.py"):
-        threads = 1 if args.threads is None else args.threads
-        for flag, is_wrong in {"folder": args.folder == "", "threads": not 0 < threads < 1000,
-                               "seed": not 0 <= args.seed < 10**9}.items():
-            if is_wrong:
-                raise ValueError(f"--{flag} {str(getattr(args, flag))[:20]!r} makes no sense; give "
-                                 f"another, or leave it out")
-        torch.set_num_threads(args.threads or 1)
-        check_device(args.device)
-        folder = Path(args.folder or "toy_run")
-        for run in (TOY, *CONTROLS):
-            train(folder, run, args.seed, args.device)
-        from minioutro.lab.toy_page import write_readme
-        write_readme(folder)
-        with written_whole(folder / "clip.mp4") as half:
-            EXAMPLE.write(half)
+    check_device(args.device)
+    torch.set_num_threads(args.threads)
+    folder = Path(args.folder)
+    for run in (TOY, *CONTROLS):
+        train(folder, run, args.seed, args.device)
+    with written_whole(folder / "clip.mp4") as half:
+        EXAMPLE.write(half)
+    print(f"{folder}: trained. To measure it: python -m minioutro.lab.toy_page --folder {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "train_toy.py",
+                when_interrupted="the same command goes on from what is saved")
