@@ -1,0 +1,74 @@
+"""Whole modules, graded as those of students are. `.ci/run` runs this: it takes minutes."""
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from operator import attrgetter
+
+import mutants
+from grade import HERE, WITH_TESTS
+
+from minioutro import model
+
+STARTER = (HERE / "starter.py").read_text(encoding="utf-8")
+
+
+def body_of(function) -> str:
+    """The lines of a function after its signature and docstring, indented as they are."""
+    lines, _ = inspect.getsourcelines(function)
+    node = ast.parse("".join(["if True:\n", *lines] if lines[0][0] == " " else lines))
+    function = next(child for child in ast.walk(node) if isinstance(child, ast.FunctionDef))
+    first = function.body[1] if ast.get_docstring(function) else function.body[0]
+    shift = 1 if lines[0][0] == " " else 0
+    return "".join(lines[first.lineno - 1 - shift:]).rstrip()
+
+
+def filled_starter() -> str:
+    """The starter, in which each `raise` is replaced with the project's own lines."""
+    text = STARTER
+    for e in WITH_TESTS:
+        for name in e.names:
+            ours = mutants.looks_like_a_sink if name == "looks_like_a_sink" else attrgetter(name)(model)
+            body = body_of(ours).replace("given_to_each(weights)", "(weights.sum(-2) / torch.arange(weights.shape[-1], 0, -1))")
+            indent = "        " if "." in name else "    "
+            stub = f'{indent}raise NotImplementedError("not written yet: exercise {e.number}")'
+            assert stub in text, name
+            text = text.replace(stub, body, 1)
+    return text
+
+
+def graded(folder, text, **environment):
+    """The report about a module, and what was printed."""
+    (folder / "mine.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, HERE / "grade.py", "mine.py", "--points", "points.json", "--seconds", "120"]
+    done = subprocess.run(command, cwd=folder, env=environment or None, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads((folder / "points.json").read_text()), done.stdout
+
+
+def test_starter_with_the_lines_of_the_model_has_all_points(tmp_path):
+    report, table = graded(tmp_path, filled_starter())
+    assert report["score"] == 70, table
+
+
+def test_untouched_starter_has_no_points_and_says_so(tmp_path):
+    report, table = graded(tmp_path, STARTER)
+    assert report["score"] == 0
+    for e, test in zip(WITH_TESTS, report["tests"], strict=True):
+        assert f"not written yet: exercise {e.number}" in test["output"], table
+
+
+def test_surroundings_give_no_points(tmp_path):
+    """A module with two wrong functions, one that is imported, and one that ends Python, under `python -O`."""
+    wrong = filled_starter() + """
+from minioutro.model import pixel_shuffle
+find_sinks = lambda hidden, *thresholds: ~model_sinks(hidden, *thresholds)
+from minioutro.model import find_sinks as model_sinks
+def rotate(x, cos, sin): raise SystemExit
+def attention(q, k, v, may_attend): return v, v
+"""
+    report, table = graded(tmp_path, wrong, PYTHONOPTIMIZE="1", PYTEST_ADDOPTS="-n 2 --collect-only", PATH="/usr/bin:/bin")
+    assert [test["score"] for test in report["tests"]] == [0, 0, 5, 0, 10, 0, 5, 10, 15], table
+    assert report["tests"][0]["output"].endswith("pixel_shuffle is the project's own: exercise 1 is for writing it"), table
