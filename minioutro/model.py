@@ -1,25 +1,52 @@
-"""A small video language model (SmolVLM2), its attention sink, and what OutRo does with it.
+"""A small video language model (SmolVLM2), its attention sink, and what OutRo does with that sink.
 
-A sink is a token that draws far more attention than its meaning explains. OutRo ("On the Nature of
-Attention Sink that Shapes Decoding Strategy in MLLMs", in its second version "... in Omni-LLMs",
-arXiv 2603.14337) makes use of it while the prompt is read, without training, without a second pass
-and without attention weights. Its steps, in the order in which a decoder layer takes them (2 and 4
-are those of any decoder):
+An attention sink is a token, mostly the first one, that draws far more attention than its meaning
+explains. OutRo ("On the Nature of Attention Sink that Shapes Decoding Strategy in MLLMs", in its
+second version "... in Omni-LLMs", arXiv 2603.14337) uses the sink while the prompt is read. It
+needs no training, no second pass and no attention weights. Its six steps:
 
-  1. find the sinks      tokens with one huge coordinate                          find_sinks
-  2. build the mask      each token may attend to itself and to what came before  causal_mask
-  3. open the sink rows  at every seventh of the depth, new sinks see everything  open_sink_rows
-  4. attend              softmax(q k^T / sqrt(D)) v                               attention
-  5. sink value          the mean value vector of the layer's sinks               sink_value
-  6. align               turn every other token's output towards it               align_with_sink
+  1. find the sinks      tokens with one huge coordinate                         find_sinks
+  2. build the mask      each token may attend to itself and to all before it    causal_mask
+  3. open the sink rows  in some layers a new sink may attend to the whole prompt  open_sink_rows
+  4. attend              softmax(q k^T / sqrt(D)) v                              attention
+  5. sink value          the mean value vector of the layer's sinks              sink_value
+  6. align               turn every other token's output towards it              align_with_sink
 
-The last two layers are never touched. Everything else is a standard vision language model, which
-differs from a plain Llama in this:
+Steps 2 and 4 belong to every decoder. The other four are the class `Sinks`, which a layer calls in
+three places. The whole machine, and where the steps are:
+
+    pixel_values (B,F,3,size,size)                     input_ids (B,S)
+          |                                                  |
+    VisionEncoder   P patches a frame                  embed_tokens
+          |         (B*F,P,Cv)                               |
+    Connector       M image tokens a frame                   |
+          |         (B,F*M,C)                                |
+          +----- merge: an image token's embedding  ---------+
+                 is replaced by a projected frame vector
+                                 |
+                       hidden (B,S,C)        2. causal_mask, built once for all layers
+                                 |
+      DecoderLayer l   +---------+-----------------------------------------------+
+      L times          |  sinks.find         1. find the sinks of this layer     |
+                       |  sinks.open_rows    3. open their rows of the mask      |
+                       |  norm, Attention:   q, k, v -> rotate -> cache          |
+                       |                     4. attend                           |
+                       |    sinks.align      5. sink value   6. align            |
+                       |                     o_proj, + hidden                    |
+                       |  norm, MLP,         + hidden                            |
+                       +---------+-----------------------------------------------+
+                                 |
+                       norm, lm_head -> logits (B,S,V) -> the next token
+
+OutRo may open rows only in layers l that are multiples of L // 7, and leaves the last `skip_last`
+layers alone. The mask is a boolean tensor, to be read and edited. Where nobody has edited it, the
+fused kernel of step 4 is told "causal" by name instead, which is faster and gives the same.
+
+Apart from OutRo this is a standard vision language model. It differs from a plain Llama in this:
   - a SigLIP encoder turns a frame into P patch vectors; a pixel shuffle folds scale_factor^2 of
     them into one and one linear layer projects it: M image tokens a frame;
   - in the prompt each image token's embedding is replaced by one projected vector, in time order;
-  - image tokens are causal like all others, and positions count 0, 1, 2, ... over everything;
-  - the attention mask is always an explicit boolean tensor: it is what OutRo edits.
+  - image tokens are causal like all others, and positions count 0, 1, 2, ... over everything.
 
 Sources are tagged: *paper* (the abstracts of its two versions), *release* (the published code,
 github.com/kaistmm/OutRo at commit 2bee38c: file and function), *ours* (a choice, with its reason).
@@ -42,6 +69,7 @@ and, only for the layers in `weights_of` of a Trace:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -104,16 +132,23 @@ def read_config(folder) -> Config:
 
 @dataclass(frozen=True)
 class OutRo:
-    """The constants; ValueError for impossible ones. Source: release, model/outro.py and, for
-    skip_last, model/modeling_qwen2_5_omni.py; or *ours*."""
+    """The constants of the method. Raises: ValueError for impossible ones.
+
+    Another detector is one line, such as OutRo(rule=lambda hidden: hidden.norm(dim=-1) > 500). A
+    rule sees hidden states alone. What needs attention weights is an analysis and not a rule: the
+    weights of a layer exist only after its sinks have been found.
+    Source: release, model/outro.py and, for skip_last, model/modeling_qwen2_5_omni.py; the two
+    switches, relax_every and rule are *ours*, for experiments.
+    """
     abs_threshold: float = 100.0         # a sink has some |h| of at least this ...
     median_multiple: float = 1000.0      # ... and of at least this many times the median |h|
-    relax: bool = True                   # step 3 on; the switches are *ours*, for ablation
+    relax: bool = True                   # step 3 on
     align: bool = True                   # step 6 on
     gamma: float = 3.0                   # strength of the alignment; 0 is none
     temperature: float = 0.1             # cosines well above it open the gate of step 6 fully
-    relax_every: int | None = None       # step 3 at every so many layers; None: max(1, L // 7)
-    skip_last: int = 2                   # the last layers, which are never touched
+    relax_every: int | None = None       # step 3 in every so many layers; None: max(1, L // 7)
+    skip_last: int = 2                   # so many layers at the end are left alone
+    rule: Callable[[Tensor], Tensor] | None = None     # float[B,S,C] -> bool[B,S]; None: find_sinks
 
     def __post_init__(self):
         for name in ("abs_threshold", "median_multiple", "gamma"):
@@ -125,6 +160,12 @@ class OutRo:
         for name, value, least in (("relax_every", every, 1), ("skip_last", self.skip_last, 0)):
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number from {least} on, not {value}")
+
+    def find(self, hidden: Tensor) -> Tensor:
+        """The tokens that the rule calls sinks: float[B,S,C] -> bool[B,S]."""
+        if self.rule is not None:
+            return self.rule(hidden)
+        return find_sinks(hidden, self.abs_threshold, self.median_multiple)
 
 
 # ---- 2. SigLIP: a frame -> P patch vectors ------------------------------------------------------
@@ -229,7 +270,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:                         # float[...,C] -> the same
-        h = x.float()                            # a square of 15,000 does not fit into float16
+        h = x.float()                            # in float32, because 15,000^2 overflows float16
         h = h * torch.rsqrt((h * h).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
@@ -286,7 +327,7 @@ def open_sink_rows(may_attend: Tensor, is_sink: Tensor) -> Tensor:
 
 
 def show_mask(may_attend: Tensor, labels: list[str] | None = None) -> str:
-    """A mask as text, one row a line, ■ where the query may attend. A label is put behind its row.
+    """A mask as text, one row a line, ■ where the query may attend. Labels stand beside their rows.
 
     Example: show_mask(causal_mask(2, 3), ["", "new"]) -> "■ ■ ·\\n■ ■ ■   <- new"
     """
@@ -317,7 +358,7 @@ def find_sinks(hidden: Tensor, abs_threshold: float, median_multiple: float) -> 
     """
     assert hidden.dim() == 3, f"hidden states are (B,S,C), not {tuple(hidden.shape)}"
     is_sink = hidden.abs().amax(-1) >= abs_threshold
-    if is_sink.any():                                           # else no median: it is slow
+    if is_sink.any():       # skip the slow median if no token passes the absolute threshold
         largest, median = activation_ratio(hidden)
         is_sink = is_sink & (largest >= median_multiple * median)
     return is_sink
@@ -351,13 +392,18 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor,
     """
     B, H, Q, D = q.shape
     mask = may_attend if may_attend.dim() == 2 else may_attend[:, None]
-    if Q == 1:             # decoding: the H/G heads become queries of one, which reads k and v once
+    if Q == 1:
+        # Decoding. The H/G heads that share a key-value head become its H/G queries, so that k and
+        # v are read only once.
         q = q.reshape(B, k.shape[1], -1, D)                             # (B,H,1,D) -> (B,G,H/G,D)
     else:
         k, v = repeat_heads(k, H), repeat_heads(v, H)                   # (B,G,K,D) -> (B,H,K,D)
-    # By name, a kernel skips the masked half. Not on MPS, where that has leaked in half precision.
+    # Told "causal" by name, a kernel skips the forbidden half. Not on MPS, where it attended to
+    # forbidden keys in half precision.
     by_name = is_causal and Q == k.shape[2] and q.device.type != "mps"
-    mask = None if by_name or (is_causal and Q == 1) else mask          # the last token sees all
+    sees_all = is_causal and Q == 1                 # the newest token may attend to every key
+    if by_name or sees_all:
+        mask = None
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=by_name)
     return out.reshape(B, H, Q, D)              # not view: kernels differ in the layout they return
 
@@ -387,7 +433,8 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
         c = cos(o, v)     g = tanh(relu(c) / temperature)     p = <o, v> / (|v|^2 + 1e-8) v
         o' = o + g * gamma * p, then scaled to the length of o: o' * |o| / (|o'| + 1e-8)
 
-    With gamma 3, an angle of 80 degrees to v becomes 56, one of 45 becomes 14; from 90 on it stays.
+    With gamma 3, an angle of 80 degrees to v becomes 56, and one of 45 becomes 14. An angle of 90
+    degrees or more stays as it is.
     out: float[B,H,S,D], before o_proj; v_sink: float[B,G,D]; ever_sink: bool[B,S], tokens that were
     a sink at this or an earlier layer and are left alone, as are items whose v_sink is zero.
     Returns: float[B,H,S,D]. Computed in float32: 1e-8 is zero in float16.
@@ -404,45 +451,125 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
     stays = stays[:, None, :, None]
     turned = torch.addcmul(o, push.masked_fill(stays, 0), v)                      # o + push * v
     scale = o_norm / (turned.norm(dim=-1, keepdim=True) + 1e-8)
-    return (turned * scale.masked_fill(stays, 1)).to(out.dtype)     # what stays does so bit for bit
+    # Tokens that are left alone are returned unchanged, bit for bit: o + 0 v, times 1.
+    return (turned * scale.masked_fill(stays, 1)).to(out.dtype)
 
 
-# ---- 7. What outlives a layer: keys and values, and what OutRo remembers of the prompt ----------
+# ---- 7. The method at work on one prompt --------------------------------------------------------
 
 
-@dataclass
 class Sinks:
-    """Made when the prompt is read, then fixed: generated tokens are never searched for sinks."""
-    outro: OutRo                                                # for the tokens that follow, too
-    ever_sink: Tensor                                           # bool[B,S], at any layer so far
-    opened: Tensor                                              # bool[B,S], row opened at any layer
-    v_sink: list[Tensor] = field(default_factory=list)          # of each layer that is searched
+    """OutRo at work on one prompt: `find` and `open_rows` before a layer attends, `align` after it.
+
+    It is made when a prompt begins, filled layer by layer while the prompt is read, and then fixed.
+    Tokens that follow the prompt are never searched and open no row. They are aligned with what the
+    prompt has left here. A layer has read the prompt when it has an entry in `v_sink`.
+    """
+
+    def __init__(self, outro: OutRo, n_layers: int, nobody: Tensor):
+        """nobody: bool[B,S], False for each token of the prompt."""
+        self.outro = outro
+        self.searched = range(n_layers - outro.skip_last)           # the layers that are touched
+        self.relax_every = outro.relax_every or max(1, n_layers // 7)
+        self.ever_sink = nobody                     # bool[B,S], a sink in any layer so far
+        self.opened = nobody                        # bool[B,S], row opened in any layer so far
+        self.is_sink: dict[int, Tensor] = {}        # of each searched layer, bool[B,S]
+        self.opened_in: dict[int, Tensor] = {}      # of each layer that opened rows, bool[B,S]
+        self.v_sink: dict[int, Tensor] = {}         # of each searched layer, float[B,G,D]
+
+    def find(self, l: int, hidden: Tensor, is_token: Tensor | None = None) -> None:
+        """Step 1: search layer l of the prompt for sinks.
+
+        hidden: float[B,S,C], the input of the layer. is_token: bool[B,S], False for padding, which
+        would change the median; None means that there is no padding.
+        """
+        if l not in self.searched or l in self.v_sink:
+            return
+        if is_token is None:
+            is_sink = self.outro.find(hidden)
+        else:
+            is_sink = torch.zeros_like(is_token)
+            for b, real in enumerate(is_token):                     # each item without its padding
+                is_sink[b, real] = self.outro.find(hidden[b, real][None])[0]
+        assert is_sink.shape == hidden.shape[:2] and is_sink.dtype == torch.bool, (
+            f"a rule gives bool[B,S] = {tuple(hidden.shape[:2])}, not {is_sink.dtype} "
+            f"{tuple(is_sink.shape)}")
+        self.is_sink[l] = is_sink
+        self.ever_sink = self.ever_sink | is_sink
+
+    def open_rows(self, l: int, may_attend: Tensor) -> Tensor:
+        """Step 3: open the rows of the sinks of layer l whose rows no earlier layer has opened.
+
+        may_attend: bool[S,S] or bool[B,S,S]. Returns: bool[B,S,S]; or may_attend itself, if no row
+        is opened here: in most layers, and for tokens that follow the prompt.
+        """
+        is_its_turn = l % self.relax_every == 0
+        if not self.outro.relax or not is_its_turn or l not in self.is_sink or l in self.v_sink:
+            return may_attend
+        new_sinks = self.is_sink[l] & ~self.opened
+        if not new_sinks.any():
+            return may_attend
+        self.opened_in[l] = new_sinks
+        self.opened = self.opened | new_sinks
+        return open_sink_rows(may_attend, new_sinks)
+
+    def align(self, l: int, out: Tensor, v: Tensor) -> Tensor:
+        """Steps 5 and 6: turn the outputs of layer l towards the value of the prompt's sinks.
+
+        out: float[B,H,S,D], of the prompt or of tokens that follow it; v: float[B,G,K,D], values of
+        all tokens so far. Returns: float[B,H,S,D].
+        Source: release, model/outro.py; *ours*, that all tokens after the prompt are aligned. The
+        release looks up the index of a new token among the prompt's sinks: in a call with one new
+        token, a layer whose own sinks include position 0 aligns nothing.
+        """
+        if l not in self.is_sink:                                   # one of the last layers
+            return out
+        is_prompt = l not in self.v_sink
+        if is_prompt:
+            self.v_sink[l] = sink_value(v, self.is_sink[l])
+        if not self.outro.align:
+            return out
+        if is_prompt:
+            left_alone = self.ever_sink                     # a sink in this or an earlier layer
+        else:
+            left_alone = torch.zeros_like(out[:, 0, :, 0], dtype=torch.bool)      # (B,S), nobody
+        return align_with_sink(out, self.v_sink[l], left_alone, self.outro.gamma,
+                               self.outro.temperature)
+
+
+# ---- 8. What outlives a layer: the cache and the trace ------------------------------------------
 
 
 @dataclass
 class Cache:
-    """Keys and values of all tokens so far. The first call, at length 0, brings the prompt."""
+    """Keys and values of all tokens so far. The first call, at length 0, brings the whole prompt.
+
+    If that call is interrupted, `length` is still 0, and the next one begins anew.
+    """
     k: list[Tensor] = field(default_factory=list)   # of each layer, float[B,G,.,D], K or longer
     v: list[Tensor] = field(default_factory=list)
     length: int = 0                                 # K, tokens that went through all layers
-    sinks: Sinks | None = None                      # None: no OutRo; set later: none from then on
+    # None: OutRo is off. Set it to None after the prompt to switch OutRo off for the answer.
+    sinks: Sinks | None = None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the S new positions of a layer; `length` moves when all layers have theirs.
 
         k, v: float[B,G,S,D]. Returns: the first `length` and these, float[B,G,length + S,D].
         """
-        if layer == len(self.k):
+        if self.length == 0:
+            del self.k[layer:], self.v[layer:]              # what an interrupted prompt has left
             self.k.append(k)
             self.v.append(v)
             return k, v
         end = self.length + k.shape[2]
         if end > self.k[layer].shape[2]:
             more = (0, 0, 0, k.shape[2] + 256)                              # with room to spare
-            self.k[layer], self.v[layer] = F.pad(self.k[layer], more), F.pad(self.v[layer], more)
-        all_k, all_v = self.k[layer], self.v[layer]
-        all_k[:, :, self.length:end], all_v[:, :, self.length:end] = k, v
-        return all_k[:, :, :end], all_v[:, :, :end]
+            self.k[layer] = F.pad(self.k[layer], more)
+            self.v[layer] = F.pad(self.v[layer], more)
+        self.k[layer][:, :, self.length:end] = k
+        self.v[layer][:, :, self.length:end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
     def keys(self, layer: int) -> Tensor:
         """Rotated keys of the first `length` tokens, float[B,G,K,D]: a view, to read or to edit."""
@@ -464,92 +591,115 @@ class Trace(dict):
         self.weights_of = weights_of                # layers, 0-based
 
 
-# ---- 8. The decoder layer: where the six steps happen -------------------------------------------
+def wants_weights(trace: dict | None, l: int) -> bool:
+    return isinstance(trace, Trace) and l in trace.weights_of
+
+
+def record(trace: dict, l: int, **tensors: Tensor) -> None:
+    """File tensors of layer l under the names at the top of this file."""
+    for name, tensor in tensors.items():
+        trace[f"layers.{l}.{name}"] = tensor
+
+
+def record_sinks(trace: dict, l: int, hidden: Tensor, cache: Cache) -> None:
+    """File what OutRo found and did in layer l, after its attention has filed `out` and `aligned`.
+
+    hidden: float[B,S,C], the layer's input. What OutRo did not do is filed as False or zero.
+    """
+    nobody = hidden.new_zeros(hidden.shape[:2], dtype=torch.bool)                     # (B,S)
+    is_sink, relaxed = nobody, nobody
+    v_sink = torch.zeros_like(cache.v[l][:, :, 0])                                    # (B,G,D)
+    if cache.sinks:
+        v_sink = cache.sinks.v_sink.get(l, v_sink)
+        if cache.length == 0:                                   # later tokens are not searched
+            is_sink = cache.sinks.is_sink.get(l, nobody)
+            relaxed = cache.sinks.opened_in.get(l, nobody)
+    largest, median = activation_ratio(hidden)
+    out, aligned = trace[f"layers.{l}.out"], trace[f"layers.{l}.aligned"]
+    record(trace, l, hidden=hidden, ratio=largest / median, is_sink=is_sink, relaxed=relaxed,
+           v_sink=v_sink, cosine=cosine(out, v_sink), cosine_aligned=cosine(aligned, v_sink))
+
+
+# ---- 9. The decoder layer: a plain Llama, and the three places where it asks OutRo ---------------
+
+
+class Attention(nn.Module):
+    def __init__(self, c: TextConfig, index: int):
+        super().__init__()
+        C, D, H, G = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
+        self.index, self.n_heads, self.n_kv_heads = index, H, G
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, G * D, bias=False)
+        self.v_proj = nn.Linear(C, G * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, may_attend: Tensor, is_causal: bool,
+                cache: Cache, trace: dict | None) -> Tensor:
+        """x: float[B,S,C], normed. Returns: float[B,S,C]. The rest: see `DecoderLayer.forward`."""
+        l, sinks = self.index, cache.sinks
+        q = rotate(split_heads(self.q_proj(x), self.n_heads), cos, sin)       # (B,S,C) -> (B,H,S,D)
+        k = rotate(split_heads(self.k_proj(x), self.n_kv_heads), cos, sin)    # (B,S,C) -> (B,G,S,D)
+        v = split_heads(self.v_proj(x), self.n_kv_heads)                      # (B,S,C) -> (B,G,S,D)
+        k, v = cache.extend(l, k, v)                                            # -> (B,G,K,D)
+
+        if wants_weights(trace, l):                                             # step 4: attend
+            out, weights = attention(q, k, v, may_attend)
+            record(trace, l, weights=weights, may_attend=may_attend)
+        else:
+            out = fused_attention(q, k, v, may_attend, is_causal)               # (B,H,S,D)
+
+        aligned = out
+        if sinks:
+            aligned = sinks.align(l, out, v)                                    # steps 5 and 6
+        if trace is not None:
+            record(trace, l, out=out, aligned=aligned)
+        return self.o_proj(merge_heads(aligned))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:                         # float[B,S,C] -> the same
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, c: TextConfig, index: int):
         super().__init__()
-        C, D, H, G = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
-        self.index, self.n_layers, self.n_heads, self.n_kv_heads = index, c.num_hidden_layers, H, G
-        self.input_layernorm = RMSNorm(C, c.rms_norm_eps)
-        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(C, H * D, bias=False),
-                                        "k_proj": nn.Linear(C, G * D, bias=False),
-                                        "v_proj": nn.Linear(C, G * D, bias=False),
-                                        "o_proj": nn.Linear(H * D, C, bias=False)})
-        self.post_attention_layernorm = RMSNorm(C, c.rms_norm_eps)
-        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(C, c.intermediate_size, bias=False),
-                                  "up_proj": nn.Linear(C, c.intermediate_size, bias=False),
-                                  "down_proj": nn.Linear(c.intermediate_size, C, bias=False)})
+        self.index = index
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, index)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, may_attend: Tensor,
                 is_causal: bool, cache: Cache, trace: dict | None) -> Tensor:
-        """One layer, and the method: steps 1 to 6 of the module's docstring.
+        """One layer of Llama. Without `cache.sinks` it is plain.
 
         hidden: float[B,S,C], a prompt if the cache is empty, else the tokens that follow it.
         cos, sin: float[B or 1,1,S,D] of their positions. may_attend: bool[S,K] or bool[B,S,K];
         is_causal says that it is the plain causal mask.
         Returns: float[B,S,C], the input of the next layer. Changes: the cache, which gets keys and
-        values, and in cache.sinks (None: no OutRo) what is found and opened; the trace.
+        values; cache.sinks, which remembers what was found and opened; the trace.
         """
-        B, S, _ = hidden.shape
-        attn, l, L = self.self_attn, self.index, self.n_layers
-        outro = cache.sinks.outro if cache.sinks else None
-
+        l, sinks = self.index, cache.sinks
+        if sinks:
+            sinks.find(l, hidden)                                               # step 1
+            closed = may_attend                                                 # of step 2
+            may_attend = sinks.open_rows(l, closed)                             # step 3
+            is_causal = is_causal and may_attend is closed
         x = self.input_layernorm(hidden)
-        q = rotate(split_heads(attn.q_proj(x), self.n_heads), cos, sin)       # (B,S,C) -> (B,H,S,D)
-        k = rotate(split_heads(attn.k_proj(x), self.n_kv_heads), cos, sin)    # (B,S,C) -> (B,G,S,D)
-        v = split_heads(attn.v_proj(x), self.n_kv_heads)
-        k, v = cache.extend(l, k, v)                                            # -> (B,G,K,D)
-
-        # Step 1. Only a prompt is searched, and not in the last layers.
-        is_prompt, none = cache.length == 0, hidden.new_zeros(B, S, dtype=torch.bool)
-        is_sink, opened = none, none
-        touched = outro is not None and l < L - outro.skip_last
-        if touched and is_prompt:
-            is_sink = find_sinks(hidden, outro.abs_threshold, outro.median_multiple)
-            cache.sinks.ever_sink = cache.sinks.ever_sink | is_sink
-
-            # Step 3, on the mask of step 2. A sink's row is opened at one layer only.
-            if outro.relax and l % (outro.relax_every or max(1, L // 7)) == 0:
-                opened = is_sink & ~cache.sinks.opened
-                cache.sinks.opened = cache.sinks.opened | opened
-            if opened.any():
-                may_attend, is_causal = open_sink_rows(may_attend, opened), False
-
-        # Step 4, written out only where its weights were asked for.
-        if trace is not None and l in getattr(trace, "weights_of", ()):
-            out, weights = attention(q, k, v, may_attend)
-            trace[f"layers.{l}.weights"], trace[f"layers.{l}.may_attend"] = weights, may_attend
-        else:
-            out = fused_attention(q, k, v, may_attend, is_causal)               # (B,H,S,D)
-
-        # Step 5, once per prompt: what follows is aligned with the same value.
-        if touched and is_prompt:
-            cache.sinks.v_sink.append(sink_value(v, is_sink))
-
-        # Step 6. Generated tokens are no sinks, so all of them are aligned. (The release looks them
-        # up at index 0 of the prompt's sinks: in a layer where token 0 is one, it aligns none.)
-        aligned = out
-        if touched and outro.align:
-            ever_sink = cache.sinks.ever_sink if is_prompt else none
-            aligned = align_with_sink(out, cache.sinks.v_sink[l], ever_sink, outro.gamma,
-                                      outro.temperature)
-
+        attended = hidden + self.self_attn(x, cos, sin, may_attend, is_causal, cache, trace)
         if trace is not None:
-            largest, median = activation_ratio(hidden)
-            v_sink = cache.sinks.v_sink[l] if touched else torch.zeros_like(v[:, :, 0])
-            record = {"hidden": hidden, "ratio": largest / median, "is_sink": is_sink,
-                      "relaxed": opened, "v_sink": v_sink, "out": out, "aligned": aligned,
-                      "cosine": cosine(out, v_sink), "cosine_aligned": cosine(aligned, v_sink)}
-            trace.update({f"layers.{l}.{name}": value for name, value in record.items()})
-
-        hidden = hidden + attn.o_proj(merge_heads(aligned))
-        x = self.post_attention_layernorm(hidden)
-        return hidden + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
+            record_sinks(trace, l, hidden, cache)
+        return attended + self.mlp(self.post_attention_layernorm(attended))
 
 
-# ---- 9. The whole model -------------------------------------------------------------------------
+# ---- 10. The whole model ------------------------------------------------------------------------
 
 
 class VideoLM(nn.Module):
@@ -586,11 +736,13 @@ class VideoLM(nn.Module):
             raise ValueError(f"pixel_values must be numbers from -1 to 1, not {pixel_values.dtype}")
         vision, connector = self.model.vision_model, self.model.connector
         pixel_values = pixel_values.to(connector.modality_projection.proj.weight.dtype)
-        patches, image_tokens = [], []
+        patches = []
+        image_tokens = []
         for frame in pixel_values.unbind(1):                               # (B,3,size,size)
             x = vision(frame)                                              # (B,P,Cv)
             image_tokens.append(connector(x))                              # (B,M,C)
-            patches += [x] if trace is not None else []                    # else many, for nothing
+            if trace is not None:              # keep them only when tracing, because they are large
+                patches.append(x)
         if trace is not None:
             trace["vision.features"] = torch.stack(patches, dim=1).flatten(0, 1)
         return torch.cat(image_tokens, dim=1)
@@ -603,6 +755,20 @@ class VideoLM(nn.Module):
             raise ValueError(f"the prompts have {counts} image tokens of size {C}, the videos give "
                              f"{tuple(features.shape)} features; the two must match")
         return hidden.masked_scatter(is_image[:, :, None], features.to(hidden.dtype))
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, features: Tensor | None,
+              trace: dict | None) -> Tensor:
+        """The input of the first layer, of text and of what the frames show: float[B,S,C]."""
+        if pixel_values is not None and features is not None:
+            raise ValueError("give pixel_values or features, not both")
+        hidden = self.model.text_model.embed_tokens(input_ids)
+        if pixel_values is not None:
+            features = self.encode(pixel_values, trace)
+        if features is None:
+            return hidden
+        if trace is not None:
+            trace["projected"] = features
+        return self.merge(hidden, input_ids, features)
 
     def check(self, input_ids: Tensor, outro: OutRo | None, cache: Cache, trace: dict | None):
         """Raise ValueError for arguments that would give wrong numbers, or fail deep inside."""
@@ -641,26 +807,16 @@ class VideoLM(nn.Module):
         cache = Cache() if cache is None else cache
         self.check(input_ids, outro, cache, trace)
         start, S = cache.length, input_ids.shape[1]
-        if start == 0:
-            none = torch.zeros_like(input_ids, dtype=torch.bool)
-            cache.sinks = Sinks(outro, ever_sink=none, opened=none) if outro else None
+        if start == 0:                                                          # a prompt begins
+            nobody = torch.zeros_like(input_ids, dtype=torch.bool)
+            cache.sinks = Sinks(outro, c.num_hidden_layers, nobody) if outro else None
 
-        hidden = text.embed_tokens(input_ids)                                           # (B,S,C)
-        if pixel_values is not None and features is not None:
-            raise ValueError("give pixel_values or features, not both")
-        if pixel_values is not None:
-            features = self.encode(pixel_values, trace)
-        if features is not None:
-            hidden = self.merge(hidden, input_ids, features)
-            if trace is not None:
-                trace["projected"] = features
-
+        hidden = self.embed(input_ids, pixel_values, features, trace)                   # (B,S,C)
         if positions is None:
             positions = torch.arange(start, start + S, device=hidden.device)[None]      # (1,S)
         cos, sin = rope_tables(positions[:, None], c.head_dim, c.rope_theta, like=hidden)
-        # Step 2, for all layers, explicit since step 3 edits it.
         is_causal = masks is None
-        if is_causal:
+        if is_causal:                                       # step 2, for all layers
             masks = [causal_mask(S, start + S, hidden.device)] * c.num_hidden_layers
         for layer, may_attend in zip(text.layers, masks, strict=True):
             hidden = layer(hidden, cos, sin, may_attend, is_causal, cache, trace)
@@ -691,7 +847,7 @@ class VideoLM(nn.Module):
             trace["logits"] = logits
         return logits
 
-    # ---- 10. Generation -------------------------------------------------------------------------
+    # ---- 11. Generation -------------------------------------------------------------------------
 
     @torch.inference_mode()
     def stream(self, input_ids: Tensor, pixel_values: Tensor | None = None,
@@ -729,7 +885,7 @@ class VideoLM(nn.Module):
         """The token ids that `stream` yields for the same arguments, in a list."""
         return list(self.stream(*args, **kwargs))
 
-    # ---- 11. Loading ----------------------------------------------------------------------------
+    # ---- 12. Loading ----------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, path_or_repo, revision: str | None = None, device: str = "cpu",

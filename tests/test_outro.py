@@ -65,7 +65,8 @@ def test_what_is_not_turned_stays_bit_for_bit_however_it_lies_in_memory(dtype):
 # ---- constants ----
 
 
-def test_the_defaults_are_those_of_the_release():
+def test_defaults_are_these_numbers():
+    """Typed in here as they were read in the release: model/outro.py and modeling_qwen2_5_omni.py."""
     assert OutRo() == OutRo(abs_threshold=100.0, median_multiple=1000.0, relax=True, align=True, gamma=3.0,
                             temperature=0.1, relax_every=None, skip_last=2)
 
@@ -356,7 +357,8 @@ def test_the_cache_keeps_outro_for_the_calls_behind_the_prompt(golden):
     baseline = g.model(g.input_ids, g.pixels, cache=cache)
     with pytest.raises(ValueError, match="read with None"):
         g.model(g.input_ids[:, :1], outro=g.outro(), cache=cache)
-    unused = Cache(sinks=module.Sinks(g.outro(), *[torch.zeros_like(g.input_ids, dtype=torch.bool)] * 2))
+    nobody = torch.zeros_like(g.input_ids, dtype=torch.bool)
+    unused = Cache(sinks=module.Sinks(g.outro(), g.meta["L"], nobody))
     assert g.model(g.input_ids, g.pixels, cache=unused).equal(baseline) and unused.sinks is None
 
 
@@ -370,3 +372,46 @@ def test_what_the_cache_remembers_of_the_prompt(golden):
         assert remembered.equal(torch.stack([trace[f"layers.{l}.{name}"] for l in range(15)]).any(0))
         assert remembered.equal(was) and was.any()
     assert len(cache.sinks.v_sink) == g.meta["L"] - 2
+
+
+# ---- another detector, and a prompt that was interrupted ----
+
+
+def like_the_first(hidden):
+    """The rule of secondary attention sinks (arXiv 2512.22213)."""
+    return torch.cosine_similarity(hidden, hidden[:, :1], dim=-1).abs() > 0.9
+
+
+def test_another_rule_finds_other_sinks(golden):
+    """Its sinks are those of the rule, in every layer that is searched, and their rows are opened."""
+    g, trace = golden("dev_natural"), {}
+    g.model(g.input_ids, g.pixels, outro=OutRo(rule=like_the_first), trace=trace)
+    for l in range(g.meta["L"] - 2):
+        assert trace[f"layers.{l}.is_sink"].equal(like_the_first(trace[f"layers.{l}.hidden"]))
+    assert trace["layers.0.relaxed"].equal(trace["layers.0.is_sink"]) and trace["layers.0.is_sink"][0, 0]
+    assert not trace[f"layers.{g.meta['L'] - 2}.is_sink"].any()
+
+
+def test_a_rule_with_another_shape_is_refused(golden):
+    g = golden("dev_natural")
+    with pytest.raises(AssertionError, match=r"bool\[B,S\] = \(1, \d+\), not torch.float32"):
+        g.model(g.input_ids, g.pixels, outro=OutRo(rule=lambda hidden: hidden.amax(-1)))
+
+
+@pytest.mark.parametrize("layer", [0, 3, 7])
+def test_an_interrupted_prompt_leaves_an_empty_cache(golden, monkeypatch, layer):
+    """Then a batch of two other prompts is read, and gives what it gives alone."""
+    g, cache = golden("dev_late"), Cache()
+    mlp = g.model.model.text_model.layers[layer].mlp
+
+    def interrupt(x):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mlp, "forward", interrupt)
+        g.model(g.input_ids, g.pixels, outro=g.outro(), cache=cache)
+    text = g.input_ids[:, -6:].repeat(2, 1)
+    steps = []
+    for used in (cache, Cache()):
+        steps.append(g.model(text, outro=g.outro(), cache=used))
+        steps.append(g.model(text[:, :2], cache=used))
+    assert steps[0].equal(steps[2]) and steps[1].equal(steps[3])

@@ -1,5 +1,7 @@
 """OutRo in models of transformers: equal to ours where ours is the model, and itself everywhere else."""
 
+import threading
+
 import pytest
 import torch
 import transformers
@@ -11,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minioutro import OutRo
-from minioutro.lab import attach as attach_module
+from minioutro import model as model_module
 from minioutro.lab.attach import attach
 from minioutro.model import align_with_sink
 
@@ -294,8 +296,8 @@ def test_padding_counts_neither_for_the_median_nor_as_a_sink(llama):
 def test_a_compiled_model_does_the_same_around_steps_that_are_not_compiled(llama, monkeypatch):
     """Also one that was compiled, and has run, before the block, and with other constants in a second."""
     inputs, model = llama.prompt(LONG, SHORT), text("Llama", num_hidden_layers=6).model
-    find_sinks, compiling = attach_module.find_sinks, []
-    monkeypatch.setattr(attach_module, "find_sinks", lambda *args: (
+    find_sinks, compiling = model_module.find_sinks, []
+    monkeypatch.setattr(model_module, "find_sinks", lambda *args: (
         compiling.append(torch.compiler.is_compiling()), find_sinks(*args))[1])
 
     def run():
@@ -318,11 +320,11 @@ def test_layers_of_a_hybrid_without_attention_are_passed_over(recwarn):
                 shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
                 linear_key_head_dim=8, linear_value_head_dim=8)
     inputs, every = case.prompt(LONG), r"of the layers \[3, 7, 11\].*another relax_every"
-    with attach(case.model, OutRo()) as seen, pytest.warns(UserWarning, match=every):
+    with attach(case.model, OutRo(), untested=True) as seen, pytest.warns(UserWarning, match=every):
         case.model(**inputs)
     assert list(seen.is_sink) == [3, 7, 11] and not seen.opened
     recwarn.clear()
-    with attach(case.model, OutRo(relax_every=7)) as seen:
+    with attach(case.model, OutRo(relax_every=7), untested=True) as seen:
         case.model(**inputs)
     assert list(seen.opened) == [7] and not [w for w in recwarn if "no row" in str(w.message)]
 
@@ -378,7 +380,7 @@ def small(name, config, **sizes):
 def test_models_that_are_refused_by_name(name, config, sizes, why):
     model = small(name, config, **sizes)
     before = state(model)
-    with pytest.raises(ValueError, match=f"in {name}: {why}.*the README says"), attach(model, OutRo()):
+    with pytest.raises(ValueError, match=f"in {name}: {why}.*minioutro.lab.README.md says"), attach(model, OutRo()):
         pass
     assert state(model) == before
 
@@ -392,7 +394,7 @@ def test_what_holds_a_model_is_refused(llama):
 def test_a_model_whose_layers_have_another_input_is_refused_when_it_runs():
     model = small("Gemma3nForCausalLM", "Gemma3nTextConfig", num_kv_shared_layers=0, **GEMMA3N)
     why = r"Gemma3nTextDecoderLayer: its input is \(4, 1, 3, 48\)"
-    with attach(model, OutRo()), pytest.raises(ValueError, match=why):
+    with attach(model, OutRo(), untested=True), pytest.raises(ValueError, match=why):
         model(torch.tensor([[3, 4, 5]]))
 
 
@@ -458,3 +460,80 @@ def test_attention_that_cannot_be_chosen_is_refused(llama, monkeypatch):
     with pytest.raises(ValueError, match="its attention is no function"), attach(llama.model, OutRo()):
         pass
     assert state(llama.model) == before
+
+
+# ---- what would be wrong without a word ----
+
+
+def test_a_type_that_was_never_tried_is_refused(llama):
+    case = text("Olmo2")
+    with pytest.raises(ValueError, match="its type olmo2 was never tried"), attach(case.model, OutRo()):
+        pass
+    with attach(case.model, OutRo(), untested=True) as seen:
+        case.model(**case.prompt(LONG))
+    assert list(seen.opened) == [4]
+
+
+def test_an_inner_model_without_a_head_is_refused(llama):
+    with pytest.raises(ValueError, match="in LlamaModel: it has no head"), attach(llama.model.model, OutRo()):
+        pass
+
+
+def test_training_mode_is_refused(llama):
+    """There a layer may be computed a second time, for its gradient."""
+    llama.model.train()
+    try:
+        with attach(llama.model, OutRo()), pytest.raises(ValueError, match="training mode.*eval"):
+            llama.model(**llama.prompt(LONG))
+    finally:
+        llama.model.eval()
+
+
+def test_a_second_thread_is_refused_while_one_is_inside(llama):
+    inputs, refused = llama.prompt(LONG), []
+
+    def call():
+        try:
+            llama.model(**inputs)
+        except ValueError as error:
+            refused.append(str(error))
+
+    def call_from_another_thread(*_):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    with attach(llama.model, OutRo()):
+        expected = llama.model(**inputs).logits
+        hook = llama.layers[5].register_forward_pre_hook(call_from_another_thread)
+        assert llama.model(**inputs).logits.equal(expected)
+        hook.remove()
+        call()
+    assert len(refused) == 1 and "another thread" in refused[0]
+
+
+def test_texts_that_are_packed_into_one_row_are_refused(llama):
+    ids, positions = torch.tensor([SHORT + SHORT]), torch.tensor([[*range(5), *range(5)]])
+    with attach(llama.model, OutRo()):
+        with pytest.raises(ValueError, match="positions of a row step back"):
+            llama.model(input_ids=ids, position_ids=positions, use_cache=False)
+        llama.model(**llama.prompt(LONG))
+
+
+@pytest.mark.parametrize("choose", [lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+                                    lambda cache: cache.batch_select_indices(torch.tensor([1]))])
+def test_a_cache_whose_rows_were_reordered_is_refused(llama, choose):
+    inputs, cache = llama.prompt(LONG, SHORT), DynamicCache()
+    with attach(llama.model, OutRo()):
+        llama.model(**inputs, past_key_values=cache)
+        choose(cache)
+        step = torch.full((cache.layers[0].keys.shape[0], 1), 5)
+        with pytest.raises(ValueError, match="rows of the cache were reordered"):
+            llama.model(step, past_key_values=cache)
+
+
+def test_a_mask_with_a_bias_is_refused(llama):
+    S = len(LONG)
+    mask = torch.zeros(1, 1, S, S).masked_fill(torch.ones(S, S).triu(1) > 0, -torch.inf)
+    mask[0, 0, 5, 2] = -1.5
+    with attach(llama.model, OutRo()), pytest.raises(ValueError, match="values between allowed"):
+        llama.model(input_ids=torch.tensor([LONG]), attention_mask=mask)
