@@ -129,7 +129,7 @@ def grade(module: Path, points: Path | None = None, seconds: float = SECONDS, ex
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Grade a module of the exercises.")
     parser.add_argument("module", type=Path, help="the file, such as my_module.py")
-    parser.add_argument("--points", type=Path, metavar="FILE", help="also write the points there, as Gradescope reads them")
+    parser.add_argument("--points", type=Path, metavar="FILE", help="write the points there, as Gradescope reads them")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each exercise (default: %(default)s)")
     options = parser.parse_args(arguments)
     module = options.module.resolve()

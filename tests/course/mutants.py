@@ -300,8 +300,9 @@ def given_to_each(weights):
 
 def looks_like_a_sink(weights, v):
     """A right one: most heads give it a third or more, and 16 queries say so."""
-    enough = torch.arange(weights.shape[-1], 0, -1) >= 16
-    return ((given_to_each(weights) > 1 / 3).float().mean(1) > 0.5) & enough
+    n_queries = torch.arange(weights.shape[-1], 0, -1)
+    given = weights.sum(-2) / n_queries
+    return ((given > 1 / 3).float().mean(1) > 0.5) & (n_queries >= 16)
 
 
 def whoever_draws_most(weights, v):
@@ -395,7 +396,8 @@ for what, old, new in (
         ("new_tokens_left_alone", NOBODY, f"~{NOBODY}"),
         ("new_tokens_searched", "l not in self.searched or l in self.v_sink", "l not in self.searched"),
         ("the_last_layers_searched", "l not in self.searched or l in self.v_sink", "l in self.v_sink"),
-        ("the_rule_of_outro_ignored", "is_sink = self.outro.find(hidden)\n", "is_sink = find_sinks(hidden, 100, 1000)\n"),
+        ("the_rule_of_outro_ignored", "is_sink = self.outro.find(hidden)\n",
+         "is_sink = find_sinks(hidden, 100, 1000)\n"),
         ("sinks_of_earlier_layers_forgotten", "self.ever_sink = self.ever_sink | is_sink", "self.ever_sink = is_sink"),
         ("ever_sink_only_if_aligned", "self.ever_sink = self.ever_sink | is_sink",
          "self.ever_sink = self.ever_sink | (is_sink & self.outro.align)"),

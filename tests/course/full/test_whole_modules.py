@@ -3,8 +3,10 @@
 import ast
 import inspect
 import json
+import os
 import subprocess
 import sys
+import textwrap
 from operator import attrgetter
 
 import mutants
@@ -15,14 +17,13 @@ from minioutro import model
 STARTER = (HERE / "starter.py").read_text(encoding="utf-8")
 
 
-def body_of(function) -> str:
-    """The lines of a function after its signature and docstring, indented as they are."""
-    lines, _ = inspect.getsourcelines(function)
-    node = ast.parse("".join(["if True:\n", *lines] if lines[0][0] == " " else lines))
-    function = next(child for child in ast.walk(node) if isinstance(child, ast.FunctionDef))
-    first = function.body[1] if ast.get_docstring(function) else function.body[0]
-    shift = 1 if lines[0][0] == " " else 0
-    return "".join(lines[first.lineno - 1 - shift:]).rstrip()
+def body_of(function, indent) -> str:
+    """The lines of a function after its signature and docstring."""
+    source = textwrap.dedent(inspect.getsource(function))
+    node, = ast.parse(source).body
+    first = node.body[1] if ast.get_docstring(node) else node.body[0]
+    body = "\n".join(source.splitlines()[first.lineno - 1:])
+    return textwrap.indent(textwrap.dedent(body), indent)
 
 
 def filled_starter() -> str:
@@ -31,8 +32,8 @@ def filled_starter() -> str:
     for e in WITH_TESTS:
         for name in e.names:
             ours = mutants.looks_like_a_sink if name == "looks_like_a_sink" else attrgetter(name)(model)
-            body = body_of(ours).replace("given_to_each(weights)", "(weights.sum(-2) / torch.arange(weights.shape[-1], 0, -1))")
             indent = "        " if "." in name else "    "
+            body = body_of(ours, indent)
             stub = f'{indent}raise NotImplementedError("not written yet: exercise {e.number}")'
             assert stub in text, name
             text = text.replace(stub, body, 1)
@@ -43,7 +44,7 @@ def graded(folder, text, **environment):
     """The report about a module, and what was printed."""
     (folder / "mine.py").write_text(text, encoding="utf-8")
     command = [sys.executable, HERE / "grade.py", "mine.py", "--points", "points.json", "--seconds", "120"]
-    done = subprocess.run(command, cwd=folder, env=environment or None, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads((folder / "points.json").read_text()), done.stdout
 
@@ -69,6 +70,6 @@ from minioutro.model import find_sinks as model_sinks
 def rotate(x, cos, sin): raise SystemExit
 def attention(q, k, v, may_attend): return v, v
 """
-    report, table = graded(tmp_path, wrong, PYTHONOPTIMIZE="1", PYTEST_ADDOPTS="-n 2 --collect-only", PATH="/usr/bin:/bin")
+    report, table = graded(tmp_path, wrong, PYTHONOPTIMIZE="1", PYTEST_ADDOPTS="-n 2 --collect-only")
     assert [test["score"] for test in report["tests"]] == [0, 0, 5, 0, 10, 0, 5, 10, 15], table
-    assert report["tests"][0]["output"].endswith("pixel_shuffle is the project's own: exercise 1 is for writing it"), table
+    assert "pixel_shuffle is the project's own: exercise 1 is for writing it" in report["tests"][0]["output"], table
