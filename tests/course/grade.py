@@ -71,7 +71,7 @@ def run_tests(exercise: Exercise, module: Path, seconds: float) -> str:
         try:
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:
-            return f"did not end within {seconds:g} seconds; is there a loop that never ends?"
+            return f"did not end within {seconds:g} seconds (--seconds); is there a loop that never ends?"
         finally:
             with contextlib.suppress(ProcessLookupError):       # the child, and what it has started
                 os.killpg(child.pid, signal.SIGKILL)
@@ -89,7 +89,7 @@ def what_failed(results: Path, code: int, module: Path) -> str:
     if not failures:
         return "" if tests and code == 0 else f"the tests did not run to their end; pytest ended with code {code}"
     said = (failures[0].get("message") or "").removeprefix("AssertionError: ")
-    places = re.findall(rf"{re.escape(module.name)}:(\d+): ", failures[0].text or "")
+    places = re.findall(rf"(?<!\w){re.escape(module.name)}:(\d+): ", failures[0].text or "")
     if places:
         said += f" ({module.name}, line {places[-1]})"
     return f"{len(failures)} of {len(tests)} tests failed. {said}"[:LONGEST]
