@@ -105,7 +105,7 @@ class CacheWithMore(mutants.Cache):
 
 @pytest.mark.parametrize("number, others", [
     (5, {"Cache": CacheWithMore}), (8, {"align_with_sink": as_the_tutorial_says}),
-    (8, {"align_with_sink": without_where}), *((e.number, {}) for e in WITH_TESTS)])
+    (8, {"align_with_sink": without_where})])
 def test_right_solution_passes(request, implementation_of, number, others):
     for test in those_of(number):
         run(test, implementation_of(module_with(**others)), request)

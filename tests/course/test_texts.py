@@ -133,6 +133,7 @@ def test_the_constants_of_another_year_stand_where_the_page_says():
 
 
 def test_the_p_values_of_exercise_11():
+    """At most 9 answers may have changed, 8 for the better and 1 for the worse; the one-sided test gives 13."""
     assert sign_test(gained=8, lost=1) == pytest.approx(0.039, abs=5e-4)
     assert sign_test(gained=9, lost=2) == pytest.approx(0.065, abs=5e-4)
     one_sided = [2 * k + 7 for k in range(9) if sign_test(gained=k + 7, lost=k) / 2 < 0.05]
