@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -42,3 +43,10 @@ def check(condition, sentence: str) -> None:
     __tracebackhide__ = True
     if not condition:
         raise AssertionError(sentence)
+
+
+def writable_copy(source: Path, to: Path) -> Path:
+    """A copy that a test may change, also where the project itself is read-only."""
+    shutil.copytree(source, to, copy_function=shutil.copyfile)
+    to.chmod(0o755)
+    return to
