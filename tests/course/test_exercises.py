@@ -686,7 +686,7 @@ def test_rows_open_once_and_in_turn(impl):
                   f"{outro}, layer {l}: rows {opened} are opened, and should be {right}. Sinks of this layer are "
                   f"{found[l]}, and earlier layers have opened rows {open_already}")
             kept = sinks_in(sinks.opened_in[l])[0] if l in sinks.opened_in else []
-            check(kept == right, f"{outro}, layer {l}: opened_in[{l}] has tokens {kept}, and the rows opened are {right}")
+            check(kept == right, f"{outro}, layer {l}: opened_in[{l}] has tokens {kept}, and rows {right} are opened")
             open_already = sorted(open_already + right)
         mine = sinks_in(sinks.opened)[0]
         check(mine == open_already,
