@@ -1,267 +1,116 @@
-"""The starter module of the exercises; wrong solutions, which must fail, and right ones."""
+"""The stubs agree with model.py, and the grader gives the points, whatever a module does."""
 
-import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
-import textwrap
 from operator import attrgetter
-from types import SimpleNamespace
 
-import grader
-import helpers as conftest
-import mutants
+import grade
 import pytest
 import starter
-import test_exercises
-import torch
-from exercises import EXERCISES, MODEL
-from grader import Implementation
-from solution import Solution
-from variants import Variant
+import test_mutants
+from grade import EXERCISES, WITH_TESTS
+from helpers import ROOT
 
 from minioutro import model
-from minioutro.model import cosine
-
-CODED = [e for e in EXERCISES if e.names]
-SOURCE = MODEL.read_text(encoding="utf-8")
 
 
-def checks_of(exercise):
-    return [getattr(test_exercises, name) for name in grader.checks_of(test_exercises, exercise)]
-
-
-def run(test, impl, request, **fixtures):
-    """Call a test of test_exercises.py with an implementation, and with these in place of its own fixtures."""
-    names = list(inspect.signature(test).parameters)[1:]
-    test(impl, **{name: fixtures[name] if name in fixtures else request.getfixturevalue(name) for name in names})
-
-
-def impl_of(module):
-    """What --impl makes of a module, in this process."""
-    return Implementation(Solution(module))
-
-
-def module_from(text, **others):
-    """A student's module of this text, with other functions in place of some of its own."""
-    namespace = {}
-    exec(compile(text, "my_module.py", "exec"), namespace)
-    return SimpleNamespace(**{**namespace, **others})
-
-
-def test_there_are_a_hundred_points_in_the_order_of_the_data_flow():
-    assert [e.number for e in EXERCISES] == list(range(1, len(EXERCISES) + 1))
-    assert sum(e.points for e in EXERCISES) == 100
+def test_there_are_a_hundred_points():
+    assert [e.number for e in EXERCISES] == list(range(1, 13))
+    assert sum(e.points for e in EXERCISES) == 100 and sum(e.by_tests for e in EXERCISES) == 70
     assert all(e.in_words == e.points for e in EXERCISES if not e.names)
-    assert all(need < e.number for e in EXERCISES for need in e.needs)
-    assert all(checks_of(e) for e in CODED)
-    marks = [[mark.name for mark in getattr(test, "pytestmark", [])]
-             for name, test in vars(test_exercises).items() if name.startswith("test_")]
-    assert all(len(names) == 1 for names in marks), "one mark each, and none is parametrised"
-    assert list(dict.fromkeys(name for name, in marks)) == [e.mark for e in CODED]
 
 
-# ---- the starter module ----
+def signature_of(function) -> str:
+    return re.sub(r"\b(minioutro\.model|starter)\.", "", str(inspect.signature(function)))
 
 
-def test_the_starter_has_the_signatures_and_docstrings_of_the_model():
-    module = module_from(starter.starter(SOURCE))
-    for e in CODED:
-        for name in e.names if not e.stub else ():
-            ours, theirs = attrgetter(name)(model), attrgetter(name)(module)
-            assert ours is not theirs and ours.__doc__ == theirs.__doc__
-            assert str(inspect.signature(ours)).replace("minioutro.model.", "") == str(inspect.signature(theirs))
+def test_stubs_have_signatures_and_docstrings_of_the_model():
+    for name in [name for e in WITH_TESTS for name in e.names if name != "looks_like_a_sink"]:
+        ours, theirs = attrgetter(name)(model), attrgetter(name)(starter)
+        assert ours is not theirs and ours.__doc__ == theirs.__doc__, name
+        assert signature_of(ours) == signature_of(theirs), name
+    for given in ("RMSNorm.__init__", "Sinks.__init__"):
+        assert inspect.getsource(attrgetter(given)(model)) == inspect.getsource(attrgetter(given)(starter))
 
 
-@pytest.mark.parametrize("exercise", CODED, ids=lambda e: e.title)
-def test_an_untouched_starter_fails_every_test_with_the_sentence(request, exercise):
-    """The layer needs those before it: it stops at the first function that it calls."""
-    module = module_from(starter.starter(SOURCE))
-    sentence = "exercise 2" if exercise.number == 10 else f"exercise {exercise.number}"
-    for test in checks_of(exercise):
-        with pytest.raises(NotImplementedError, match=rf"^not written yet: {sentence}$"):
-            run(test, impl_of(module), request)
+@pytest.mark.parametrize("exercise", WITH_TESTS, ids=lambda e: e.title)
+def test_untouched_starter_fails_with_a_sentence(request, implementation_of, exercise):
+    for test in test_mutants.those_of(exercise.number):
+        with pytest.raises(NotImplementedError, match=f"^not written yet: exercise {exercise.number}$"):
+            test_mutants.run(test, implementation_of(starter), request)
 
 
-def test_what_is_missing_or_only_imported_is_not_written():
-    module = SimpleNamespace(find_sinks=model.find_sinks, rotate=lambda x: x, Cache=model.Cache)
-    impl, x = impl_of(module), torch.ones(1)
-    for call, number in ((lambda: impl.find_sinks(x, 0.0, 1.0), 6), (lambda: impl.RMSNorm(1, 0.0)(x), 2),
-                         (lambda: impl.repeat_heads(x, 1), 4), (lambda: impl.Cache().keys(0), 5)):
-        with pytest.raises(NotImplementedError, match=f"^not written yet: exercise {number}$"):
-            call()
-    assert impl.rotate(x).equal(x)
+def test_each_answer_in_words_has_its_heading():
+    found = re.findall(r"(?m)^Exercise (\d+): (.*) \((\d+) points\)\n((?:.+\n)+)", starter.IN_WORDS)
+    assert [(int(number), title, int(points)) for number, title, points, _ in found] == [
+        (e.number, e.title, e.in_words) for e in EXERCISES if e.in_words]
+    asked = {int(number): lines for number, *_, lines in found}
+    assert all(len(lines.splitlines()) >= 3 for lines in asked.values())
+    assert all("commit it, BEFORE you measure" in asked[number] for number in (9, 12))
 
 
-def filled(variant: Variant = Variant()) -> str:
-    """The starter, in which every `raise` is replaced by the model's own lines, or by those of mutants.py."""
-    source, text = variant(SOURCE), starter.starter(SOURCE, variant=variant)
-    tree, lines = ast.parse(source), source.splitlines()
-    for e in CODED:
-        for name in e.names:
-            if e.stub:
-                body = inspect.getsource(mutants.looks_like_a_sink).partition('"""\n')[2].rstrip()
-                body = body.replace("given_to_each(weights)",
-                                    "(weights.sum(-2) / torch.arange(weights.shape[-1], 0, -1))")
-                body = body.replace("1 / 3", f"{(variant.none_below + variant.sink_from) / 2}")
-            elif name == "DecoderLayer.forward":
-                body = re.search(r"(?ms)^ +# Step 1\..*?(?=^        if trace is not None:\n +largest)", source)[0]
-                body = body.replace("fused_attention(q, k, v, may_attend, is_causal)",
-                                    "attention(q, k, v, may_attend)[0]")
-            else:
-                node = starter.node_named(tree, name)
-                start = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
-                body = "\n".join(lines[start:node.end_lineno])
-            text, n = re.subn(rf'^ +raise NotImplementedError\("{e.not_written}"\)', lambda _: body, text,
-                              count=1, flags=re.M)
-            assert n == 1
-    return text
+# ---- the grader ----
+
+MODULE = """
+import os
+from minioutro.model import find_sinks
+
+def pixel_shuffle(x, scale):
+    B, P, Cv = x.shape
+    n = int(P**0.5)
+    x = x.view(B, n // scale, scale, n // scale, scale, Cv).transpose(2, 3)
+    return x.reshape(B, P // scale**2, Cv * scale**2)
+
+def causal_mask(n_query, n_key, device=None):
+    while True:
+        pass
+
+def repeat_heads(x, H):
+    os._exit(0)
+"""
 
 
-RIGHT = filled()
+def test_a_module_that_loops_or_crashes_loses_that_exercise_alone(tmp_path, capsys):
+    module, points = tmp_path / "my module (1).py", tmp_path / "points.json"
+    module.write_text(MODULE)
+    found = grade.grade(module, points, seconds=120, exercises=[EXERCISES[0], EXERCISES[3]])
+    assert json.loads(points.read_text()) == found and found["score"] == 5
+    assert [test["score"] for test in found["tests"]] == [5, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert found["tests"][3]["output"].startswith("the process ended with code 0 in the middle of the tests")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "   1  Pixel shuffle                      5 of   5" and "5 of  15" in lines[2]
+    assert grade.run_tests(EXERCISES[2], module, seconds=1).startswith("did not end within 1 seconds")
 
 
-def test_the_starter_with_the_models_own_lines_passes_every_test(request):
-    assert "raise" not in RIGHT.split('"""', 2)[2]
-    for e in CODED:
-        for test in checks_of(e):
-            run(test, impl_of(module_from(RIGHT)), request)
+def test_points_are_zero_until_the_grading_has_ended(tmp_path, monkeypatch):
+    points, seen = tmp_path / "points.json", []
+
+    def look(exercise, module, seconds):
+        seen.append(json.loads(points.read_text())["score"])
+        return ""
+    monkeypatch.setattr(grade, "run_tests", look)
+    assert grade.grade(tmp_path / "mine.py", points)["score"] == 70 and seen == [0] * len(WITH_TESTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["points.json"]
 
 
-def test_a_layer_of_ones_own_watches_the_clip_as_the_text_says(monkeypatch, capsys):
-    text = (conftest.ROOT / "tutorial.md").read_text(encoding="utf-8").split("Your layer fits into the toy.")[1]
-    code = re.search(r"(?m)^\n((?:(?: {4}.*)?\n)+)", text)[1]
-    monkeypatch.setitem(sys.modules, "my_module", module_from(RIGHT))
-    monkeypatch.chdir(conftest.ROOT)
-    exec(textwrap.dedent(code), {})
-    baseline, treated = capsys.readouterr().out.splitlines()
-    assert baseline != treated and baseline.startswith("A ") and treated.startswith("A ")
+def test_what_cannot_be_graded_is_told_in_one_line(tmp_path, capsys):
+    points = tmp_path / "points.json"
+    assert grade.main([str(tmp_path / "mine.py"), "--points", str(points)]) == 2
+    assert json.loads(points.read_text())["score"] == 0
+    (tmp_path / "mine.py").write_text("")
+    assert grade.main([str(tmp_path / "mine.py"), "--points", str(tmp_path / "no" / "points.json")]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "is not a Python file" in told[0] and "give another file" in told[1]
 
 
-def test_the_slip_of_the_published_code_fails_after_the_prompt_alone(request):
-    """As the text of exercise 10 says: for which of its tests, and for which prompts."""
-    text = RIGHT.replace(mutants.WHO, mutants.SLIP)
-    *at_prompt, turned, generated = checks_of(EXERCISES[9])
-    impl = impl_of(module_from(text))
-    for test in at_prompt:
-        run(test, impl, request)
-    for test in (turned, generated):
-        with pytest.raises(AssertionError, match="^dev_late, layer .* not all were turned|^dev_late: .*prompt only"):
-            run(test, impl, request)
-
-
-def test_each_answer_in_words_has_its_place_at_the_end_of_the_starter():
-    words = starter.starter(SOURCE, variant=Variant(2)).split("# ---- In words")[1]
-    assert ast.parse(f"#{words}").body
-    parts = re.findall(r"(?m)^Exercise (\d+): .* \((\d+) points\)\n((?:.+\n)+)", words)
-    assert [(int(number), int(points)) for number, points, _ in parts] == [
-        (e.number, e.in_words) for e in EXERCISES if e.in_words]
-    assert all(len(lines.splitlines()) >= 2 for *_, lines in parts)
-    assert all(len(e.asked) >= 2 for e in EXERCISES if e.in_words) and not any(
-        e.asked for e in EXERCISES if not e.in_words)
-
-
-def test_the_docstrings_of_the_starter_need_nothing_that_is_not_in_it():
-    """A docstring goes to the student, the lines of the body below it do not."""
-    for e in CODED:
-        for name in e.names if not e.stub else ():
-            text = attrgetter(name)(model).__doc__ or ""
-            assert not re.search(r"\b(below|above)\b", text), f"{name}: {text}"
-
-
-def write_starter(*arguments, cwd):
-    command = [sys.executable, conftest.ROOT / "tests" / "course" / "starter.py", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
-def test_the_starter_is_never_written_over_a_module(tmp_path):
-    assert write_starter("my_module.py", cwd=tmp_path).returncode == 0
-    written = (tmp_path / "my_module.py").read_text(encoding="utf-8")
-    assert written == starter.starter(SOURCE)
-    (tmp_path / "my_module.py").write_text("my work")
-    for name in ("my_module.py", "my-module.py", "my_module", "no/folder.py", "class.py", "json.py",
-                 "torch.py", "numpy.py", "exercises.py", "conftest.py"):
-        done = write_starter(name, cwd=tmp_path)
-        assert done.returncode == 2 and name.removesuffix(".py") in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["my_module.py"]
-    assert (tmp_path / "my_module.py").read_text() == "my work"
-
-
-@pytest.mark.parametrize("trouble, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)])
-def test_half_a_starter_is_never_left(tmp_path, monkeypatch, trouble, code):
-    def write_text(path, text, encoding):
-        path.write_bytes(b"half of it")
-        raise trouble
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(starter.Path, "write_text", write_text)
-    assert starter.main(["my_module.py"]) == code and not list(tmp_path.iterdir())
-
-
-# ---- typical wrong solutions ----
-
-
-def test_each_exercise_has_at_least_three_typical_wrong_solutions():
-    for e in CODED:
-        assert sum(number == e.number for number, *_ in mutants.WRONG) >= 3, e.title
-
-
-@pytest.mark.parametrize("number, name, function, what", mutants.WRONG,
-                         ids=[f"{number}-{what}" for number, _, _, what in mutants.WRONG])
-def test_a_typical_wrong_solution_fails_a_test_of_its_exercise(request, number, name, function, what):
-    impl = impl_of(module_from(SOURCE, **{name: function}))
-    for test in checks_of(EXERCISES[number - 1]):
-        try:
-            run(test, impl, request)
-        except AssertionError as failure:
-            assert str(failure), f"{test.__name__} fails without a sentence for the student"
-            assert str(failure).count("\n") < 30, "more than one can read"
-            assert "the project's own" not in str(failure), "not for what it is named"
-            return
-    pytest.fail(f"every test of exercise {number} passes")
-
-
-# ---- a right solution ----
-
-
-def as_the_tutorial_says(out, v_sink, ever_sink, gamma, temperature):
-    """The text of exercise 8, word for word."""
-    o, v = out.float(), v_sink.float().repeat_interleave(out.shape[1] // v_sink.shape[1], 1)[:, :, None]
-    c = cosine(out, v_sink)[..., None]
-    g = torch.tanh(c.relu() / temperature)
-    p = (o * v).sum(-1, keepdim=True) / ((v * v).sum(-1, keepdim=True) + 1e-8) * v
-    turned = o + g * gamma * p
-    turned = turned * o.norm(dim=-1, keepdim=True) / (turned.norm(dim=-1, keepdim=True) + 1e-8)
-    return torch.where(ever_sink[:, None, :, None], out, turned.to(out.dtype))
-
-
-def without_where(out, v_sink, ever_sink, gamma, temperature):
-    """The same, but sinks have a gate of zero, and go through the scaling as well."""
-    o, v = out.float(), v_sink.float().repeat_interleave(out.shape[1] // v_sink.shape[1], 1)[:, :, None]
-    g = torch.tanh(cosine(out, v_sink).relu() / temperature) * ~ever_sink[:, None]
-    dot, length = (o * v).sum(-1, keepdim=True), (v * v).sum(-1, keepdim=True)
-    turned = o + g[..., None] * gamma * dot / (length + 1e-8) * v
-    return (turned * o.norm(dim=-1, keepdim=True) / (turned.norm(dim=-1, keepdim=True) + 1e-8)).to(out.dtype)
-
-
-@pytest.mark.parametrize("solution", [as_the_tutorial_says, without_where])
-def test_a_solution_written_as_the_tutorial_says_has_all_points_of_exercise_8(request, solution):
-    impl = impl_of(module_from(SOURCE, align_with_sink=solution))
-    for test in checks_of(EXERCISES[7]):
-        run(test, impl, request)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [
-    (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
-def test_it_equals_the_model_in_float32_and_in_half_precision(dtype, tolerance):
-    """Also where 1e-8 counts: |v|^2 is about that, or |o| is."""
-    for scale_o, scale_v in ((1, 1), (1, 1e-4), (1e-4, 1), (100, 100)):
-        out, v_sink = test_exercises.heads()
-        out, v_sink = (out * scale_o).to(dtype), (v_sink * scale_v).to(dtype)
-        ever_sink = torch.tensor([[True, False, False, True, False], [False] * 5])
-        expected = model.align_with_sink(out, v_sink, ever_sink, 3.0, 0.1)
-        found = as_the_tutorial_says(out, v_sink, ever_sink, 3.0, 0.1)
-        assert found.dtype == expected.dtype == dtype
-        difference = (found.float() - expected.float()).abs().max() / out.float().abs().max()
-        assert difference < tolerance, (scale_o, scale_v, difference)
+def test_the_command_of_the_texts_finds_the_module(tmp_path):
+    """As a student types it, from the project's root, with the name of another module for theirs."""
+    for name, told in (("missing.py", "there is no such file"), ("mutants.py", "has the name of another module")):
+        if name == "mutants.py":
+            (tmp_path / name).write_text("")
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/course", "--impl",
+                               tmp_path / name, "-m", "exercise_1"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode != 0 and told in done.stdout + done.stderr, done.stdout + done.stderr

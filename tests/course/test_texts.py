@@ -1,0 +1,143 @@
+"""The texts for students and teachers agree with the table of exercises, with the stubs, and with each other."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields
+from operator import attrgetter
+
+import pytest
+from grade import EXERCISES, WITH_TESTS
+from helpers import ROOT
+
+from minioutro import OutRo, model
+from minioutro.lab import analysis
+from minioutro.lab.compare import sign_test
+
+TUTORIAL = (ROOT / "tutorial.md").read_text(encoding="utf-8")
+TEACHER = (ROOT / "tests" / "course" / "README.md").read_text(encoding="utf-8")
+
+
+def section_of(exercise) -> str:
+    return TUTORIAL.split(f"### Exercise {exercise.number}. ")[1].split("\n### ")[0]
+
+
+def rows_after(text: str, heading: str) -> list[list[str]]:
+    """The rows of the first table after these words, without its head."""
+    table = re.split(r"\n\| ---.*\n", text.split(heading)[1])[1].split("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+
+
+# ---- the tutorial ----
+
+
+def test_titles_points_and_minutes_are_those_of_the_table():
+    headings = re.findall(r"^### Exercise (\d+)\. (.+) \((\d+) points\)$", TUTORIAL, re.M)
+    assert headings == [(str(e.number), e.title, str(e.points)) for e in EXERCISES]
+    *rows, total = [row[:5] for row in rows_after(TUTORIAL, "## Exercises\n")]
+    assert rows == [[str(e.number), e.title, str(e.points), str(e.minutes), e.needs] for e in EXERCISES]
+    assert total[2:4] == [str(sum(e.points for e in EXERCISES)), str(sum(e.minutes for e in EXERCISES))]
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.title)
+def test_each_exercise_says_what_is_given_and_how_it_is_checked(exercise):
+    section = section_of(exercise)
+    parts = re.findall(r"^- \*\*(\w+)\*\*: ", section, re.M)
+    assert parts == ["Given", "Write", "Deliverable", "Check", "Size", "Discuss"]
+    command = f"`python -m pytest tests/course --impl my_module.py -m exercise_{exercise.number}`"
+    assert (command in section) == bool(exercise.names)
+    for name in exercise.names:
+        assert f"`{name}" in section, name
+    words = re.findall(r"\((\d+) points\)", section)[1:]         # after those of the title
+    both = {str(exercise.by_tests), str(exercise.in_words)}
+    assert set(words) == (both if exercise.names and exercise.in_words else set())
+
+
+@pytest.mark.parametrize("exercise", [e for e in WITH_TESTS if e.number != 7], ids=lambda e: e.title)
+def test_sizes_are_about_those_of_the_model(exercise):
+    n_lines = 0
+    for name in exercise.names:
+        source = textwrap.dedent(inspect.getsource(attrgetter(name)(model)))
+        function, = ast.parse(source).body
+        statements = function.body[1:] if ast.get_docstring(function) else function.body
+        lines = source.splitlines()[statements[0].lineno - 1:]
+        n_lines += sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+    hint = int(re.search(r"about (\d+) line", section_of(exercise))[1])
+    assert abs(hint - n_lines) <= max(2, n_lines // 4), f"{n_lines} lines in model.py"
+
+
+# ---- the teacher's page ----
+
+WORDS = [e for e in EXERCISES if e.in_words]
+
+
+@pytest.mark.parametrize("exercise", WORDS, ids=lambda e: e.title)
+def test_each_answer_in_words_has_a_rubric(exercise):
+    heading = rf"### {exercise.number}\. {re.escape(exercise.title)} \({exercise.in_words} points\)\n"
+    section, = re.findall(rf"(?s)^{heading}(.+?)(?=^##|\Z)", TEACHER, re.M)
+    points = [int(n) for n in re.findall(r"^\| (\d+) \|", section, re.M)]
+    assert sum(points) == exercise.in_words and 3 <= len(points) <= 5
+    _, wrong = section.split("**Commonest wrong answers.**")
+    assert section.count("**Full answer.**") == 1 and len(re.findall("^- ", wrong, re.M)) == 2
+
+
+def test_names_in_the_teachers_page_are_there():
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", TEACHER))
+    course = {"my_module", "run_autograder", "is_sink"}
+    there = {*vars(analysis), *vars(model), *course, *(field.name for field in fields(OutRo))}
+    assert named <= there, named - there
+    for path in re.findall(r"`((?:tests|minioutro)/[\w./]+)`", TEACHER):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("heading", ["**First lecture", "**Second lecture"])
+def test_a_lecture_fills_its_ninety_minutes(heading):
+    spans = [tuple(map(int, span.split("-"))) for span, *_ in rows_after(TEACHER, heading)]
+    assert spans[0][0] == 0 and spans[-1][1] == 90
+    assert all(end == begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+    titles = re.findall(r"^## \d+\. (.+)$", TUTORIAL, re.M)
+    assert {title for _, title, _ in rows_after(TEACHER, heading)} - {""} <= set(titles)
+
+
+def test_the_copy_for_a_lecture_shows_no_results():
+    command, = re.findall(r"^    (python -c .+) > lecture\.md$", TEACHER, re.M)
+    command = command.replace("python", sys.executable, 1)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("```python\n") == TUTORIAL.count("```python\n")
+    assert not re.search(r"^```\n\n?```\n", done.stdout, re.M) and len(done.stdout) < 0.95 * len(TUTORIAL)
+
+
+def test_the_problem_set_has_each_exercise_once():
+    numbers = []
+    for _, which, minutes in rows_after(TEACHER, "**Problem set"):
+        first, *last = map(int, which.split(" to "))
+        span = range(first, [first, *last][-1] + 1)
+        assert int(minutes) == sum(e.minutes for e in EXERCISES if e.number in span), which
+        numbers += span
+    assert numbers == [e.number for e in EXERCISES]
+
+
+def test_each_exercise_has_an_answer_to_its_question():
+    questions = TEACHER.split("## Twelve questions to discuss")[1].split("\n## ")[0]
+    assert re.findall(r"^(\d+)\. ", questions, re.M) == [str(e.number) for e in EXERCISES]
+
+
+def test_the_constants_of_another_year_stand_where_the_page_says():
+    for _, constant, today, places in rows_after(TEACHER, "## Another year"):
+        for path, words in re.findall(r"`([\w./]+)`: `([^`]+)`", places):
+            assert words in (ROOT / path).read_text(encoding="utf-8"), (constant, today, words)
+
+
+def test_the_p_values_of_exercise_11():
+    """At most 9 answers may have changed, 8 for the better and 1 for the worse; the one-sided test gives 13."""
+    assert sign_test(gained=8, lost=1) == pytest.approx(0.039, abs=5e-4)
+    assert sign_test(gained=9, lost=2) == pytest.approx(0.065, abs=5e-4)
+    one_sided = [2 * k + 7 for k in range(9) if sign_test(gained=k + 7, lost=k) / 2 < 0.05]
+    assert max(one_sided) == 13
+    for gain, w, changed, p in [map(float, row) for row in rows_after(TEACHER, "The answers to 11 (b)")]:
+        assert changed == gain + 2 * w and sign_test(int(gain + w), int(w)) == pytest.approx(p, abs=6e-4)
+        assert sign_test(int(gain + w + 1), int(w + 1)) >= 0.05
