@@ -73,6 +73,7 @@ def decoded(golden, variant):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """tests/with_transformers is left out unless it is named: it alone needs transformers."""
-    if collection_path.name == "with_transformers" and "with_transformers" not in " ".join(config.args):
+    """What needs transformers or a browser is left out unless its folder is named."""
+    name = collection_path.name
+    if name in ("with_transformers", "with_browser") and name not in " ".join(config.args):
         return True

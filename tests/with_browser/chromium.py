@@ -94,6 +94,13 @@ class Chromium:
         """Wait until the page shows its state, and return the state as it stands in the address."""
         return self.run(DRAWN)
 
+    def drawn_as(self, address: str) -> bool:
+        """Wait until the page shows this state: for changes that the browser tells the page about later."""
+        return self.run(f"""new Promise(done => {{
+            const look = () => document.body.dataset.drawn === "{address}" ? done(true) : setTimeout(look, 10);
+            look();
+        }})""")
+
     def text(self, selector: str) -> str:
         """The text that a reader sees, without the invisible marks around tokens."""
         found = self.run(f"document.querySelector({json.dumps(selector)}).innerText")
