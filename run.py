@@ -5,410 +5,403 @@
     python run.py VIDEO "QUESTION" --model FOLDER    any SmolVLM2 checkpoint
 """
 
-import os
-import signal
-import sys
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
 
-if __name__ == "__main__":
-    # Ctrl-C ends it at once, also while torch is imported, which would swallow an exception.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # python -I leaves it out
+import torch
+from torch import Tensor
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import time  # noqa: E402
-from bisect import bisect_right  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-from itertools import chain, groupby  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-TOY = Path(__file__).resolve().parent / "minioutro" / "toy"
-HUB_MODEL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
-
-
-def shown(text: str) -> str:
-    """A text in one line, in which characters that would steer a terminal are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {shown(message)} (try --help)\n")
-
-
-def numbers(least: float, most: float, kind: type = float):
-    """As weights.numbers, which needs torch: what reads a number from `least` to `most`."""
-    def number(text: str):
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not from {least} to {most}")
-        return value
-    return number
+from minioutro import OutRo, Processor, Video, VideoLM, load, read_video
+from minioutro.lab import figures
+from minioutro.model import causal_mask, open_sink_rows, show_mask
+from minioutro.support.checks import check_prompt
+from minioutro.support.cli import (
+    COUNT,
+    Parser,
+    add_model_options,
+    add_outro_options,
+    add_video_options,
+    escaped,
+    not_empty,
+    print_json,
+    progress,
+    run_command,
+    writable_folder,
+)
+from minioutro.weights import HUB_MODEL, TOY
 
 
-def arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count, strength = parser.add_argument, numbers(1, 10**9 - 1, int), numbers(0, 1e12)
-    add("video", nargs="?", help="a video, animation or picture (default: the bundled clip)")
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(prog="run.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("video", nargs="?", type=not_empty,
+        help="a video, animation or picture (default: the bundled clip)")
     add("question", nargs="?", default="What happens in this video?", help="default: %(default)s")
-    add("--model", metavar="DIR_OR_REPO", help="folder of a checkpoint, or repository of the hub "
-        f"(default: {HUB_MODEL}; for the bundled clip the bundled toy)")
-    add("--revision", help="branch, tag or commit of the repository (default: the newest)")
-    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of weights and activations (default: %(default)s)")
-    add("--frames", type=count, metavar="N", help="at most (default: the checkpoint's, mostly 64)")
-    add("--fps", type=numbers(1e-9, 1e9), metavar="F",
-        help="frames a second (default: the checkpoint's, mostly 1)")
-    add("--max-new-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
-    add = parser.add_argument_group("OutRo").add_argument
-    add("--gamma", type=strength, default=3.0, metavar="G",
-        help="strength of the alignment (default: %(default)s)")
-    add("--temperature", type=numbers(1e-12, 1e12), default=0.1, metavar="T",
-        help="of the alignment's gate (default: %(default)s)")
-    add("--no-relax", action="store_true", help="do not open the rows of the sinks")
-    add("--no-align", action="store_true", help="do not align the other tokens with the sinks")
-    add("--median-multiple", type=strength, default=1000.0, metavar="M",
-        help="a sink has an activation of at least M times the median (default: %(default)s)")
-    add("--abs-threshold", type=strength, default=100.0, metavar="A",
-        help="and of at least A (default: %(default)s)")
+    add_model_options(parser)
+    add_video_options(parser)
+    add("--max-new-tokens", type=COUNT, default=64, metavar="N", help="default: %(default)s")
+    add_outro_options(parser.add_argument_group("OutRo"))
     add = parser.add_argument_group("output").add_argument
-    add("--figures", metavar="DIR", help="write pictures of the run into this folder")
+    add("--figures", type=not_empty, metavar="DIR", help="write pictures of the run to this folder")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args()
 
 
+@dataclass
+class Asked:
+    """A question about a video, and the model that is asked."""
+    path: Path
+    video: Video
+    question: str
+    model_name: str                 # as the header shows it
+    model: VideoLM
+    processor: Processor
+    pixel_values: Tensor            # float[1,F,3,size,size]
+    input_ids: Tensor               # int64[1,S]
+    texts: list[str]                # of each token
+
+
 def main() -> None:
-    for name in ("stdout", "stderr"):                   # None where the caller has closed it
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-    args = arguments()
-    if args.json:
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    else:
-        sys.stdout.reconfigure(errors="replace")        # not every terminal can show a square
-    try:
-        run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:                             # the reader, head for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (ValueError, OSError) as error:
-        print(f"run.py: {shown(' '.join(str(error).splitlines()))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def run(args: argparse.Namespace) -> None:
-    import torch  # here and not above, so that --help and a mistyped flag answer at once
-
-    check_arguments(args)
-    outro, model, processor, video, inputs = prepare(args)
-    say = (lambda *_, **__: None) if args.json else print
-    print_header(args, model, processor, video, inputs, say)
-    input_ids = inputs.input_ids.to(args.device)
-    texts = [processor.token_text(token_id) for token_id in input_ids[0].tolist()]
-    with torch.inference_mode():
-        frames = inputs.pixel_values.to(args.device).split(1, dim=1)
-        features = torch.cat([model.encode(frame) for frame in progress(frames, "frames", args)], 1)
-        model(input_ids[:, :1])         # pages the weights in; neither answer should pay for that
-    seen, baseline, changed = answer_both(args, model, processor, input_ids, features, texts, outro,
-                                          say)
-    ratio = changed["seconds"] / baseline["seconds"]
-    ratio = ratio if min(baseline["seconds"], changed["seconds"]) >= 2 else None        # luck
-    say(f"time      {time_line(baseline, changed, ratio)}")
-
-    if args.figures:
-        signal.signal(signal.SIGINT, signal.default_int_handler)        # to leave no half picture
-        write_figures(args, model, video, input_ids, features, texts, outro, seen)
-        say(f"figures   in {shown(str(args.figures))}: frames, masks and sinks (together in "
-            f"run.png), attention, cosine and rotation")
-    if args.json:
-        print(json.dumps({
-            "video": str(args.video), "frames": len(video.frames),
-            "total_frames": video.total_frames, "seconds": video.seconds,
-            "duration": video.duration, "question": args.question, "weights": model.load_report,
-            "tokens_per_frame": processor.tokens_per_frame, "prompt_tokens": len(texts),
-            "sinks": list_sinks(seen, texts), "cosine": seen.cosine,
-            "baseline": baseline, "outro": changed, "time_ratio": ratio}, ensure_ascii=False))
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Fill in what was left out. Raises: ValueError for what is wrong before anything is read."""
-    for what in ("video", "model", "figures"):
-        if getattr(args, what) == "":
-            raise ValueError(f"the name given for {what} is empty; give one, or leave it out")
+    args = parse_arguments()
     if not args.question.strip():
         raise ValueError("the question is empty; ask something about the video")
-    args.model = args.model or (HUB_MODEL if args.video else TOY)
-    args.video = Path(args.video or TOY / "clip.mp4")
-    if args.figures:
-        from minioutro.support.cli import writable_folder
-        args.figures = writable_folder(f"--figures {args.figures}", args.figures)
-
-
-def prepare(args: argparse.Namespace):
-    """OutRo, model, processor, video and inputs. Raises: ValueError if they do not fit together."""
-    import torch
-
-    from minioutro import OutRo, load, read_video
-
     outro = OutRo(abs_threshold=args.abs_threshold, median_multiple=args.median_multiple,
                   relax=not args.no_relax, align=not args.no_align, gamma=args.gamma,
                   temperature=args.temperature)
-    read_video(args.video, max_frames=1)    # a wrong file is told before a model is downloaded
-    model, processor = load(args.model, args.revision, args.device, getattr(torch, args.dtype))
-    video = read_video(args.video, args.fps or processor.fps, args.frames or processor.max_frames,
-                       processor.longest_edge)
+    if args.figures is not None:
+        folder = writable_folder("--figures", args.figures)
+    say = say_nothing if args.json else print
+
+    asked = prepare(args)
+    print_header(asked, say)
+    features = encode(asked)
+    summary, baseline, changed = answer_both(asked, features, outro, args.max_new_tokens, say)
+    ratio = time_ratio(baseline, changed)
+    say(f"time      {time_line(baseline, changed, ratio)}")
+    if args.figures is not None:
+        write_figures(folder, asked, features, outro, summary)
+        say(f"figures   in {escaped(folder)}: frames, masks and sinks (together in run.png), "
+            f"attention, cosine and rotation")
+    if args.json:
+        video = asked.video
+        print_json({
+            "video": str(asked.path), "frames": len(video.frames),
+            "total_frames": video.total_frames, "seconds": video.seconds,
+            "duration": video.duration, "question": asked.question,
+            "weights": asked.model.load_report,
+            "tokens_per_frame": asked.processor.tokens_per_frame,
+            "prompt_tokens": len(asked.texts), "sinks": summary["sinks"],
+            "cosine": summary["cosine"], "baseline": baseline, "outro": changed,
+            "time_ratio": ratio})
+
+
+def say_nothing(*args, **kwargs) -> None:
+    """Used in place of print with --json."""
+
+
+# ---- 1. Read everything, and encode the frames --------------------------------------------------
+
+
+def prepare(args: argparse.Namespace) -> Asked:
+    """Raises: ValueError or OSError for a file or a value that does not fit."""
+    if args.video is None:
+        path, default_model = TOY / "clip.mp4", TOY
+    else:
+        path, default_model = Path(args.video), HUB_MODEL
+    read_video(path, max_frames=1)      # a wrong file is reported before a model is downloaded
+    source = default_model if args.model is None else args.model
+    model, processor = load(source, args.revision, args.device, getattr(torch, args.dtype))
+
+    fps = processor.fps if args.fps is None else args.fps
+    max_frames = processor.max_frames if args.frames is None else args.frames
+    video = read_video(path, fps, max_frames, processor.longest_edge)
     inputs = processor(video, args.question)
-    check_length(model, processor, video, args.question, inputs)
-    return outro, model, processor, video, inputs
+    check_prompt(model, processor, video, args.question, inputs.input_ids)
+    texts = [processor.token_text(token_id) for token_id in inputs.input_ids[0].tolist()]
+    name = TOY.name if source == TOY else source
+    return Asked(path, video, args.question, name, model, processor,
+                 inputs.pixel_values.to(args.device), inputs.input_ids.to(args.device), texts)
 
 
-def print_header(args: argparse.Namespace, model, processor, video, inputs, say) -> None:
-    S, F, M = inputs.input_ids.shape[1], len(video.frames), processor.tokens_per_frame
+def print_header(asked: Asked, say) -> None:
+    video, S, F = asked.video, len(asked.texts), len(asked.video.frames)
     times = [f"{seconds:.1f}" for seconds in video.seconds]
-    times = times if F <= 12 else [*times[:4], "...", times[-1]]
-    say(f"video     {shown(args.video.name)}: {F} of {video.total_frames} frames, at "
+    if F > 12:
+        times = [*times[:4], "...", times[-1]]
+    M = asked.processor.tokens_per_frame
+    say(f"video     {escaped(asked.path.name)}: {F} of {video.total_frames} frames, at "
         f"{' '.join(times)} s of {video.duration:.1f} s")
-    say(f"weights   {TOY.name if args.model == TOY else shown(args.model)}: {model.load_report}")
+    say(f"weights   {escaped(asked.model_name)}: {asked.model.load_report}")
     say(f"prompt    {F} frames x {M} tokens + {S - F * M} text = {S} tokens")
-    say(f"question  {shown(args.question)}")
+    say(f"question  {escaped(asked.question)}")
 
 
-def answer_both(args: argparse.Namespace, model, processor, input_ids, features, texts: list[str],
-                outro, say) -> tuple["Seen", dict, dict]:
-    """Print the sinks and both answers. OutRo's prompt is read first, since its trace is shown; the
-    baseline fills a trace as well, so that the times differ by OutRo alone."""
-    ask, trace = dict(features=features, max_new_tokens=args.max_new_tokens), {}
-    outro_stream = Timed(model.stream(input_ids, outro=outro, trace=trace, **ask))
+@torch.inference_mode()
+def encode(asked: Asked) -> Tensor:
+    """The image tokens of all frames: float[1,F*M,C]."""
+    frames = asked.pixel_values.split(1, dim=1)
+    features = [asked.model.encode(frame) for frame in progress(frames, "frames")]
+    return torch.cat(features, dim=1)
+
+
+# ---- 2. Both answers, and how long they take ----------------------------------------------------
+
+
+def answer_both(asked: Asked, features: Tensor, outro: OutRo, max_new_tokens: int,
+                say) -> tuple[dict, dict, dict]:
+    """Print the sinks and both answers. Returns: what was seen of the sinks, and both answers.
+
+    OutRo's prompt is read first, because the sinks are printed first. The baseline fills a trace as
+    well, so that the times differ by OutRo alone.
+    """
+    model, trace = asked.model, {}
+    asks = {"features": features, "max_new_tokens": max_new_tokens}
+    with torch.inference_mode():
+        model(asked.input_ids[:, :1])       # loads the weights from disk, which no answer shall pay
+    outro_seconds, baseline_seconds = [], []
+    outro_stream = timed(model.stream(asked.input_ids, outro=outro, trace=trace, **asks),
+                         outro_seconds)
     first = next(outro_stream)
-    seen = Seen.of(trace, model.config.text_config.num_hidden_layers)
-    trace.clear()                       # a long prompt's takes gigabytes
-    for line in sink_lines(seen, texts, outro):
-        say(line)
-    baseline_stream = Timed(model.stream(input_ids, trace={}, **ask))
-    baseline = print_answer("baseline", baseline_stream, processor, say)
-    changed = print_answer("outro", chain([first], outro_stream), processor, say)
-    return seen, {**baseline, **baseline_stream.summary()}, {**changed, **outro_stream.summary()}
+    n_layers = model.config.text_config.num_hidden_layers
+    searched = max(0, n_layers - outro.skip_last)
+    summary = summarise(trace, n_layers, searched, asked.texts)
+    trace.clear()                           # a long prompt's trace takes gigabytes
+    print_sinks(summary, searched, asked.texts, outro, say)
+    baseline_stream = timed(model.stream(asked.input_ids, trace={}, **asks), baseline_seconds)
+    baseline = print_answer("baseline", baseline_stream, asked.processor, say)
+    changed = print_answer("outro", chain([first], outro_stream), asked.processor, say)
+    return summary, baseline | times_of(baseline_seconds), changed | times_of(outro_seconds)
 
 
-def progress(items, what: str, args: argparse.Namespace):
-    """The items, with a bar on stderr while they are worked on, if a person watches."""
-    if args.json or not (sys.stdout.isatty() and sys.stderr.isatty()):
-        return items
-    from huggingface_hub.utils import tqdm
-    return tqdm(items, desc=what, leave=False)
-
-
-def check_length(model, processor, video, question: str, inputs) -> None:
-    """Raise ValueError if the prompt has tokens that the model lacks, or is too long for it."""
-    text = model.config.text_config
-    largest, V = inputs.input_ids.max().item(), text.vocab_size
-    if largest >= V:
-        raise ValueError(f"tokenizer.json gives token id {largest}, config.json has {V} tokens; "
-                         f"take all files from one checkpoint")
-    S, F = inputs.input_ids.shape[1], len(video.frames)
-    context = text.max_position_embeddings
-    if S <= context:
-        return
-
-    def length(n: int) -> int:
-        part = replace(video, frames=video.frames[:n], seconds=video.seconds[:n])
-        return len(processor.tokenize(processor.pieces(part, question)))
-    fit = bisect_right(range(1, F), context, key=length)        # how many of 1, 2, ... frames fit
-    advice = (f"at most {fit} frames fit, try --frames {fit}" if fit else
-              "not one frame fits, shorten the question")
-    raise ValueError(f"the prompt has {S} tokens with {F} frames, the model's context holds "
-                     f"{context}; {advice}")
-
-
-class Timed:
-    """A stream of token ids that keeps how many seconds each of them took."""
-
-    def __init__(self, stream):
-        self.stream, self.seconds = stream, []
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> int:
+def timed(stream: Iterator[int], seconds: list[float]) -> Iterator[int]:
+    """Yield the tokens of a stream, and append to `seconds` how long each of them took."""
+    while True:
         started = time.perf_counter()
-        token_id = next(self.stream)
-        self.seconds.append(time.perf_counter() - started)
-        return token_id
+        token_id = next(stream, None)
+        if token_id is None:
+            return
+        seconds.append(time.perf_counter() - started)
+        yield token_id
 
-    def summary(self) -> dict:
-        """Seconds in all, those of the prompt (and first token), and tokens a second behind it."""
-        prompt, *later = self.seconds
-        return {"seconds": prompt + sum(later), "prompt_seconds": prompt,
-                "tokens_per_second": len(later) / sum(later) if later else None}
+
+def times_of(seconds: list[float]) -> dict:
+    """All seconds, those of the prompt with the first token, and tokens per second after it."""
+    prompt, *later = seconds
+    rate = len(later) / sum(later) if later else None
+    return {"seconds": sum(seconds), "prompt_seconds": prompt, "tokens_per_second": rate}
+
+
+def time_ratio(baseline: dict, changed: dict) -> float | None:
+    """How many times as long OutRo's answer took. None below two seconds: too short to compare."""
+    if min(baseline["seconds"], changed["seconds"]) < 2:
+        return None
+    return changed["seconds"] / baseline["seconds"]
 
 
 def time_line(baseline: dict, changed: dict, ratio: float | None) -> str:
-    prompts = [f"{answer['prompt_seconds']:.2f}" for answer in (baseline, changed)]
-    rates = [answer["tokens_per_second"] for answer in (baseline, changed)]
-    line = f"baseline and outro: {' and '.join(prompts)} s for the prompt"
-    if all(rates):
-        line += f", then {' and '.join(f'{rate:.0f}' for rate in rates)} tokens a second"
-    return line + (f"; {ratio:.2f} times as long" if ratio else "; too short to compare")
+    answers = (baseline, changed)
+    prompts = " and ".join(f"{answer['prompt_seconds']:.2f}" for answer in answers)
+    line = f"baseline and outro: {prompts} s for the prompt"
+    rates = [answer["tokens_per_second"] for answer in answers]
+    if None not in rates:
+        line += f", then {rates[0]:.0f} and {rates[1]:.0f} tokens a second"
+    if ratio is None:
+        return f"{line}; too short to compare"
+    return f"{line}; {ratio:.2f} times as long"
 
 
-def print_answer(label: str, stream, processor, say) -> dict:
+def print_answer(label: str, stream: Iterator[int], processor: Processor, say) -> dict:
     """Print an answer as it is generated, in one line."""
     say(f"{label:<10}", end="", flush=True)
-    token_ids, text = [], ""
+    token_ids, printed = [], ""
     for token_id in stream:
         token_ids.append(token_id)
-        longer = shown(" ".join(processor.decode(token_ids).split("\n")))
-        if not longer.endswith("\ufffd"):       # half of a character; the next token completes it
-            say(longer[len(text):], end="", flush=True)
-            text = longer
+        text = escaped(" ".join(processor.decode(token_ids).split("\n")))
+        if not text.endswith("\ufffd"):     # half of a character, which the next token completes
+            say(text[len(printed):], end="", flush=True)
+            printed = text
     say()
     return {"text": processor.decode(token_ids), "token_ids": token_ids}
 
 
-@dataclass
-class Seen:
-    """What the report and the figures need of a trace."""
-    is_sink: "torch.Tensor"                     # bool[L,S]
-    ratio: "torch.Tensor"                       # float[L,S]
-    opened: "torch.Tensor"                      # bool[L,S]
-    largest: "torch.Tensor"                     # float[L,S], max |h|
-    cosine: tuple[float, float] | None          # mean cosine to the sink before and after alignment
-
-    @classmethod
-    def of(cls, trace: dict, L: int) -> "Seen":
-        import torch
-
-        def stacked(name):
-            return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)]).cpu()
-        largest = [trace[f"layers.{l}.hidden"][0].abs().amax(-1) for l in range(L)]
-        is_sink = stacked("is_sink")
-        ratio = stacked("ratio").nan_to_num(posinf=torch.finfo(torch.float32).max)      # median 0
-        pairs = []
-        for l in is_sink.any(1).nonzero().flatten().tolist():
-            others = ~is_sink[:l + 1].any(0)    # the tokens that were no sink up to this layer
-            if not others.any():
-                continue
-            pairs.append([trace[f"layers.{l}.{name}"][0].cpu()[:, others].mean().item()
-                          for name in ("cosine", "cosine_aligned")])
-        cosine = tuple(sum(column) / len(pairs) for column in zip(*pairs)) if pairs else None
-        largest = torch.stack(largest).cpu()
-        return cls(is_sink, ratio, stacked("relaxed"), largest, cosine)
+# ---- 3. What the trace says about sinks, mask and alignment -------------------------------------
 
 
-def list_sinks(seen: Seen, texts: list[str]) -> list[dict]:
-    """Every sink that was found, by layer and position."""
-    return [{"layer": l, "position": i, "token": texts[i], "ratio": seen.ratio[l, i].item(),
-             "opened": bool(seen.opened[l, i])} for l, i in seen.is_sink.nonzero().tolist()]
+def summarise(trace: dict, n_layers: int, searched: int, texts: list[str]) -> dict:
+    """The sinks, the token that comes nearest to being one, and the cosines to the sink's value.
 
-
-def sink_lines(seen: Seen, texts: list[str], outro):
-    """Yield the lines about sinks, mask and alignment."""
-    from minioutro.lab.figures import sketch_positions
-    from minioutro.model import causal_mask, open_sink_rows, show_mask
-
-    searched = max(0, len(seen.is_sink) - outro.skip_last)
-    found = [(l, seen.is_sink[l].nonzero().flatten().tolist()) for l in range(searched)]
-    label = "sinks"
-    for positions, layers in groupby(found, key=lambda pair: pair[1]):  # equal neighbours: one line
-        layers = [l for l, _ in layers]
-        span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
-        tokens = []
-        for i in positions[:3]:
-            low, high = (f"{r:,.0f}" for r in seen.ratio[layers, i].aminmax())
-            times = low if low == high else f"{low} to {high}"
-            tokens.append(f"position {i} {texts[i]!r}, {times} times the median")
-        if len(positions) > 3:
-            tokens.append(f"and {len(positions) - 3} more")
-        yield f"{label:<10}{span}: {'; '.join(tokens) or 'none'}"
-        label = ""
-    if not searched:
-        yield f"sinks     none: the model has no layers but the last {outro.skip_last}"
-    elif not seen.is_sink.any():
-        l, i = divmod(seen.ratio[:searched].argmax().item(), len(texts))
-        ratio, largest = seen.ratio[l, i].item(), seen.largest[l, i].item()
-        flags = [f"{flag} {below(value)}" for flag, value, limit in (
-            ("--median-multiple", ratio, outro.median_multiple),
-            ("--abs-threshold", largest, outro.abs_threshold)) if value < limit]
-        yield (f"{'':<10}the highest ratio is {ratio:,.1f}, of position {i} {texts[i]!r} in layer "
-               f"{l}, |h| {largest:,.1f}; to call it a sink: {' '.join(flags)}")
-
-    layers = seen.opened.any(1).nonzero().flatten().tolist()
-    if layers:
-        opened = seen.opened[layers[0]]
-        positions = sketch_positions(opened)
-        before = causal_mask(len(texts), len(texts))
-        after = open_sink_rows(before, opened[None])[0]
-        labels = [f"{i} {texts[i]!r}" + (" opened" if opened[i] else "") for i in positions]
-        left = show_mask(before[positions][:, positions]).split("\n")
-        right = show_mask(after[positions][:, positions], labels).split("\n")
-        where = ", ".join(map(str, layers))
-        yield f"mask      rows opened in layer {where}; {len(positions)} of {len(texts)} positions:"
-        yield from (f"{'':<10}{row}     {new}" for row, new in zip(left, right))
-    else:
-        off = "" if outro.relax else " (--no-relax)"
-        yield f"mask      causal in every layer; no row was opened{off}"
-    if seen.cosine:
-        before, after = seen.cosine
-        off = "" if outro.align else " (--no-align)"
-        yield (f"cosine    of the other tokens to the sink's value, on average: {before:+.3f} "
-               f"before alignment, {after:+.3f} after{off}")
-    else:
-        what = "every token is a sink" if seen.is_sink.any() else "no sink"
-        yield f"cosine    {what}, so nothing was aligned"
-
-
-def below(value: float) -> float:
-    """A short number that is not above the value, for a threshold that it shall reach."""
-    return int(value) if value >= 10 else int(value * 100) / 100
-
-
-def write_figures(args: argparse.Namespace, model, video, input_ids, features, texts: list[str],
-                  outro, seen: Seen) -> None:
-    """Draw everything, after one more pass: no run whose time is told has to give weights.
-
-    The layer of a picture is the first that opened a row, or else the one with the most massive
-    activation; the head is the one whose last token attends most to the sinks (or to token 0).
+    searched: how many layers OutRo searches for sinks. These are few numbers, so the trace need
+    not be kept.
     """
-    import torch
+    is_sink, opened = of_layers(trace, "is_sink", n_layers), of_layers(trace, "relaxed", n_layers)
+    # the ratio is infinite where the median is 0
+    ratio = of_layers(trace, "ratio", n_layers).nan_to_num(posinf=torch.finfo(torch.float32).max)
+    sinks = []
+    for l, i in is_sink.nonzero().tolist():
+        sinks.append({"layer": l, "position": i, "token": texts[i], "ratio": ratio[l, i].item(),
+                      "opened": opened[l, i].item()})
+    nearest = None
+    if searched > 0:
+        l, i = divmod(ratio[:searched].argmax().item(), len(texts))
+        activation = trace[f"layers.{l}.hidden"][0, i].abs().max().item()
+        nearest = {"layer": l, "position": i, "token": texts[i], "ratio": ratio[l, i].item(),
+                   "activation": activation}
+    return {"sinks": sinks, "nearest": nearest, "cosine": mean_cosines(trace, is_sink)}
 
-    from minioutro import Trace
-    from minioutro.lab import figures
 
-    rows_opened = seen.opened.any(1)
-    layer = (rows_opened.int() if rows_opened.any() else seen.ratio.amax(1)).argmax().item()
-    trace = Trace(weights_of=[layer])
-    with torch.inference_mode():
-        model.hidden_states(input_ids, features=features, outro=outro, trace=trace)
-    before, after = (torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(len(seen.opened))])
-                     for name in ("cosine", "cosine_aligned"))                          # (L,H,S)
-    before, after = before.cpu(), after.cpu()
-    weights = trace[f"layers.{layer}.weights"][0].float().cpu()                         # (H,S,S)
-    if not weights.isfinite().all():
-        raise ValueError(f"the attention weights of layer {layer} are not finite as {args.dtype}, "
-                         f"so they cannot be drawn; leave --figures out, or try another --dtype")
-    is_image = input_ids[0].cpu() == model.config.image_token_id
-    sinks, opened = seen.is_sink.any(0), seen.opened[layer]
-    head = weights[:, -1, sinks if sinks.any() else 0].view(len(weights), -1).sum(1).argmax().item()
-    counts = seen.is_sink.any(1, keepdim=True) & (seen.is_sink.cumsum(0) == 0)          # (L,S)
-    aligned = before[layer][:, counts[layer]], after[layer][:, counts[layer]]
+def of_layers(trace: dict, name: str, n_layers: int) -> Tensor:
+    """What a trace has of every layer: (L,S)."""
+    return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(n_layers)]).cpu()
 
-    M = is_image.sum().item() // len(video.frames)
-    draw = {
-        "frames": lambda: figures.draw_frames(video, M),
-        "masks": lambda: figures.draw_masks(opened, layer, texts),
-        "sinks": lambda: figures.draw_ratios(seen.ratio, seen.is_sink, outro.median_multiple),
-        "attention": lambda: figures.draw_attention(weights, is_image, sinks, layer, head),
-        "attention_frames": lambda: figures.draw_attention_on_frames(
-            video, weights, is_image, opened, layer, head),
-        "cosine": lambda: figures.draw_cosines(before, after, counts),
-        "rotation": lambda: figures.draw_rotation(*aligned, layer, outro)}
-    pictures = {name: draw[name]() for name in progress(draw, "pictures", args)}
+
+def mean_cosines(trace: dict, is_sink: Tensor) -> tuple[float, float] | None:
+    """Cosine to the sink's value before and after alignment. is_sink: bool[L,S].
+
+    The mean over the layers with a sink, and there over the tokens that were not a sink so far.
+    """
+    before, after = [], []
+    for l in is_sink.any(1).nonzero().flatten().tolist():
+        others = ~is_sink[:l + 1].any(0)
+        if others.any():
+            before.append(trace[f"layers.{l}.cosine"][0].cpu()[:, others].mean().item())
+            after.append(trace[f"layers.{l}.cosine_aligned"][0].cpu()[:, others].mean().item())
+    if not before:
+        return None
+    return sum(before) / len(before), sum(after) / len(after)
+
+
+def opened_layers(sinks: list[dict]) -> list[int]:
+    return sorted({sink["layer"] for sink in sinks if sink["opened"]})
+
+
+def print_sinks(summary: dict, searched: int, texts: list[str], outro: OutRo, say) -> None:
+    lines = sink_lines(summary["sinks"], searched)
+    if searched == 0:
+        lines = [f"none: the model has no layers but the last {outro.skip_last}"]
+    elif not summary["sinks"]:
+        lines.append(nearest_line(summary["nearest"], outro))
+    say(in_block("sinks", lines))
+    say(in_block("mask", mask_lines(summary["sinks"], texts, outro)))
+    say(in_block("cosine", [cosine_line(summary, outro)]))
+
+
+def in_block(label: str, lines: list[str]) -> str:
+    """Lines beside one label."""
+    first, *others = lines
+    return "\n".join([f"{label:<10}{first}", *(f"{'':<10}{line}" for line in others)])
+
+
+def sink_lines(sinks: list[dict], searched: int) -> list[str]:
+    """The sinks by layer. Neighbouring layers with the same sinks share a line."""
+    by_layer = [[] for _ in range(searched)]
+    for sink in sinks:
+        by_layer[sink["layer"]].append(sink)
+    lines, first = [], 0
+    for _, group in groupby(by_layer, key=lambda found: [sink["position"] for sink in found]):
+        same = list(group)
+        last = first + len(same) - 1
+        span = f"layer {first}" if first == last else f"layers {first}-{last}"
+        lines.append(f"{span}: {sink_texts(same)}")
+        first = last + 1
+    return lines
+
+
+def sink_texts(layers: list[list[dict]]) -> str:
+    """The sinks of several layers that have the same ones. Three of them are described."""
+    described = []
+    for of_token in list(zip(*layers))[:3]:
+        position, token = of_token[0]["position"], of_token[0]["token"]
+        ratios = [sink["ratio"] for sink in of_token]
+        low, high = f"{min(ratios):,.0f}", f"{max(ratios):,.0f}"
+        times = low if low == high else f"{low} to {high}"
+        described.append(f"position {position} {token!r}, {times} times the median")
+    more = len(layers[0]) - 3
+    if more > 0:
+        described.append(f"and {more} more")
+    return "; ".join(described) if described else "none"
+
+
+def nearest_line(nearest: dict, outro: OutRo) -> str:
+    """The token that comes nearest to being a sink, and thresholds that it would reach."""
+    ratio, activation = nearest["ratio"], nearest["activation"]
+    flags = []
+    if ratio < outro.median_multiple:
+        flags.append(f"--median-multiple {rounded_down(ratio)}")
+    if activation < outro.abs_threshold:
+        flags.append(f"--abs-threshold {rounded_down(activation)}")
+    return (f"the highest ratio is {ratio:,.1f}, of position {nearest['position']} "
+            f"{nearest['token']!r} in layer {nearest['layer']}, |h| {activation:,.1f}; to call it "
+            f"a sink: {' '.join(flags)}")
+
+
+def rounded_down(value: float) -> float:
+    """A short number that is not above the value, so that the value reaches it as a threshold."""
+    return math.floor(value) if value >= 10 else math.floor(value * 100) / 100
+
+
+def mask_lines(sinks: list[dict], texts: list[str], outro: OutRo) -> list[str]:
+    """The causal mask, and beside it the mask of the first layer that opened rows."""
+    layers = opened_layers(sinks)
+    if not layers:
+        off = "" if outro.relax else " (--no-relax)"
+        return [f"causal in every layer; no row was opened{off}"]
+    S = len(texts)
+    opened = torch.zeros(S, dtype=torch.bool)
+    for sink in sinks:
+        if sink["opened"] and sink["layer"] == layers[0]:
+            opened[sink["position"]] = True
+    positions = figures.sketch_positions(opened)
+    labels = [f"{i} {texts[i]!r} opened" if opened[i] else f"{i} {texts[i]!r}" for i in positions]
+    before = causal_mask(S, S)
+    after = open_sink_rows(before, opened[None])[0]
+    left = show_mask(before[positions][:, positions]).split("\n")
+    right = show_mask(after[positions][:, positions], labels).split("\n")
+    drawn = f"{len(positions)} of {S} positions"
+    title = f"rows opened in layer {layers[0]}; {drawn}:"
+    if len(layers) > 1:
+        title = (f"rows opened in layers {', '.join(map(str, layers))}; {drawn} in the mask of "
+                 f"layer {layers[0]}:")
+    return [title, *(f"{row}     {new_row}" for row, new_row in zip(left, right))]
+
+
+def cosine_line(summary: dict, outro: OutRo) -> str:
+    if summary["cosine"] is None:
+        what = "every token is a sink" if summary["sinks"] else "no sink"
+        return f"{what}, so nothing was aligned"
+    before, after = summary["cosine"]
+    off = "" if outro.align else " (--no-align)"
+    return (f"of the other tokens to the sink's value, on average: {before:+.3f} before alignment, "
+            f"{after:+.3f} after{off}")
+
+
+# ---- 4. Pictures --------------------------------------------------------------------------------
+
+
+def write_figures(folder: Path, asked: Asked, features: Tensor, outro: OutRo,
+                  summary: dict) -> None:
+    """Draw everything, and write it when all of it is drawn.
+
+    The layer of a picture is the first that opened a row, or else that of the largest activation.
+    """
+    layers = opened_layers(summary["sinks"])
+    if layers:
+        layer = layers[0]
+    elif summary["nearest"] is not None:
+        layer = summary["nearest"]["layer"]
+    else:
+        layer = 0
+    drawing = figures.draw_run(asked.model, asked.video, asked.input_ids, features, asked.texts,
+                               outro, layer)
+    pictures = dict(progress(drawing, "pictures", total=7))
     pictures["run"] = figures.stack([pictures[name] for name in ("frames", "masks", "sinks")])
-    figures.save(pictures, args.figures)
+    figures.save(pictures, folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "run.py")

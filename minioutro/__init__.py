@@ -4,7 +4,7 @@ import torch
 
 from minioutro.model import Cache, OutRo, Trace, VideoLM
 from minioutro.prompt import Processor
-from minioutro.support.checks import check_pair
+from minioutro.support.checks import check_device, check_pair
 from minioutro.video import Video, read_video
 
 __all__ = ["Cache", "OutRo", "Processor", "Trace", "Video", "VideoLM", "load", "read_video"]
@@ -16,6 +16,7 @@ def load(path_or_repo, revision: str | None = None, device: str = "cpu",
 
     Raises: ValueError or OSError that says what is wrong with one of them, or with the pair.
     """
+    check_device(device)            # before anything is fetched
     model = VideoLM.from_pretrained(path_or_repo, revision, device, dtype)
     processor = Processor.from_pretrained(path_or_repo, revision)
     check_pair(model, processor)

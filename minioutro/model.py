@@ -48,8 +48,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minioutro import weights as checkpoint
-from minioutro.support.checks import check_device, check_multiples, check_sizes
+from minioutro.weights import (
+    MODEL_FILES,
+    fill,
+    find_folder,
+    load_tensors,
+    read_eos,
+    read_headers,
+    read_sections,
+)
 
 # ---- 1. Configuration: the fields of config.json that change the mathematics, with its names ----
 # A field that is absent from the file takes the default that transformers gives it.
@@ -91,15 +98,15 @@ class Config:
 
 def read_config(folder) -> Config:
     """The config.json of a folder. Raises: ValueError for a value that is not implemented."""
-    raw = checkpoint.read_sections(folder)
-    vision = checkpoint.fill(VisionConfig, raw["vision_config"], "vision_config")
-    text = checkpoint.fill(TextConfig, raw["text_config"], "text_config")
+    raw = read_sections(folder)
+    vision = fill(VisionConfig, raw["vision_config"], "vision_config")
+    text = fill(TextConfig, raw["text_config"], "text_config")
     H = text.num_attention_heads
-    text = replace(text, num_key_value_heads=text.num_key_value_heads or H,
-                   head_dim=text.head_dim or text.hidden_size // H)
-    config = checkpoint.fill(Config, raw, "top level", vision_config=vision, text_config=text)
-    check_multiples(config)
-    return config
+    if text.num_key_value_heads is None:
+        text = replace(text, num_key_value_heads=H)
+    if text.head_dim is None:
+        text = replace(text, head_dim=text.hidden_size // H)
+    return fill(Config, raw, "top level", vision_config=vision, text_config=text)
 
 
 @dataclass(frozen=True)
@@ -739,11 +746,10 @@ class VideoLM(nn.Module):
         `load_report` says in one line what was loaded. The parameters ask for no gradient.
         Raises: ValueError or OSError that names the file and what is wrong with it.
         """
-        check_device(device)
-        folder = checkpoint.find(path_or_repo, revision, checkpoint.MODEL_FILES)
-        config, stored = read_config(folder), checkpoint.read_headers(folder)
-        check_sizes(config, stored)
+        folder = find_folder(path_or_repo, revision, MODEL_FILES)
+        config = read_config(folder)
+        stored = read_headers(folder, config)
         with torch.device("meta"):                     # only shapes: the tensors come from the file
-            model = cls(config, checkpoint.read_eos(folder))
-        model.load_report = checkpoint.load_tensors(model, folder, stored, device, dtype)
+            model = cls(config, read_eos(folder))
+        model.load_report = load_tensors(model, folder, stored, device, dtype)
         return model.eval().requires_grad_(False)

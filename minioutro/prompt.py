@@ -14,30 +14,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minioutro import weights as checkpoint
-from minioutro.support.checks import check_fields, check_number
+from minioutro.support.checks import PIXELS, check_fixed, check_number, check_tokenizer
 from minioutro.video import Video, resize_longest_edge
+from minioutro.weights import PROCESSOR_FILES, find_folder, read_json
 
 START, END = "<|im_start|>", "<end_of_utterance>"
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 SPECIAL = (START, END, IMAGE, FAKE, GLOBAL)
-
-# Settings of the preprocessing of which one value is implemented; resample 1 is Pillow's LANCZOS.
-FIXED = {"do_resize": True, "resample": 1, "do_rescale": True, "rescale_factor": 1 / 255,
-         "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-# Settings that are read below, and those of tiles, batches and types, which change nothing here:
-# a video's frames are squashed to a square one by one, also where do_image_splitting is true.
-KNOWN = """
-    max_image_size video_sampling size fps num_frames
-    do_image_splitting do_pad do_convert_rgb do_sample_frames default_to_square crop_size
-    return_metadata return_row_col_info data_format input_data_format return_tensors
-    processor_class image_processor_type video_processor_type feature_extractor_type auto_map
-    model_input_names _valid_processor_keys""".split()
-LARGEST = 4096          # pixels on a side; SmolVLM's own code resizes to no more
-# What a tokenizer may be made of. Parts of other kinds make the library panic on some texts.
-TOKENIZER = {"normalizer": (None, "NFC", "NFD", "NFKC", "NFKD", "Lowercase"),
-             "pre_tokenizer": ("Digits", "ByteLevel", "Split"),
-             "decoder": ("ByteLevel",), "model": ("BPE",)}
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
@@ -54,67 +37,72 @@ def number_words(n: int) -> str:
     if n < 20:
         return ONES[n]
     if n < 100:
-        return TENS[n // 10 - 2] + (f"-{ONES[n % 10]}" if n % 10 else "")
-    return f"{ONES[n // 100]} hundred" + (f" and {number_words(n % 100)}" if n % 100 else "")
+        tens, ones = TENS[n // 10 - 2], n % 10
+        return f"{tens}-{ONES[ones]}" if ones else tens
+    hundreds, rest = f"{ONES[n // 100]} hundred", n % 100
+    return f"{hundreds} and {number_words(rest)}" if rest else hundreds
 
 
 def read_settings(folder: Path) -> dict:
     """What a checkpoint's files say about Processor's arguments, by name.
 
-    The preprocessing is a section of processor_config.json since transformers 5, and a file of its
-    own before. Where a release of the models has no settings for videos, it uses those for images.
+    Values with which transformers computes other pixels are refused by name. Settings of tiles,
+    for example, change nothing here: a video's frames are never split.
     Raises: ValueError with file, setting and value, where one makes no sense or is not implemented.
     """
     path = folder / "processor_config.json"
-    where, settings = str(path), checkpoint.read_json(path)
+    processor = read_json(path)
+    where, settings = read_preprocessing(folder, processor)
+    check_fixed(where, settings, PIXELS)
+    if "video_sampling" in settings:
+        fps, max_frames = "video_sampling.fps", "video_sampling.max_frames"
+        edge = "video_sampling.video_size.longest_edge"
+    else:
+        fps, max_frames, edge = "fps", "num_frames", "size.longest_edge"
+    square = "max_image_size.longest_edge"
+    most = 4096             # pixels on a side; SmolVLM's own code resizes to no more
+    return {"tokens_per_frame": read_number(str(path), processor, "image_seq_len", int, 1, 4096),
+            "size": read_number(where, settings, square, int, 1, most),
+            "longest_edge": read_number(where, settings, edge, int, 1, most),
+            "fps": read_number(where, settings, fps, float, 0.001, 1000),
+            "max_frames": read_number(where, settings, max_frames, int, 1, 999)}
 
-    def number(setting: str, kind: type, least: float, most: float):
-        value = settings
-        for key in setting.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        check_number(where, setting, value, kind, least, most)
-        return value
 
-    tokens_per_frame = number("image_seq_len", int, 1, 4096)
-    if "video_processor" in settings:
-        where, settings = f"{path}, video_processor", settings["video_processor"]
+def read_preprocessing(folder: Path, processor: dict) -> tuple[str, dict]:
+    """Where the settings of the preprocessing stand, and the settings.
+
+    Since transformers 5 they are a section of processor_config.json. Before, they were a file of
+    their own. A release of the models without settings for videos uses those for images.
+    """
+    if "video_processor" in processor:
+        where = f"{folder / 'processor_config.json'}, video_processor"
+        settings = processor["video_processor"]
         if not isinstance(settings, dict):
             raise ValueError(f"{where} is {shown(settings)}, not an object; fetch it again")
-    else:
-        path = folder / "video_preprocessor_config.json"
-        path = path if path.exists() else folder / "preprocessor_config.json"
-        where, settings = str(path), checkpoint.read_json(path)
-    check_fields(where, settings, FIXED, KNOWN)
-    edge, fps, frames = "size", "fps", "num_frames"
-    if "video_sampling" in settings:
-        edge, fps, frames = (f"video_sampling.{key}" for key in ("video_size", "fps", "max_frames"))
-    return {"tokens_per_frame": tokens_per_frame,
-            "size": number("max_image_size.longest_edge", int, 1, LARGEST),
-            "longest_edge": number(f"{edge}.longest_edge", int, 1, LARGEST),
-            "fps": number(fps, float, 0.001, 1000), "max_frames": number(frames, int, 1, 999)}
+        return where, settings
+    path = folder / "video_preprocessor_config.json"
+    if not path.exists():
+        path = folder / "preprocessor_config.json"
+    return str(path), read_json(path)
+
+
+def read_number(where: str, settings: dict, setting: str, kind: type, least: float, most: float):
+    """The number that stands at, for example, "size.longest_edge"."""
+    value = settings
+    for key in setting.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    check_number(where, setting, value, kind, least, most)
+    return value
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file. Raises: ValueError if it is none, or has parts of another kind."""
-    saved = checkpoint.read_json(path)
-    for name, kinds in TOKENIZER.items():
-        parts = [saved.get(name)]
-        if isinstance(parts[0], dict) and parts[0].get("type") == "Sequence":
-            parts = [part for value in parts[0].values() if isinstance(value, list)
-                     for part in value]
-        for part in parts:
-            kind = part.get("type", part) if isinstance(part, dict) else part
-            if kind not in kinds:
-                raise ValueError(f"{path}: {name} {shown(kind)} is not supported, only "
-                                 f"{', '.join(map(str, kinds))}; give a SmolVLM2 checkpoint's")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if saved["model"].get(name):
-            raise ValueError(f"{path}: {name} = {shown(saved['model'][name])} is not supported; "
-                             f"give a SmolVLM2 checkpoint's")
+    """The tokenizer of a file. Raises: ValueError if it is another one than SmolVLM2's."""
+    check_tokenizer(path, read_json(path))
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:                  # tokenizers raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer ({str(error)[:200]}); fetch it again") from None
+        raise ValueError(f"{path} is not a tokenizer ({str(error)[:200]}); fetch it "
+                         f"again") from None
     for token in SPECIAL:
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path} has no token {token}; give a SmolVLM2 checkpoint's")
@@ -136,8 +124,9 @@ class Processor:
         self.size = size                            # pixels on each side of the square frame
         self.longest_edge = longest_edge            # pixels, of the first of two resizes
         self.tokens_per_frame = tokens_per_frame    # M
-        self.fps = fps                              # frames a second, and the most of a video, that
-        self.max_frames = max_frames                # the checkpoint asks for; its caller samples
+        self.fps = fps                              # frames per second that the checkpoint wants,
+        self.max_frames = max_frames                # and at most so many; read_video samples them
+        self.image_token_id = tokenizer.token_to_id(IMAGE)
         tokenizer.encode_special_tokens = True      # special tokens come from us, never from a text
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -148,7 +137,7 @@ class Processor:
 
         Raises: ValueError that names a file that is missing, or a setting that does not fit.
         """
-        folder = checkpoint.find(path_or_repo, revision, checkpoint.PROCESSOR_FILES)
+        folder = find_folder(path_or_repo, revision, PROCESSOR_FILES)
         return cls(read_tokenizer(folder / "tokenizer.json"), **read_settings(folder))
 
     def pieces(self, video: Video, question: str) -> list[str]:
@@ -160,7 +149,8 @@ class Processor:
         except UnicodeEncodeError:
             raise ValueError("the question is not valid UTF-8 text; type it without special "
                              "characters, or in another terminal") from None
-        frames, duration = number_words(len(video.frames)), timedelta(seconds=int(video.duration))
+        frames = number_words(len(video.frames))
+        duration = timedelta(seconds=int(video.duration))
         text = (f"User: You are provided the following series of {frames} frames from a {duration} "
                 f"[H:MM:SS] video.\n")
         pieces = [START]
@@ -194,9 +184,9 @@ class Processor:
 
     def __call__(self, video: Video, question: str) -> Inputs:
         """Raises: ValueError for an empty question."""
-        ids = self.tokenize(self.pieces(video, question))
-        return Inputs(torch.stack([self.pixels(frame) for frame in video.frames])[None],
-                      torch.tensor([ids]))
+        input_ids = torch.tensor([self.tokenize(self.pieces(video, question))])             # (1,S)
+        frames = torch.stack([self.pixels(frame) for frame in video.frames])
+        return Inputs(frames[None], input_ids)
 
     def decode(self, token_ids: list[int]) -> str:
         """Token ids of an answer -> its text, without special tokens and surrounding spaces."""

@@ -225,9 +225,9 @@ def test_errors_of_the_question_and_the_flags(call, tmp_path):
     assert_refused(call("--nonsense"), "--nonsense")
     assert_refused(call("", "what?"), "video is empty")
     (tmp_path / "taken").touch()
-    assert_refused(call("--figures", "taken"), "--figures taken", "is no folder")
-    assert_refused(call("--figures", "taken/sub"), "--figures taken/sub", "is no folder")
-    assert_refused(call("--figures", "/proc/self/pictures"), "--figures /proc/self/pictures", "is no folder")
+    assert_refused(call("--figures", "taken"), "--figures taken", "is not a writable folder")
+    assert_refused(call("--figures", "taken/sub"), "--figures taken/sub", "is not a writable folder")
+    assert_refused(call("--figures", "/proc/self/pictures"), "--figures /proc/self/pictures", "is not a writable folder")
 
 
 def test_a_device_that_is_not_there(call):

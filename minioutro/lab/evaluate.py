@@ -213,7 +213,7 @@ def main() -> None:
         if bool(args.questions) + bool(args.toy) + bool(args.report) != 1:
             raise ValueError("give one of these: a file of questions, --toy N, or --report FILE")
         if args.figures:
-            args.figures = writable_folder(f"--figures {args.figures}", args.figures)
+            args.figures = writable_folder("--figures", args.figures)
         if args.report:
             answers = []
             for path in args.report:

@@ -7,6 +7,7 @@ are those of one prompt, without B; shapes are named as in model.py.
 
 import math
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minioutro.model import OutRo, align_with_sink, causal_mask, open_sink_rows
+from minioutro.model import OutRo, Trace, VideoLM, align_with_sink, causal_mask, open_sink_rows
 from minioutro.support.cli import written_whole
 from minioutro.video import Video
 
@@ -329,3 +330,43 @@ def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Im
             draw.line((x0, y0, x0 + r * x, y0 + r * y), colour, 2)
             draw.text((x0 + (r + 18) * x, y0 + (r + 18) * y), f"{angle:.0f}°", colour, SMALL, "mm")
     return image
+
+
+def draw_run(model: VideoLM, video: Video, input_ids: Tensor, features: Tensor, texts: list[str],
+             outro: OutRo, layer: int) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the pictures of a run by name, after one more pass that keeps the attention weights.
+
+    texts: of each token; layer: whose mask, attention and rotation are drawn. The head is the one
+    whose last token attends most to the sinks, or to token 0 if there are none.
+    Raises: ValueError if the attention weights are not finite.
+    """
+    n_layers, trace = model.config.text_config.num_hidden_layers, Trace(weights_of=[layer])
+    with torch.inference_mode():
+        model.hidden_states(input_ids, features=features, outro=outro, trace=trace)
+    of_layers = {name: torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(n_layers)]).cpu()
+                 for name in ("is_sink", "ratio", "cosine", "cosine_aligned")}
+    opened = trace[f"layers.{layer}.relaxed"][0].cpu()                                  # (S,)
+    weights = trace[f"layers.{layer}.weights"][0]                                       # (H,S,S)
+    if not weights.isfinite().all():
+        raise ValueError(f"the attention weights of layer {layer} are not finite as "
+                         f"{str(weights.dtype)[6:]}, so they cannot be drawn; leave --figures out, "
+                         f"or try another --dtype")
+    weights = weights.float().cpu()
+    is_sink, before, after = (of_layers[name] for name in ("is_sink", "cosine", "cosine_aligned"))
+    ever_sink = is_sink.any(0)                                                          # (S,)
+    attended = ever_sink.nonzero().flatten() if ever_sink.any() else torch.tensor([0])
+    head = weights[:, -1, attended].sum(1).argmax().item()
+    is_image = input_ids[0].cpu() == model.config.image_token_id
+    # tokens that were not a sink so far, in the layers with a sink: (L,S)
+    counts = is_sink.any(1, keepdim=True) & (is_sink.cumsum(0) == 0)
+
+    yield "frames", draw_frames(video, is_image.sum().item() // len(video.frames))
+    yield "masks", draw_masks(opened, layer, texts)
+    yield "sinks", draw_ratios(of_layers["ratio"].nan_to_num(posinf=torch.finfo(torch.float32).max),
+                               is_sink, outro.median_multiple)
+    yield "attention", draw_attention(weights, is_image, ever_sink, layer, head)
+    yield "attention_frames", draw_attention_on_frames(video, weights, is_image, opened, layer,
+                                                       head)
+    yield "cosine", draw_cosines(before, after, counts)
+    yield "rotation", draw_rotation(before[layer][:, counts[layer]], after[layer][:, counts[layer]],
+                                    layer, outro)

@@ -1,132 +1,235 @@
-"""What is refused, and in which words: settings, sizes, devices."""
+"""What is refused, and in which words: settings, sizes, tensors, devices.
 
+A value is refused by name if transformers' own code for SmolVLM, Llama and SigLIP would read it and
+compute something else than this project does, or if it makes no sense as a number. Any other field
+of a file is ignored.
+"""
+
+from bisect import bisect_right
+from dataclasses import replace
+from pathlib import Path
 from reprlib import repr as shown  # a value in an error message: cut if it is long or deep
+from typing import NamedTuple
 
 import torch
 
 ENCODER, DECODER = "model.vision_model.", "model.text_model."
-IMAGE = "<image>"
+HEAD, TABLE = "lm_head.weight", f"{DECODER}embed_tokens.weight"
+
+# ---- 1. Settings: the value that is implemented. Another one is refused, unless it is null. ------
+
+TEXT = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "rope_type": "default", "partial_rotary_factor": 1, "rope_interleaved": False,
+        "qk_layer_norms": False, "use_resampler": False, "sliding_window": 0, "is_causal": True}
+VISION = {"model_type": "smolvlm_vision", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+# Settings of generation with which even a greedy answer is another one.
+GREEDY = {"num_beams": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1,
+          "guidance_scale": 1}
+# Settings of the preprocessing that change pixels. resample 1 is Pillow's LANCZOS.
+PIXELS = {"do_resize": True, "resample": 1, "do_rescale": True, "rescale_factor": 1 / 255,
+          "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
-# What the code computes. Another value of these is refused, unless it is null.
-NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1,
-           "guidance_scale": 1}
-FIXED = {
-    "top level": {"model_type": "smolvlm", **NEUTRAL},
-    "text_config": {"model_type": "llama", "hidden_act": "silu", "rope_type": "default",
-                    "partial_rotary_factor": 1, **NEUTRAL},
-    "vision_config": {"model_type": "smolvlm_vision", "hidden_act": "gelu_pytorch_tanh",
-                      "num_channels": 3, **NEUTRAL},
-}
-# The other generation settings with which transformers gives another than the greedy answer. They
-# are refused unless they are off (null, false, zero, empty).
-CHANGING = """
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids sequence_bias min_length
-    min_new_tokens forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens watermarking_config stop_strings token_healing
-    penalty_alpha dola_layers constraints force_words_ids""".split()
-# Fields of config.json that SmolVLM's own code does not read, or that say nothing about what is
-# computed here. Any other field is refused unless it is off: it may change the mathematics. Last
-# come settings of sampling and beam search, two fields that count in another section, and what is
-# left over from Idefics, SmolVLM's ancestor, whose perceiver_config repeats names of real fields.
-IGNORED = """
-    _name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range
-    neftune_noise_alpha is_llama_config pretraining_tp attention_dropout bos_token_id eos_token_id
-    pad_token_id _pad_token_id image_seq_len video_token_id transformers.js_config
-    _flash_attn_2_enabled _attn_implementation_autoset chunk_size_feed_forward is_encoder_decoder
-    output_hidden_states output_attentions return_dict problem_type id2label label2id
-    do_sample temperature top_k top_p typical_p max_length length_penalty num_beam_groups
-    num_return_sequences vocab_size tie_word_embeddings perceiver_config pixel_shuffle_factor
-    max_image_size size use_base_siglip use_reentrant_checkpointing""".split()
+def check_fixed(where: str, section: dict, fixed: dict) -> None:
+    """Raise ValueError for a field whose value is not the one that is implemented."""
+    for field, implemented in fixed.items():
+        value = section.get(field)
+        if value is not None and value != implemented:
+            raise ValueError(f"{where}: {field} = {shown(value)} is not implemented, only "
+                             f"{implemented!r}; give another checkpoint")
+
+
+def check_layer_types(where: str, layer_types) -> None:
+    """Raise ValueError if a layer attends to anything else than all earlier tokens."""
+    kinds = layer_types if isinstance(layer_types, list) else [layer_types]
+    if any(kind not in (None, "full_attention") for kind in kinds):
+        raise ValueError(f"{where}: layer_types = {shown(layer_types)} is not implemented, only "
+                         f"'full_attention'; give another checkpoint")
 
 
 def check_number(where: str, field: str, value, kind: type, least: float, most: float) -> None:
     """Raise ValueError unless a value is a boolean, or a number of this kind within its limits."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is bool:
         fits, what = isinstance(value, bool), "true or false"
+    elif kind is int:
+        fits = is_number and isinstance(value, int) and least <= value <= most
+        what = f"a whole number from {least} to {most}"
     else:
-        kinds = (int, float) if kind is float else int
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
-        what = f"a {'whole ' * (kind is int)}number from {least} to {most}"
+        fits, what = is_number and least <= value <= most, f"a number from {least} to {most}"
     if not fits:
         raise ValueError(f"{where}: {field} = {shown(value)} must be {what}; correct it")
 
 
-def check_fields(where: str, section: dict, fixed: dict, known) -> None:
-    """Raise ValueError for a field that asks for something else than what is computed.
-
-    fixed: field -> the value that is implemented; known: other fields that may have any value.
-    """
-    for field, value in section.items():
-        if field in fixed and value not in (None, fixed[field]):
-            raise ValueError(f"{where}: {field} = {shown(value)} is not implemented, only "
-                             f"{fixed[field]!r}; give another checkpoint")
-        if value and field not in fixed and field not in known:
-            raise ValueError(f"{where}: {field} = {shown(value)} is not implemented and may change "
-                             f"what is computed; remove it if it does not")
+# ---- 2. Sizes of config.json, compared with each other and with the weights ---------------------
 
 
 def check_multiples(config) -> None:
     """Raise ValueError if a size does not divide into the parts that the model cuts it into."""
     text, vision = config.text_config, config.vision_config
-    for name, whole, part, of in (
+    patches = vision.image_size // vision.patch_size
+    for name, whole, part, reason in (
             ("num_attention_heads", text.num_attention_heads, text.num_key_value_heads,
              "num_key_value_heads"),
             ("head_dim", text.head_dim, 2, "positions turn pairs"),
             ("hidden_size", vision.hidden_size, vision.num_attention_heads, "num_attention_heads"),
-            ("image_size // patch_size", vision.image_size // vision.patch_size,
-             config.scale_factor, "scale_factor")):
+            ("image_size // patch_size", patches, config.scale_factor, "scale_factor")):
         if whole < part or whole % part:
-            raise ValueError(f"config.json: {name} = {whole} is no multiple of {part} ({of}); "
-                             f"correct it")
+            raise ValueError(f"config.json: {name} = {whole} is not a multiple of {part} "
+                             f"({reason}); correct it")
+
+
+class Size(NamedTuple):
+    """A tensor's shape, and the fields of config.json that ask for it."""
+    section: str
+    fields: tuple[str, ...]
+    tensor: str
+    shape: tuple[int, ...]
+
+
+def sizes_of(config) -> list[Size]:
+    """One tensor for each size in config.json. All layers are alike, so the first layer is enough.
+    """
+    text, vision = config.text_config, config.vision_config
+    layer, vision_layer = f"{DECODER}layers.0.", f"{ENCODER}encoder.layers.0."
+    patches = (vision.image_size // vision.patch_size)**2
+    return [
+        Size("text_config", ("vocab_size", "hidden_size"), f"{DECODER}embed_tokens",
+             (text.vocab_size, text.hidden_size)),
+        Size("text_config", ("intermediate_size",), f"{layer}mlp.gate_proj",
+             (text.intermediate_size, text.hidden_size)),
+        Size("text_config", ("num_attention_heads", "head_dim"), f"{layer}self_attn.q_proj",
+             (text.num_attention_heads * text.head_dim, text.hidden_size)),
+        Size("text_config", ("num_key_value_heads", "head_dim"), f"{layer}self_attn.k_proj",
+             (text.num_key_value_heads * text.head_dim, text.hidden_size)),
+        Size("vision_config", ("hidden_size", "patch_size"), f"{ENCODER}embeddings.patch_embedding",
+             (vision.hidden_size, 3, vision.patch_size, vision.patch_size)),
+        Size("vision_config", ("image_size", "patch_size"),
+             f"{ENCODER}embeddings.position_embedding", (patches, vision.hidden_size)),
+        Size("vision_config", ("intermediate_size",), f"{vision_layer}mlp.fc1",
+             (vision.intermediate_size, vision.hidden_size)),
+        Size("top level", ("scale_factor",), "model.connector.modality_projection.proj",
+             (text.hidden_size, vision.hidden_size * config.scale_factor**2))]
 
 
 def check_sizes(config, stored: dict) -> None:
     """Compare every size of config.json with the weights, before anything of that size is built.
 
+    stored: tensors of the weights by name, with a `shape` each.
     Raises: ValueError with the fields, their values, and what the weights have instead.
     """
-    text, vision = config.text_config, config.vision_config
-    V, C, Cv, D, patch = (text.vocab_size, text.hidden_size, vision.hidden_size, text.head_dim,
-                          vision.patch_size)
-    layer, encoder = f"{DECODER}layers.0", f"{ENCODER}encoder.layers.0"
-    for where, names, tensor, shape in (
-            ("text_config", "vocab_size hidden_size", f"{DECODER}embed_tokens", (V, C)),
-            ("text_config", "intermediate_size", f"{layer}.mlp.gate_proj",
-             (text.intermediate_size, C)),
-            ("text_config", "num_attention_heads head_dim", f"{layer}.self_attn.q_proj",
-             (text.num_attention_heads * D, C)),
-            ("text_config", "num_key_value_heads head_dim", f"{layer}.self_attn.k_proj",
-             (text.num_key_value_heads * D, C)),
-            ("vision_config", "hidden_size patch_size", f"{ENCODER}embeddings.patch_embedding",
-             (Cv, 3, patch, patch)),
-            ("vision_config", "image_size patch_size", f"{ENCODER}embeddings.position_embedding",
-             ((vision.image_size // patch)**2, Cv)),
-            ("vision_config", "intermediate_size", f"{encoder}.mlp.fc1",
-             (vision.intermediate_size, Cv)),
-            ("top level", "scale_factor", "model.connector.modality_projection.proj",
-             (C, Cv * config.scale_factor**2))):
-        there = stored[f"{tensor}.weight"].shape if f"{tensor}.weight" in stored else "none"
-        if there != shape:
-            section = getattr(config, where, config)
-            values = ", ".join(f"{name} = {getattr(section, name)}" for name in names.split())
-            raise ValueError(f"config.json, {where}: {values} ask for {tensor}.weight {shape}, but "
-                             f"the weights have {there}; correct it, or fetch the weights again")
-    for where, prefix in (("text_config", f"{DECODER}layers."),
-                          ("vision_config", f"{ENCODER}encoder.layers.")):
-        layers = getattr(config, where).num_hidden_layers
-        found = len({name.removeprefix(prefix).split(".")[0] for name in stored
-                     if name.startswith(prefix)})
-        if layers != found:
-            raise ValueError(f"config.json, {where}: num_hidden_layers = {layers}, but the weights "
-                             f"have {found} layers; correct it, or fetch the weights again")
-    if config.image_token_id >= V:
-        raise ValueError(f"config.json, top level: image_token_id = {config.image_token_id} is "
-                         f"none of {V} tokens; correct it")
+    for section, names, tensor, shape in sizes_of(config):
+        weight = f"{tensor}.weight"
+        found = stored[weight].shape if weight in stored else "no such tensor"
+        if found != shape:
+            values = getattr(config, section, config)
+            asked = ", ".join(f"{name} = {getattr(values, name)}" for name in names)
+            raise ValueError(f"config.json, {section}: {asked} ask for {weight} {shape}, but the "
+                             f"weights have {found}; correct it, or fetch the weights again")
+    for section, prefix in (("text_config", f"{DECODER}layers."),
+                            ("vision_config", f"{ENCODER}encoder.layers.")):
+        check_layers(section, getattr(config, section).num_hidden_layers, prefix, stored)
+    vocab_size = config.text_config.vocab_size
+    if config.image_token_id >= vocab_size:
+        raise ValueError(f"config.json, top level: image_token_id = {config.image_token_id} is not "
+                         f"one of the {vocab_size} tokens; correct it")
+
+
+def check_layers(section: str, layers: int, prefix: str, stored: dict) -> None:
+    """Raise ValueError unless the weights have as many layers, whose names begin with a prefix."""
+    of_layers = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
+    found = len({name.split(".")[0] for name in of_layers})
+    if layers != found:
+        raise ValueError(f"config.json, {section}: num_hidden_layers = {layers}, but the weights "
+                         f"have {found} layers; correct it, or fetch the weights again")
+
+
+def check_tensors(folder: Path, expected: dict, stored: dict) -> None:
+    """Raise ValueError unless the stored tensors are exactly the expected ones, by name and shape.
+
+    expected: shapes by name. The message has the first five missing, unexpected and mis-shaped
+    names. A stored copy of a tied head is allowed.
+    """
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected and name != HEAD]
+    misshaped = []
+    for name, shape in expected.items():
+        if name in stored and stored[name].shape != shape:
+            misshaped.append(f"{name} {stored[name].shape} instead of {shape}")
+    problems = []
+    for what, names in (("missing", missing), ("unexpected", unexpected),
+                        ("mis-shaped", misshaped)):
+        if names:
+            first = names[:5] if len(names) <= 5 else [*names[:5], "..."]
+            problems.append(f"{len(names)} {what}: {', '.join(first)}")
+    if problems:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: "
+                         f"{'; '.join(problems)}; fetch the folder again, or correct the config")
+
+
+# ---- 3. The tokenizer's file --------------------------------------------------------------------
+
+# Parts that a tokenizer may have. Parts of other kinds make the library panic on some texts.
+NORMALIZERS = (None, "NFC", "NFD", "NFKC", "NFKD", "Lowercase")
+TOKENIZER_PARTS = {"normalizer": NORMALIZERS, "decoder": ("ByteLevel",), "model": ("BPE",),
+                   "pre_tokenizer": ("Digits", "ByteLevel", "Split")}
+WORD_MARKS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+
+
+def check_tokenizer(path: Path, saved: dict) -> None:
+    """Raise ValueError if a tokenizer.json has parts which other tokenizers than SmolVLM2's have.
+    """
+    for name, allowed in TOKENIZER_PARTS.items():
+        for part in parts_of(saved.get(name)):
+            kind = part.get("type", part) if isinstance(part, dict) else part
+            if kind not in allowed:
+                raise ValueError(f"{path}: {name} {shown(kind)} is not supported, only "
+                                 f"{', '.join(map(str, allowed))}; give a SmolVLM2 checkpoint's")
+    for name in WORD_MARKS:
+        if saved["model"].get(name):
+            raise ValueError(f"{path}: {name} = {shown(saved['model'][name])} is not supported; "
+                             f"give a SmolVLM2 checkpoint's")
+
+
+def parts_of(value) -> list:
+    """The parts of a tokenizer's Sequence, or the one part that is there instead of a Sequence."""
+    if not isinstance(value, dict) or value.get("type") != "Sequence":
+        return [value]
+    parts = []
+    for inner in value.values():
+        if isinstance(inner, list):
+            parts += inner
+    return parts
+
+
+# ---- 4. The hub, devices, and parts that must fit together --------------------------------------
+
+
+def why_not_fetched(problem: Exception, repo: str, revision: str | None) -> str:
+    """One sentence: what went wrong with the hub, and what to try."""
+    from huggingface_hub import errors
+
+    name = f"{repo} at revision {revision}" if revision else repo
+    if isinstance(problem, errors.HFValidationError):
+        return (f"{repo} is neither a folder here nor the name of a repository (owner/name); check "
+                f"the path")
+    if isinstance(problem, errors.GatedRepoError):
+        return (f"{name} asks for a licence on the hub first; accept it on its page, then log in "
+                f"with `hf auth login`")
+    if isinstance(problem, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision}; leave it out to get the newest"
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        return (f"{repo} is neither a folder here nor a public repository of the hub; check the "
+                f"name")
+    cause = problem if problem.__cause__ is None else problem.__cause__
+    first_line = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]
+    return (f"{name} is not a folder here (check the path), is not in the cache, and cannot be "
+            f"fetched from the hub ({first_line[:300]}); try again, or copy its files into a "
+            f"folder and give that")
 
 
 def check_device(device) -> None:
-    """Raise ValueError if there is no such device here."""
+    """Raise ValueError if this machine has no such device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):      # the latter where torch was built without CUDA
@@ -140,7 +243,31 @@ def check_pair(model, processor) -> None:
     for what, ours, theirs in (
             ("frame size", processor.size, vision.image_size),
             ("tokens a frame", processor.tokens_per_frame, per_frame),
-            (f"id of {IMAGE}", processor.tokenizer.token_to_id(IMAGE), config.image_token_id)):
+            ("id of <image>", processor.image_token_id, config.image_token_id)):
         if ours != theirs:
             raise ValueError(f"{what}: the processor's files say {ours}, config.json {theirs}; "
                              f"take all files from one checkpoint")
+
+
+def check_prompt(model, processor, video, question: str, input_ids: torch.Tensor) -> None:
+    """Raise ValueError if a prompt, int64[1,S], has tokens that the model lacks, or is too long."""
+    text = model.config.text_config
+    largest = input_ids.max().item()
+    if largest >= text.vocab_size:
+        raise ValueError(f"tokenizer.json gives token id {largest}, config.json has "
+                         f"{text.vocab_size} tokens; take all files from one checkpoint")
+    length, frames = input_ids.shape[1], len(video.frames)
+    context = text.max_position_embeddings
+    if length <= context:
+        return
+
+    def length_with(n: int) -> int:
+        part = replace(video, frames=video.frames[:n], seconds=video.seconds[:n])
+        return len(processor.tokenize(processor.pieces(part, question)))
+    fit = bisect_right(range(1, frames), context, key=length_with)
+    if fit:
+        advice = f"at most {fit} frames fit, try --frames {fit}"
+    else:
+        advice = "not one frame fits, shorten the question"
+    raise ValueError(f"the prompt has {length} tokens with {frames} frames, but the model's "
+                     f"context holds {context}; {advice}")

@@ -1,4 +1,12 @@
-"""What all commands share: options, one-line errors, files written whole, CSV and JSON lines."""
+"""What all commands share: options, streams, one-line errors, progress, files, CSV and JSON lines.
+
+A command's module ends with
+
+    if __name__ == "__main__":
+        run_command(main, "evaluate.py")
+
+and its main() begins with a Parser, to which the options below are added.
+"""
 
 import argparse
 import csv
@@ -6,113 +14,258 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as shown  # a value in an error message: cut if it is long or deep
 
 from minioutro.weights import HUB_MODEL
 
+# ---- 1. The command line ------------------------------------------------------------------------
 
-def read_json_lines(path: Path, text: str) -> list:
-    """The values of a JSON text, or of its lines. Raises: ValueError with the line that is none."""
-    is_one = text.lstrip()[:1] == "[" or text.split("\n")[0].strip() == "{"
-    values = []
-    for n, line in enumerate([text] if is_one else text.split("\n"), start=1):
+
+def escaped(text) -> str:
+    """A text as one line. What would steer a terminal is escaped: a newline becomes "\\n"."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line. The usual three lines of usage would hide the error."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {escaped(message)} (try --help)\n")
+
+
+def number(least: float, most: float, kind: type = float) -> Callable[[str], float]:
+    """A type for argparse: a number from `least` to `most`. kind: int or float."""
+    what = "a whole number" if kind is int else "a number"
+
+    def convert(text: str):
         try:
-            values += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            n = getattr(error, "lineno", n) if is_one else n
-            raise ValueError(f"{path}: line {n} is no JSON ({error}); correct it") from None
-    return values
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not {what}") from None
+        if not least <= value <= most:             # NaN is refused here too
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not from {least} to {most}")
+        return value
+    return convert
+
+
+COUNT = number(1, 10**9 - 1, int)
+STRENGTH = number(0, 1e12)
+
+
+def not_empty(text: str) -> str:
+    """A type for argparse: the name of a file, a folder or a repository."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; give one, or leave it out")
+    return text
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --revision, --device and --dtype. Without --model, args.model is None."""
+    add = parser.add_argument
+    add("--model", type=not_empty, metavar="DIR_OR_REPO",
+        help="folder of a checkpoint, or repository of the hub "
+             f"(default: {HUB_MODEL}; for the toy's own clips the bundled toy)")
+    add("--revision", help="branch, tag or commit of the repository (default: the newest)")
+    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of weights and activations (default: %(default)s)")
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """--frames and --fps. Left out, they are None, and the checkpoint's settings count."""
+    add = parser.add_argument
+    add("--frames", type=COUNT, metavar="N",
+        help="at most N frames of the video (default: the checkpoint's setting, mostly 64)")
+    add("--fps", type=number(1e-9, 1e9), metavar="F",
+        help="frames per second of video (default: the checkpoint's setting, mostly 1)")
+
+
+def add_outro_options(parser: argparse.ArgumentParser) -> None:
+    """All options of the method: its constants, --gamma and the switches."""
+    add = parser.add_argument
+    add("--gamma", type=STRENGTH, default=3.0, metavar="G",
+        help="strength of the alignment (default: %(default)s)")
+    add_outro_constants(parser)
+    add("--no-relax", action="store_true", help="do not open the rows of the sinks")
+    add("--no-align", action="store_true", help="do not align the other tokens with the sinks")
+
+
+def add_outro_constants(parser: argparse.ArgumentParser) -> None:
+    """--temperature, --median-multiple and --abs-threshold."""
+    add = parser.add_argument
+    add("--temperature", type=number(1e-12, 1e12), default=0.1, metavar="T",
+        help="of the alignment's gate (default: %(default)s)")
+    add("--median-multiple", type=STRENGTH, default=1000.0, metavar="M",
+        help="a sink has an activation of at least M times the median (default: %(default)s)")
+    add("--abs-threshold", type=STRENGTH, default=100.0, metavar="A",
+        help="and of at least A (default: %(default)s)")
+
+
+# ---- 2. Streams, errors and progress ------------------------------------------------------------
+
+
+def run_command(main_function: Callable[[], None], name: str, when_interrupted: str = "") -> None:
+    """Run a command, and end the process as every command ends.
+
+    An error of the user's (ValueError or OSError) is one line on stderr and exit code 2. The exit
+    code is 130 after Ctrl-C, where `when_interrupted` is printed, and 141 if the reader of stdout
+    has left.
+    """
+    set_up_streams()
+    try:
+        try:
+            main_function()
+        finally:
+            sys.stdout.flush()          # a reader who has left is noticed here at the latest
+    except KeyboardInterrupt:
+        if when_interrupted:
+            print(f"\n{name}: {when_interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:             # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"{name}: {escaped(line)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def set_up_streams() -> None:
+    """Make both streams safe to print to: they may be closed, or unable to encode a square."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:              # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))
+    reconfigure_stdout(errors="replace")            # a character it lacks is printed as "?"
+
+
+def reconfigure_stdout(**settings) -> None:
+    if hasattr(sys.stdout, "reconfigure"):          # a notebook's stream has no such method
+        sys.stdout.reconfigure(**settings)
+
+
+def print_json(value) -> None:
+    """Print a value as JSON, in UTF-8 on any system. NaN and infinity become null."""
+    reconfigure_stdout(encoding="utf-8", errors="backslashreplace")
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def progress(items: Iterable, what: str, total: int | None = None, initial: int = 0):
+    """The items. While they are worked on, a bar is on stderr if a person watches.
+
+    Returns: a tqdm, whose set_postfix shows further values behind the bar.
+    """
+    from huggingface_hub.utils import tqdm  # imported here because it takes long
+    return tqdm(items, desc=what, total=total, initial=initial, leave=False,
+                disable=not sys.stderr.isatty())
+
+
+# ---- 3. Files -----------------------------------------------------------------------------------
+
+
+def writable_folder(flag: str, folder) -> Path:
+    """A folder, which need not exist yet. Raises: ValueError if it cannot be written to."""
+    path = Path(os.path.expanduser(folder))
+    candidates = [path, *path.absolute().parents]
+    nearest = next(parent for parent in candidates if os.path.lexists(parent))
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()          # the only sure way to know
+    except OSError:
+        raise ValueError(f"{flag} {folder}: {nearest} is not a writable folder; "
+                         f"give another one") from None
+    return path
+
+
+@contextmanager
+def written_whole(path: Path):
+    """Yield another path to write to. If that succeeds, the file is moved to `path`.
+
+    So nobody ever finds half a file. The other path lies in a new folder, so that a link which
+    somebody else put there is not followed.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.half-") as folder:
+        half = Path(folder) / path.name
+        yield half
+        half.replace(path)
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The objects of a csv file, of a JSON list or of JSON lines; one object is a list of one."""
+    """The objects of a csv file, of a JSON list, or of JSON lines. One object is a list of one.
+
+    Raises: ValueError or OSError that names the file and what is wrong with it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path")
     if path.suffix.lower() == ".parquet":
-        raise ValueError(f"{path} is no text; convert it, for one with pandas: read_parquet(...)."
-                         f"to_json(..., orient='records', lines=True)")
+        raise ValueError(f"{path} is not a text file; convert it, for example with pandas: "
+                         f"read_parquet(...).to_json(..., orient='records', lines=True)")
     try:
         if path.suffix.lower() == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 return list(csv.DictReader(file, restkey="further"))
-        rows = read_json_lines(path, path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read ({error}); give another file") from None
-    rows = rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
+    rows = read_json_lines(path, text)
+    if len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} holds {shown(rows)}, not objects; give another file")
     return rows
 
 
-def writable_folder(name: str, folder) -> Path:
-    """A folder that need not exist yet. Raises: ValueError if it cannot be written to."""
-    folder = Path(os.path.expanduser(folder))
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+def read_json_lines(path: Path, text: str) -> list:
+    """The values of JSON lines, or the value of one JSON text, in a list.
+
+    Raises: ValueError that names the line which is not JSON.
+    """
+    begins_a_list = text.lstrip().startswith("[")
+    begins_an_object = text.split("\n")[0].strip() == "{"
+    if begins_a_list or begins_an_object:
+        return [parse_json(path, text, 1)]
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_json(path, line, number) for number, line in lines if line.strip()]
+
+
+def parse_json(path: Path, text: str, first_line: int):
+    """first_line: the number of the text's first line in the file."""
     try:
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()          # the only sure way to know
-    except OSError:
-        raise ValueError(f"{name}: {nearest} is no folder that can be written to; give "
-                         f"another") from None
-    return folder
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, problem = first_line + error.lineno - 1, error.msg
+    except (ValueError, RecursionError) as error:       # too many digits, or too deep
+        line, problem = first_line, str(error)
+    raise ValueError(f"{path}: line {line} is not JSON ({problem}); correct it")
 
 
-@contextmanager
-def written_whole(path: Path):
-    """A path to write to instead; what is there in the end is moved to `path`, or is removed."""
-    half = path.with_name(f".{path.stem}.half{path.suffix}")
-    try:
-        yield half
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+# ---- 4. Former names, for the commands that still use them --------------------------------------
 
-
-def numbers(least: float, most: float, kind: type = float):
-    """For argparse: what reads a number from `least` to `most`."""
-    def number(text: str):
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not from {least} to {most}")
-        return value
-    return number
+numbers = number
 
 
 def add_options(parser: argparse.ArgumentParser, of_outro: bool = True) -> None:
-    """The options of run.py that other commands share; those of the method only if wanted."""
-    add, count, strength = parser.add_argument, numbers(1, 10**9 - 1, int), numbers(0, 1e12)
-    add("--model", metavar="DIR_OR_REPO", help="folder of a checkpoint, or repository of the hub "
-        f"(default: {HUB_MODEL}; for the toy's own clips the bundled toy)")
-    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of weights and activations (default: %(default)s)")
-    add("--frames", type=count, metavar="N", help="at most (default: the checkpoint's, mostly 64)")
-    add("--json", action="store_true", help="print one JSON object instead of text")
-    if not of_outro:
-        return
-    add("--revision", help="branch, tag or commit of the repository (default: the newest)")
-    add("--fps", type=numbers(1e-9, 1e9), metavar="F",
-        help="frames a second (default: the checkpoint's, mostly 1)")
-    add("--max-new-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
-    add("--temperature", type=strength, default=0.1, metavar="T",
-        help="of the alignment's gate (default: %(default)s)")
-    add("--median-multiple", type=strength, default=1000.0, metavar="M",
-        help="a sink has an activation of at least M times the median (default: %(default)s)")
-    add("--abs-threshold", type=strength, default=100.0, metavar="A",
-        help="and of at least A (default: %(default)s)")
-    add("--figures", metavar="DIR", help="write pictures into this folder")
+    add_model_options(parser)
+    add_video_options(parser)
+    parser.add_argument("--json", action="store_true",
+                        help="print one JSON object instead of text")
+    if of_outro:
+        parser.add_argument("--max-new-tokens", type=COUNT, default=64, metavar="N",
+                            help="default: %(default)s")
+        add_outro_constants(parser)
+        parser.add_argument("--figures", metavar="DIR", help="write pictures into this folder")
 
 
 @contextmanager
 def one_line_errors(name: str):
-    """End the program as run.py does: by one line and code 2 for an error of the user's."""
     try:
         yield
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())             # what would steer a terminal is escaped
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(f"{name}: {line}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"{name}: {escaped(line)}", file=sys.stderr)
         sys.exit(2)

@@ -203,13 +203,14 @@ def ask(connection, root):
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(root))
     import run
+    from minioutro.support.cli import run_command
     while True:
         folder, arguments = connection.recv()
         os.chdir(folder)
         sys.argv, out, err, code = ["run.py", *arguments], io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO(), 0
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                run.main()
+                run_command(run.main, "run.py")
             except SystemExit as stop:
                 code = stop.code
             except BaseException as error:
