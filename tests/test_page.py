@@ -5,15 +5,23 @@ import gzip
 import json
 import math
 import re
+import sys
 
 import numpy
 import pytest
 import torch
-from helpers import TOY
+from helpers import ROOT, TOY
 
 from minioutro import OutRo, Trace, Video, read_video
 from minioutro.lab import page
-from minioutro.lab.page import TEMPLATE, as_bytes, by_interest, check_page, packed_weights, write_page
+from minioutro.lab.page import (
+    TEMPLATE,
+    as_bytes,
+    by_interest,
+    check_page,
+    packed_weights,
+    write_page,
+)
 
 QUESTION = "What happens in this video?"
 NASTY = "</script><b>bold</b><!-- <script> \u202eright to left\u202c \U0001f600 \\u003c {{DATA}} What?"
@@ -94,19 +102,19 @@ def test_long_prompt_is_refused_with_the_frames_that_fit(toy, clip, n_frames):
     model, processor = toy
     def video(n):
         return Video([clip.frames[0]] * n, [float(i) for i in range(n)], 64.0, 64)
-    with pytest.raises(ValueError, match=f"tokens with {n_frames} frames.*at most 800; try --frames") as error:
-        check_page(processor, video(n_frames), QUESTION)
+    with pytest.raises(ValueError, match=f"tokens with {n_frames} frames.*holds 800;.*try --frames") as error:
+        check_page("x.html", processor, video(n_frames), QUESTION)
     fitting = int(str(error.value).split()[-1])
-    check_page(processor, video(fitting), QUESTION)
+    check_page("x.html", processor, video(fitting), QUESTION)
     with pytest.raises(ValueError):
-        check_page(processor, video(fitting + 1), QUESTION)
+        check_page("x.html", processor, video(fitting + 1), QUESTION)
     with pytest.raises(ValueError, match="shorten the question"):
-        check_page(processor, video(2), "word " * 900)
+        check_page("x.html", processor, video(2), "word " * 900)
 
 
 def test_refused_page_computes_and_writes_nothing(toy, clip, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "run_of", None)
-    with pytest.raises(ValueError, match="at most 800"):
+    with pytest.raises(ValueError, match="holds 800"):
         write_page(tmp_path / "sink.html", *toy, clip, "word " * 900)
     assert not list(tmp_path.iterdir())
 
@@ -121,6 +129,15 @@ def test_failed_page_leaves_the_old_one(toy, clip, tmp_path, monkeypatch):
         write_page(tmp_path / "sink.html", *toy, clip, QUESTION, answers={"baseline": "", "outro": ""})
     assert [path.name for path in tmp_path.iterdir()] == ["sink.html"]
     assert (tmp_path / "sink.html").read_bytes() == b"old"
+
+
+def test_page_goes_only_where_a_file_can_be_written(toy, clip, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--page .* is a folder; give the name of a file"):
+        check_page(tmp_path, toy[1], clip, QUESTION)
+    with pytest.raises(ValueError, match="not a writable folder"):
+        check_page(tmp_path / "file" / "sink.html", toy[1], clip, QUESTION)
+    check_page(tmp_path / "new" / "folder" / "sink.html", toy[1], clip, QUESTION)
 
 
 def test_weights_that_are_not_finite_are_refused():
@@ -147,3 +164,18 @@ def test_page_holds_as_many_layers_as_fit(monkeypatch):
     sizes = {l: sum(map(len, texts.values())) for l, texts in whole.items()}
     monkeypatch.setattr(page, "MOST_BYTES", sizes[3] + sizes[0] + sizes[5])
     assert packed_weights(baseline, outro, [3, 0, 5, 1, 2, 4]) == {l: whole[l] for l in (0, 3, 5)}
+
+
+def test_run_writes_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import run
+    path = tmp_path / "new" / "sink.html"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--page", str(path), "--max-new-tokens", "2", "--frames", "2", "--gamma", "2"])
+    run.main()
+    assert f"page      {path}: open it in a browser" in capsys.readouterr().out
+    data = data_of(path.read_text(encoding="utf-8"))
+    assert len(data["frames"]) == 2 and data["outro"]["gamma"] == 2 and data["question"] == QUESTION
+    monkeypatch.setattr(sys, "argv", ["run.py", "--page", str(tmp_path), "--max-new-tokens", "2"])
+    with pytest.raises(ValueError, match="is a folder"):
+        run.main()
+    assert capsys.readouterr().out == ""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minioutro.model import OutRo, Trace, VideoLM, activation_ratio, repeat_heads
 from minioutro.prompt import Processor
-from minioutro.support.cli import written_whole
+from minioutro.support.checks import advice_on_length
+from minioutro.support.cli import writable_folder, written_whole
 from minioutro.video import Video
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -29,21 +30,16 @@ CONSTANTS = ("abs_threshold", "median_multiple", "relax", "align", "gamma", "tem
              "skip_last")           # the fields of OutRo that the page names
 
 
-def check_page(processor: Processor, video: Video, question: str) -> None:
-    """Raise ValueError if the prompt is too long for a page; it says how many frames fit."""
-    def length(n_frames: int) -> int:
-        part = Video(video.frames[:n_frames], video.seconds[:n_frames], video.duration,
-                     video.total_frames)
-        return len(processor.tokenize(processor.pieces(part, question)))
-
-    n_frames = len(video.frames)
-    S = length(n_frames)
-    if S <= MOST_TOKENS:
-        return
-    fitting = [n for n in range(1, n_frames) if length(n) <= MOST_TOKENS]
-    advice = f"try --frames {fitting[-1]}" if fitting else "shorten the question"
-    raise ValueError(f"the prompt has {S} tokens with {n_frames} frames, and a page holds at most "
-                     f"{MOST_TOKENS}; {advice}")
+def check_page(path, processor: Processor, video: Video, question: str) -> None:
+    """Raise ValueError if the file cannot be written, or if the prompt is too long for a page."""
+    if Path(path).is_dir():
+        raise ValueError(f"--page {path} is a folder; give the name of a file")
+    writable_folder("--page", Path(path).parent)
+    S = len(processor.tokenize(processor.pieces(video, question)))
+    if S > MOST_TOKENS:
+        raise ValueError(f"the prompt has {S} tokens with {len(video.frames)} frames, but a page "
+                         f"holds {MOST_TOKENS}; "
+                         f"{advice_on_length(processor, video, question, MOST_TOKENS)}")
 
 
 @torch.inference_mode()
@@ -54,10 +50,10 @@ def write_page(path, model: VideoLM, processor: Processor, video: Video, questio
 
     features: float[1,F*M,C] from `model.encode`, and answers: the texts of "baseline" and "outro",
     are computed if they are not given. The file is written whole or not at all.
-    Raises: ValueError if the prompt is too long, or if the attention weights are not finite.
+    Raises: ValueError as `check_page`, and if the attention weights are not finite.
     """
-    check_page(processor, video, question)
-    path = Path(path)
+    path = Path(path).expanduser()
+    check_page(path, processor, video, question)
     inputs = processor(video, question)
     device = model.model.text_model.norm.weight.device
     input_ids = inputs.input_ids.to(device)
@@ -83,6 +79,7 @@ def write_page(path, model: VideoLM, processor: Processor, video: Video, questio
     # A "<" only occurs within strings, where \u003c is the same. So no text can end the script.
     numbers = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", numbers)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as half:
         half.write_text(page, encoding="utf-8")
 
