@@ -175,8 +175,9 @@ def by_interest(run: dict) -> list[int]:
 
 def constants(outro: OutRo, L: int) -> dict:
     """OutRo's settings, with the distance of the layers that open rows."""
+    every = max(1, L // 7) if outro.relax_every is None else outro.relax_every
     named = {name: getattr(outro, name) for name in CONSTANTS}
-    return named | {"every": outro.relax_every or max(1, L // 7)}
+    return named | {"every": every, "own_rule": outro.rule is not None}
 
 
 def picture(frame: Image.Image, size: int) -> str:
