@@ -155,15 +155,23 @@ def test_layers_in_which_something_happens_come_first():
     assert by_interest({"sinks": [[]] * 5, "opened": [[]] * 5}) == [0, 4, 2, 1, 3]
 
 
-def test_page_holds_as_many_layers_as_fit(monkeypatch):
+def test_page_holds_as_many_layers_as_fit():
     generator = torch.Generator().manual_seed(0)
     baseline = [torch.randint(0, 256, (3, 7, 7), generator=generator, dtype=torch.uint8) for _ in range(6)]
     outro = [x.flip(0) for x in baseline]
-    whole = packed_weights(baseline, outro, [3, 0, 5, 1, 2, 4])
+    whole = packed_weights(baseline, outro, [3, 0, 5, 1, 2, 4], 10**6)
     assert list(whole) == [0, 1, 2, 3, 4, 5]
-    sizes = {l: sum(map(len, texts.values())) for l, texts in whole.items()}
-    monkeypatch.setattr(page, "MOST_BYTES", sizes[3] + sizes[0] + sizes[5])
-    assert packed_weights(baseline, outro, [3, 0, 5, 1, 2, 4]) == {l: whole[l] for l in (0, 3, 5)}
+    room = sum(len(json.dumps({l: whole[l]})) for l in (0, 3, 5))
+    for bytes_left, layers in ((room, [0, 3, 5]), (room - 1, [0, 3]), (0, [3])):
+        assert packed_weights(baseline, outro, [3, 0, 5, 1, 2, 4], bytes_left) == {l: whole[l] for l in layers}
+
+
+def test_whole_page_stays_below_the_limit(toy, clip, tmp_path, monkeypatch, html):
+    monkeypatch.setattr(page, "MOST_BYTES", 600_000)
+    write_page(tmp_path / "sink.html", *toy, clip, QUESTION, answers={"baseline": "", "outro": ""})
+    few = data_of((tmp_path / "sink.html").read_text(encoding="utf-8"))["weights"]
+    assert (tmp_path / "sink.html").stat().st_size < 600_000 < len(html)
+    assert 2 <= len(few) < 8 and {"2", "3"} <= set(few)             # the row is opened in layer 2, others read it in 3
 
 
 def test_run_writes_the_page(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from minioutro.video import Video
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_TOKENS = 800                   # of a prompt: the browser draws every pair of them as one cell
-MOST_BYTES = 55_000_000             # of all attention weights together, as they lie in the page
+MOST_BYTES = 60_000_000             # of a page; attention weights take nearly all of it
 CONSTANTS = ("abs_threshold", "median_multiple", "relax", "align", "gamma", "temperature",
              "skip_last")           # the fields of OutRo that the page names
 
@@ -66,8 +66,7 @@ def write_page(path, model: VideoLM, processor: Processor, video: Video, questio
             token_ids = model.generate(input_ids, features=features, outro=method)
             answers[name] = processor.decode(token_ids)
     runs = {name: run_of(model, input_ids, features, method) for name, method in methods.items()}
-    weights = packed_weights(runs["baseline"].pop("weights"), runs["outro"].pop("weights"),
-                             by_interest(runs["outro"]))
+    weights = [run.pop("weights") for run in runs.values()]
     text = model.config.text_config
     data = {
         "L": text.num_hidden_layers, "H": text.num_attention_heads,
@@ -75,7 +74,9 @@ def write_page(path, model: VideoLM, processor: Processor, video: Video, questio
         "frames": [picture(frame, processor.size) for frame in video.frames],
         "tokens": [processor.token_text(token_id) for token_id in input_ids[0].tolist()],
         "image": (input_ids[0] == model.config.image_token_id).nonzero().flatten().tolist(),
-        "outro": constants(outro, text.num_hidden_layers), "runs": runs, "weights": weights}
+        "outro": constants(outro, text.num_hidden_layers), "runs": runs}
+    room = MOST_BYTES - len(json.dumps(data)) - TEMPLATE.stat().st_size
+    data["weights"] = packed_weights(*weights, by_interest(runs["outro"]), room)
     # A "<" only occurs within strings, where \u003c is the same. So no text can end the script.
     numbers = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", numbers)
@@ -139,8 +140,9 @@ def packed(values: Tensor) -> str:
     return base64.b64encode(small).decode()
 
 
-def packed_weights(baseline: list[Tensor], outro: list[Tensor], order: list[int]) -> dict:
-    """The weights of both runs by layer, as many layers of this order as fit into MOST_BYTES.
+def packed_weights(baseline: list[Tensor], outro: list[Tensor], order: list[int],
+                   room: int) -> dict:
+    """The weights of both runs by layer, as many layers of this order as fit into so many bytes.
 
     OutRo's are stored as the difference to the baseline's, modulo 256: it is zero in all layers
     before the first sink, and zeros take no room.
@@ -148,8 +150,8 @@ def packed_weights(baseline: list[Tensor], outro: list[Tensor], order: list[int]
     layers, used = {}, 0
     for l in order:
         layers[l] = {"baseline": packed(baseline[l]), "difference": packed(outro[l] - baseline[l])}
-        used += sum(len(text) for text in layers[l].values())
-        if used > MOST_BYTES:
+        used += len(json.dumps({l: layers[l]}))
+        if used > room and len(layers) > 1:
             del layers[l]
             break
     return dict(sorted(layers.items()))
@@ -177,7 +179,7 @@ def constants(outro: OutRo, L: int) -> dict:
     """OutRo's settings, with the distance of the layers that open rows."""
     every = max(1, L // 7) if outro.relax_every is None else outro.relax_every
     named = {name: getattr(outro, name) for name in CONSTANTS}
-    return named | {"every": every, "own_rule": outro.rule is not None}
+    return named | {"every": every, "own_rule": getattr(outro, "rule", None) is not None}
 
 
 def picture(frame: Image.Image, size: int) -> str:

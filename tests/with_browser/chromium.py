@@ -118,7 +118,8 @@ class Chromium:
         """Move the mouse to a place of an element, given as shares of its width and height."""
         box = self.run(f"""(() => {{
             const element = document.querySelector({json.dumps(selector)});
-            element.scrollIntoView({{block: "center"}});
+            const before = element.getBoundingClientRect();
+            scrollBy(0, before.top + {y} * before.height - innerHeight / 2);    // away from what covers the edges
             const box = element.getBoundingClientRect();
             return [box.left, box.top, box.width, box.height];
         }})()""")

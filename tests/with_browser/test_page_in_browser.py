@@ -83,7 +83,7 @@ def test_steps_say_what_the_trace_says(browser, sink_page, traces, layer):
     largest, median = activation_ratio(trace[at + "hidden"])
     most = largest[0].argmax().item()
     figure, text, is_grey = step(browser, 1)
-    assert f"largest |h| is {number(largest[0, most].item())}, at token {most} " in text
+    assert f"largest |h| in this layer's input is {number(largest[0, most].item())}, at token {most} " in text
     assert f"{number(trace[at + 'ratio'][0, most].item())} times the median, {number(median.item())}." in text
     has_sink = trace[at + "is_sink"].any().item()
     assert (figure, is_grey) == (("1 sink", False) if has_sink else ("none", True))
@@ -113,7 +113,9 @@ def test_steps_say_what_the_trace_says(browser, sink_page, traces, layer):
     assert value[0] == f"|v| = {number(length)}" and f"mean length of {number(output)}." in value[1]
     before, after = angles(trace, layer)
     gate = math.tanh(max(0, math.cos(math.radians(before))) / 0.1)
-    assert is_aligned[0] == f"{before:.0f}° → {after:.0f}°" and f"The gate is {gate:.2f} and gamma is 3" in is_aligned[1]
+    assert is_aligned[0] == f"{before:.0f}° → {after:.0f}°" and f"The gate is {gate:.2f} (0 is shut, 1 is open) and gamma is 3" in is_aligned[1]
+    before, after = (torch.rad2deg(trace[at + name][0, HEAD].clamp(-1, 1).acos()) for name in ("cosine", "cosine_aligned"))
+    assert is_aligned[1].endswith(f"In all, {(before - after >= 0.5).sum()} of 276 tokens turn here.")
 
 
 def test_baseline_and_outro_differ_where_they_should(browser, sink_page, traces):
@@ -239,16 +241,17 @@ def test_texts_are_shown_as_texts(browser, toy, clip, tmp_path):
 
 
 def test_page_without_a_sink_and_with_few_layers(browser, toy, clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "MOST_BYTES", 300_000)
+    monkeypatch.setattr(page, "MOST_BYTES", 500_000)
     write_page(tmp_path / "few.html", *toy, clip, QUESTION, OutRo(median_multiple=1e9, align=False),
                answers={"baseline": "", "outro": ""})
     browser.open(tmp_path / "few.html", "#layer=7")
     layers = browser.run("LAYERS")
     assert 1 < len(layers) < 8 and f"layer={layers[-1]}&" in browser.drawn()
     assert browser.text("#layers_text").endswith(f"It holds the layers {', '.join(map(str, layers))}.")
-    assert "A sink needs at least 100, and at least 1,000,000,000 times the median." in step(browser, 1)[1]
-    for key in ("ArrowLeft", "ArrowLeft", "s", "o"):
-        browser.key(key)
+    for key in ["ArrowLeft"] * 8 + ["s"]:
+        address = browser.key(key)
+    assert "layer=0&" in address and "token=275&" in address              # there is no sink that could be chosen
+    assert "A sink has at least 100, and at least 1,000,000,000 times the median." in step(browser, 1)[1]
     assert not browser.problems
 
 
