@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minioutro import OutRo, Processor, Video, VideoLM, load, read_video
 from minioutro.lab import figures
+from minioutro.lab.page import check_page, write_page
 from minioutro.model import causal_mask, open_sink_rows, show_mask
 from minioutro.support.checks import check_prompt
 from minioutro.support.cli import (
@@ -54,6 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     add_outro_options(parser.add_argument_group("OutRo"))
     add = parser.add_argument_group("output").add_argument
     add("--figures", type=not_empty, metavar="DIR", help="write pictures of the run to this folder")
+    add("--page", type=not_empty, metavar="FILE.html",
+        help="write a web page that steps through the prompt, layer by layer")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args()
 
@@ -84,6 +87,8 @@ def main() -> None:
     say = say_nothing if args.json else print
 
     asked = prepare(args)
+    if args.page is not None:
+        check_page(args.page, asked.processor, asked.video, asked.question)
     print_header(asked, say)
     features = encode(asked)
     summary, baseline, changed = answer_both(asked, features, outro, args.max_new_tokens, say)
@@ -93,6 +98,11 @@ def main() -> None:
         write_figures(folder, asked, features, outro, summary)
         say(f"figures   in {escaped(folder)}: frames, masks and sinks (together in run.png), "
             f"attention, cosine and rotation")
+    if args.page is not None:
+        answers = {"baseline": baseline["text"], "outro": changed["text"]}
+        write_page(args.page, asked.model, asked.processor, asked.video, asked.question, outro,
+                   features, answers)
+        say(f"page      {escaped(args.page)}: open it in a browser")
     if args.json:
         video = asked.video
         print_json({

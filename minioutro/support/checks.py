@@ -293,14 +293,17 @@ def check_prompt(model, processor, video, question: str, input_ids: torch.Tensor
     context = text.max_position_embeddings
     if length <= context:
         return
+    raise ValueError(f"the prompt has {length} tokens with {frames} frames, but the model's "
+                     f"context holds {context}; "
+                     f"{advice_on_length(processor, video, question, context)}")
 
+
+def advice_on_length(processor, video, question: str, most: int) -> str:
+    """How many of a video's frames fit into a prompt of at most so many tokens."""
     def length_with(n: int) -> int:
         part = replace(video, frames=video.frames[:n], seconds=video.seconds[:n])
         return len(processor.tokenize(processor.pieces(part, question)))
-    fit = bisect_right(range(1, frames), context, key=length_with)
+    fit = bisect_right(range(1, len(video.frames)), most, key=length_with)
     if fit:
-        advice = f"at most {fit} frames fit, try --frames {fit}"
-    else:
-        advice = "not one frame fits, shorten the question"
-    raise ValueError(f"the prompt has {length} tokens with {frames} frames, but the model's "
-                     f"context holds {context}; {advice}")
+        return f"at most {fit} frames fit, try --frames {fit}"
+    return "not one frame fits, shorten the question"

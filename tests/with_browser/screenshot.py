@@ -1,0 +1,45 @@
+"""Store the picture of the page: `python tests/with_browser/screenshot.py` writes minioutro/pictures/page.png."""
+
+import base64
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+from chromium import Chromium  # noqa: E402
+
+from minioutro import load, read_video  # noqa: E402
+from minioutro.lab.page import write_page  # noqa: E402
+from minioutro.support.cli import written_whole  # noqa: E402
+from minioutro.weights import TOY  # noqa: E402
+
+SIGHT = "#layer=2&head=1&token=275&run=outro"           # where the row is opened
+PICTURE = ROOT / "minioutro" / "pictures" / "page.png"
+
+
+def main() -> None:
+    model, processor = load(TOY)
+    video = read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sink.html"
+        write_page(path, model, processor, video, "What happens in this video?")
+        browser = Chromium(width=1440, height=1270)
+        try:
+            browser.open(path, SIGHT)
+            picture = Image.open(io.BytesIO(base64.b64decode(browser.screenshot())))
+        finally:
+            browser.close()
+    # 256 colours, chosen so that rare ones stay, for example the orange of a sink
+    picture = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    with written_whole(PICTURE) as half:
+        picture.save(half, optimize=True)
+    print(f"{PICTURE}: {picture.width} x {picture.height}, {PICTURE.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
