@@ -161,6 +161,7 @@ def test_a_measure_explains_only_if_it_orders_all_toys(stored, changes, follows)
     assert (toy_page.explanations(toys, "noise") == ["angle turned"]) is follows
     said = toy_page.explanations_in_words(toys)
     assert ("angle turned" in said) is follows and ("does not explain" in said) is not follows
+    assert "Fewer than three" in toy_page.explanations_in_words({"0": toys["0"], "1": toys["1"]})
 
 
 # ---- The command ----
@@ -188,9 +189,9 @@ def test_write_measures_only_what_is_new(tmp_path, monkeypatch, stored):
     monkeypatch.setattr(toy_page, "TOY", bundled)
     for weights in (b"weights", b"weights", b"other weights"):
         (other / "model.safetensors").write_bytes(weights)
-        run_main(monkeypatch, "--write", "--out", out, "--seed", 7, other)
+        run_main(monkeypatch, "--write", "--out", out, "--seed", 12, other)
     assert measured == [("other", False)] * 2
-    assert (bundled / "README.md").read_text().count("\n| 7 | ") == 2         # in both tables over seeds
+    assert (bundled / "README.md").read_text().count("\n| 12 | ") == 2        # in both tables over seeds
     out.write_text("{}")
     with pytest.raises(ValueError, match="figures.json is not a file of this command's figures; remove it"):
         run_main(monkeypatch, "--write", "--out", out)

@@ -381,10 +381,12 @@ def seeds_in_words(toys: dict[str, dict], clips: str) -> str:
 
 
 def is_ordered_by(values: list[float], measure: list[float]) -> bool:
-    """Whether the values rise with a measure, all of them, or fall with it."""
-    pairs = sorted(zip(measure, values))
-    steps = [after[1] - before[1] for before, after in pairwise(pairs)]
-    return all(step > 0 for step in steps) or all(step < 0 for step in steps)
+    """Whether the values rise with a measure, all of them, or fall with it. Equal ones do neither.
+    """
+    slopes = []
+    for (m, value), (next_m, next_value) in pairwise(sorted(zip(measure, values))):
+        slopes.append((next_value - value) * (next_m - m))
+    return all(slope > 0 for slope in slopes) or all(slope < 0 for slope in slopes)
 
 
 def explanations(toys: dict[str, dict], clips: str) -> list[str]:
@@ -399,6 +401,8 @@ def explanations(toys: dict[str, dict], clips: str) -> list[str]:
 
 
 def explanations_in_words(toys: dict[str, dict]) -> str:
+    if len(toys) < 3:
+        return "Fewer than three toys cannot show whether the effect follows one of these measures."
     sentences = []
     any_found = False
     for clips, where in (("ordinary", "on ordinary clips"), ("noise", "with noise")):
