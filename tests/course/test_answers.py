@@ -9,7 +9,7 @@ from minioutro.lab.analysis import attention_mass
 from minioutro.model import Sinks
 
 
-def test_the_rule_and_the_attention_come_apart_both_ways(three_traces):
+def test_rule_and_attention_come_apart(three_traces):
     """Exercise 7, by a mean over the heads above 0.3; what the rule finds is printed by its text. In `without` it
     finds nobody, and attention token 0. In `twice` it finds both copies, and attention the first alone."""
     found = {}
@@ -42,7 +42,7 @@ def test_which_layers_turn_the_tokens_after_the_prompt():
             assert moved[:, token].nonzero().flatten().tolist() == turned
 
 
-def test_a_row_opened_in_the_last_layer_does_not_reach_the_answer(toy, golden):
+def test_last_layer_row_does_not_reach_the_answer(toy, golden):
     """Exercise 9: no effect. Opening a row changes the output of that position alone; the layer's
     keys and values are computed before it, and there is no later layer in which others could read
     it. The logits at the sink itself move, but the answer is read from the last position."""

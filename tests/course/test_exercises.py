@@ -185,7 +185,7 @@ def random_heads(B=2, H=6, G=3, Q=7, K=7, D=10, seed=0):
 
 
 @pytest.mark.exercise_4
-def test_neighbouring_query_heads_share_a_key_value_head(impl):
+def test_repeat_heads_by_hand(impl):
     assert_values(impl.repeat_heads(torch.tensor([[10.0, 20.0, 30.0]]), 6), [[10, 10, 20, 20, 30, 30]],
                   "G = 3 heads for H = 6: heads 0 and 1 read the first, 2 and 3 the second")
 
@@ -215,7 +215,7 @@ def test_a_forbidden_key_gets_no_weight(impl):
 
 
 @pytest.mark.exercise_4
-def test_attention_equals_a_loop_over_its_definition(impl):
+def test_attention_equals_a_loop(impl):
     """Head h of 6 reads key-value head h // 2 of 3, and only what its mask allows."""
     q, k, v = random_heads(Q=4)
     may_attend = causal_mask(4, 7)
@@ -325,7 +325,7 @@ def test_keys_and_values_of_a_cache_can_be_edited(impl):
 
 
 @pytest.mark.exercise_5
-def test_cached_decoding_gives_the_logits_of_one_pass(impl, golden):
+def test_cached_decoding_equals_one_pass(impl, golden):
     """A prompt, one token, two at once, one."""
     g, cache = golden("dev_a"), impl.Cache()
     new = torch.tensor([[5, 9, 7, 6]])
@@ -457,7 +457,7 @@ def test_clear_cases_of_the_three_traces(impl, three_traces):
 
 
 @pytest.mark.exercise_7
-def test_an_item_of_a_batch_looks_as_it_does_alone(impl, three_traces):
+def test_batch_items_look_as_they_do_alone(impl, three_traces):
     for l, ((one, v_one), (two, v_two)) in enumerate(zip(three_traces["toy"], three_traces["without"])):
         both = impl.looks_like_a_sink(torch.cat([one, two]), torch.cat([v_one, v_two]))
         for b, (name, weights, v) in enumerate((("toy", one, v_one), ("without", two, v_two))):
@@ -579,7 +579,7 @@ def test_who_is_not_turned(impl):
 
 
 @pytest.mark.exercise_8
-def test_alignment_of_half_precision_is_computed_in_float32(impl):
+def test_alignment_in_half_precision(impl):
     """In float16 the squares of 1e-4 are zero, and so is the 1e-8 that is added to them."""
     out, v_sink = heads()
     small = impl.align_with_sink(out.half() * 1e-3, v_sink.half() * 1e-3, NEVER, 3.0, 0.1)
@@ -802,7 +802,7 @@ def by_layer(is_sink):
 
 
 @pytest.mark.exercise_10
-def test_prompts_are_read_as_by_the_published_code(impl, golden, monkeypatch):
+def test_prompts_as_in_the_published_code(impl, golden, monkeypatch):
     for case in ("dev_late", "dev_natural"):
         g = golden(case)
         model = with_sinks_of(impl, monkeypatch, g)

@@ -73,7 +73,7 @@ def repeat_heads(x, H):
 """
 
 
-def test_a_module_that_loops_or_crashes_loses_that_exercise_alone(tmp_path, capsys):
+def test_crash_or_loop_costs_its_own_exercise(tmp_path, capsys):
     module, points = tmp_path / "my module (1).py", tmp_path / "points.json"
     module.write_text(MODULE)
     found = grade.grade(module, points, seconds=120, exercises=[EXERCISES[0], EXERCISES[3]])
@@ -85,7 +85,7 @@ def test_a_module_that_loops_or_crashes_loses_that_exercise_alone(tmp_path, caps
     assert grade.run_tests(EXERCISES[2], module, seconds=1).startswith("did not end within 1 seconds")
 
 
-def test_points_are_zero_until_the_grading_has_ended(tmp_path, monkeypatch):
+def test_points_are_zero_until_the_end(tmp_path, monkeypatch):
     points, seen = tmp_path / "points.json", []
 
     def look(exercise, module, seconds):
@@ -96,7 +96,7 @@ def test_points_are_zero_until_the_grading_has_ended(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["points.json"]
 
 
-def test_what_cannot_be_graded_is_told_in_one_line(tmp_path, capsys):
+def test_grading_errors_are_one_line(tmp_path, capsys):
     points = tmp_path / "points.json"
     assert grade.main([str(tmp_path / "mine.py"), "--points", str(points)]) == 2
     assert json.loads(points.read_text())["score"] == 0
@@ -106,7 +106,7 @@ def test_what_cannot_be_graded_is_told_in_one_line(tmp_path, capsys):
     assert len(told) == 2 and "is not a Python file" in told[0] and "give another file" in told[1]
 
 
-def test_the_command_of_the_texts_finds_the_module(tmp_path):
+def test_impl_refuses_what_it_cannot_load(tmp_path):
     """As a student types it, from the project's root, with the name of another module for theirs."""
     for name, told in (("missing.py", "there is no such file"), ("mutants.py", "has the name of another module")):
         if name == "mutants.py":

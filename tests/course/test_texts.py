@@ -34,7 +34,7 @@ def rows_after(text: str, heading: str) -> list[list[str]]:
 # ---- the tutorial ----
 
 
-def test_titles_points_and_minutes_are_those_of_the_table():
+def test_tutorial_has_the_table_of_exercises():
     headings = re.findall(r"^### Exercise (\d+)\. (.+) \((\d+) points\)$", TUTORIAL, re.M)
     assert headings == [(str(e.number), e.title, str(e.points)) for e in EXERCISES]
     *rows, total = [row[:5] for row in rows_after(TUTORIAL, "## Exercises\n")]
@@ -43,7 +43,7 @@ def test_titles_points_and_minutes_are_those_of_the_table():
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.title)
-def test_each_exercise_says_what_is_given_and_how_it_is_checked(exercise):
+def test_exercise_has_all_its_parts(exercise):
     section = section_of(exercise)
     parts = re.findall(r"^- \*\*(\w+)\*\*: ", section, re.M)
     assert parts == ["Given", "Write", "Deliverable", "Check", "Size", "Discuss"]
@@ -126,7 +126,7 @@ def test_each_exercise_has_an_answer_to_its_question():
     assert re.findall(r"^(\d+)\. ", questions, re.M) == [str(e.number) for e in EXERCISES]
 
 
-def test_the_constants_of_another_year_stand_where_the_page_says():
+def test_constants_of_another_year_are_there():
     for _, constant, today, places in rows_after(TEACHER, "## Another year"):
         for path, words in re.findall(r"`([\w./]+)`: `([^`]+)`", places):
             assert words in (ROOT / path).read_text(encoding="utf-8"), (constant, today, words)

@@ -50,7 +50,7 @@ def graded(folder, text, **environment):
     return json.loads((folder / "points.json").read_text()), done.stdout
 
 
-def test_starter_with_the_lines_of_the_model_has_all_points(tmp_path):
+def test_filled_starter_has_all_points(tmp_path):
     report, table = graded(tmp_path, filled_starter())
     assert report["score"] == 70, table
 
