@@ -50,6 +50,6 @@ def test_every_file_that_is_named_exists():
         text = (ROOT / page).read_text(encoding="utf-8")
         names = [ROOT / name for name in re.findall(r"`((?:minioutro|tests)/[\w./]*|run\.py)`", text)]
         names += [(ROOT / page).parent / name for name in re.findall(r"\]\(([\w./]+)(?:#[\w-]*)?\)", text)]
-        assert len(names) > 3
+        assert names or page != "README.md"
         for name in names:
             assert name.exists(), (page, name)

@@ -239,33 +239,3 @@ def parse_json(path: Path, text: str, first_line: int):
     except (ValueError, RecursionError) as error:       # too many digits, or too deep
         line, problem = first_line, str(error)
     raise ValueError(f"{path}: line {line} is not JSON ({problem}); correct it")
-
-
-# ---- 4. Former names, for the commands that still use them --------------------------------------
-
-numbers = number
-
-
-def add_options(parser: argparse.ArgumentParser, of_outro: bool = True) -> None:
-    add_model_options(parser)
-    add_video_options(parser)
-    parser.add_argument("--json", action="store_true",
-                        help="print one JSON object instead of text")
-    if of_outro:
-        parser.add_argument("--max-new-tokens", type=COUNT, default=64, metavar="N",
-                            help="default: %(default)s")
-        add_outro_constants(parser)
-        parser.add_argument("--figures", metavar="DIR", help="write pictures into this folder")
-
-
-@contextmanager
-def one_line_errors(name: str):
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())
-        print(f"{name}: {escaped(line)}", file=sys.stderr)
-        sys.exit(2)
