@@ -15,7 +15,7 @@ CASES = ("dev_a", "dev_c")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_encoder_connector_and_logits_equal_transformers(golden, case):
+def test_logits_equal_transformers(golden, case):
     g, trace = golden(case), {}
     logits = g.model(g.input_ids, g.pixels, trace=trace)
     assert_close(trace["vision.features"], g.tensors["vision.features"])
@@ -27,14 +27,14 @@ def test_encoder_connector_and_logits_equal_transformers(golden, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers_without_images_and_with_features_given(golden, case):
+def test_text_alone_and_given_features(golden, case):
     g = golden(case)
     assert_close(g.model(g.tensors["text_only.input_ids"]), g.tensors["text_only.logits"])
     assert_close(g.model(g.input_ids, features=g.model.encode(g.pixels)), g.tensors["logits"])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_answers_equal_transformers_and_stop_at_eos(golden, case):
+def test_answers_equal_transformers(golden, case):
     g = golden(case)
     token_ids = g.model.generate(g.input_ids, g.pixels, max_new_tokens=12)
     assert token_ids == g.meta["generated_ids"]
@@ -42,7 +42,7 @@ def test_greedy_answers_equal_transformers_and_stop_at_eos(golden, case):
     assert (token_ids[-1] in g.model.eos_token_ids) == (case == "dev_c")
 
 
-def test_the_context_is_never_overrun(golden):
+def test_context_is_not_overrun(golden):
     g, S = golden("dev_a"), golden("dev_a").input_ids.shape[1]
     text = g.model.config.text_config
     object.__setattr__(text, "max_position_embeddings", S + 2)
@@ -55,7 +55,7 @@ def test_the_context_is_never_overrun(golden):
         object.__setattr__(text, "max_position_embeddings", 8192)
 
 
-def test_arguments_that_would_go_wrong_later_are_refused_by_name(golden):
+def test_wrong_arguments(golden):
     g, cache = golden("dev_a"), Cache()
     g.model(g.input_ids, g.pixels, cache=cache)
     one = g.input_ids[:, :1]
@@ -73,7 +73,7 @@ def test_arguments_that_would_go_wrong_later_are_refused_by_name(golden):
     g.model(torch.tensor([[0, 127]]))                                       # the first token and the last
 
 
-def test_an_answer_fills_its_trace_while_the_prompt_is_read(golden):
+def test_trace_of_an_answer(golden):
     g, trace = golden("dev_a"), {}
     answer = g.model.stream(g.input_ids, g.pixels, max_new_tokens=3, trace=trace)
     next(answer)
@@ -83,14 +83,14 @@ def test_an_answer_fills_its_trace_while_the_prompt_is_read(golden):
     assert all(trace[name] is of_prompt[name] for name in trace)
 
 
-def test_an_answer_has_64_tokens_at_most_if_nothing_else_is_said(golden):
+def test_answers_end_after_64_tokens(golden):
     g = golden("dev_a")
     answer = g.model.generate(g.input_ids, g.pixels)
     assert len(answer) == 64 and answer[:12] == g.meta["generated_ids"] and answer[-1] != g.meta["eos_token_id"]
 
 
 @pytest.mark.parametrize("n_good", [0, 2])
-def test_an_answer_of_numbers_that_are_not_finite_is_no_answer(golden, monkeypatch, n_good):
+def test_logits_that_are_not_finite(golden, monkeypatch, n_good):
     g, head, calls = golden("dev_a"), VideoLM.head, []
 
     def failing(model, hidden):
@@ -103,7 +103,7 @@ def test_an_answer_of_numbers_that_are_not_finite_is_no_answer(golden, monkeypat
         next(answer)
 
 
-def test_inputs_that_do_not_fit_each_other_are_refused(golden):
+def test_inputs_that_do_not_fit(golden):
     g = golden("dev_a")
     features = g.model.encode(g.pixels)                             # (1,8,48)
     for wrong in (features[:, :4], features.repeat(2, 1, 1), features[..., :24]):
@@ -129,7 +129,7 @@ def test_show_mask_draws_rows_with_labels():
         show_mask(causal_mask(2, 3), ["one label"])
 
 
-def test_what_does_not_fit_together_is_an_assertion_with_its_shapes():
+def test_assertions_show_shapes():
     flags = torch.zeros(2, 3, dtype=torch.bool)
     for call, shapes in ((lambda: causal_mask(3, 2), "3 queries .* 2 positions"),
                          (lambda: causal_mask(0, 2), "0 queries .* 2 positions"),
@@ -146,7 +146,7 @@ def test_what_does_not_fit_together_is_an_assertion_with_its_shapes():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_two_paths_give_the_same_logits(golden, case):
+def test_explicit_and_fused_attention(golden, case):
     g = golden(case)
     L = len(g.model.model.text_model.layers)
     trace = Trace(weights_of=range(L))
@@ -163,7 +163,7 @@ def test_the_two_paths_give_the_same_logits(golden, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_causal_mask_is_told_by_name_and_gives_what_the_mask_gives(golden, case, monkeypatch):
+def test_causal_by_name(golden, case, monkeypatch):
     """Prompts by name, one new token without a mask, two new tokens with it; masks= are always shown."""
     g, calls, fused = golden(case), [], F.scaled_dot_product_attention
     S, L, cache = g.input_ids.shape[1], len(g.model.model.text_model.layers), Cache()
@@ -185,7 +185,7 @@ def test_a_causal_mask_is_told_by_name_and_gives_what_the_mask_gives(golden, cas
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_fused_kernel_may_lay_out_its_output_as_it_likes(golden, case, monkeypatch):
+def test_layout_of_a_kernels_output(golden, case, monkeypatch):
     """Such as (B,Q,H,D) transposed, which CUDA's memory-efficient kernel returns."""
     g, fused = golden(case), F.scaled_dot_product_attention
 
@@ -199,7 +199,7 @@ def test_a_fused_kernel_may_lay_out_its_output_as_it_likes(golden, case, monkeyp
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_batch_of_two_equals_two_singles(golden, case):
+def test_batch_equals_singles(golden, case):
     g = golden(case)
     other = g.pixels.flip(1) * 0.5
     both = g.model(g.input_ids.repeat(2, 1), torch.cat([g.pixels, other]))
@@ -208,7 +208,7 @@ def test_a_batch_of_two_equals_two_singles(golden, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_with_a_cache_equals_without(golden, case):
+def test_cached_equals_uncached(golden, case):
     g, cache = golden(case), Cache()
     whole = g.model(g.input_ids, g.pixels)
     prompt = g.model(g.input_ids[:, :-3], g.pixels, cache=cache)
@@ -218,7 +218,7 @@ def test_with_a_cache_equals_without(golden, case):
     assert_close(torch.cat([prompt, two, one], dim=1), whole, 1e-5)
 
 
-def test_the_cache_shows_the_rows_that_count_and_lets_them_be_edited(golden):
+def test_keys_and_values_of_a_cache(golden):
     g, cache, whole = golden("dev_c"), Cache(), Cache()
     g.model(g.input_ids[:, :-2], g.pixels, cache=cache)
     g.model(g.input_ids[:, -2:], cache=cache)
@@ -234,7 +234,7 @@ def test_the_cache_shows_the_rows_that_count_and_lets_them_be_edited(golden):
     assert (cache.k[1][:, 2, 5] == 7).all()
 
 
-def test_masks_and_positions_of_ones_own(golden):
+def test_own_masks_and_positions(golden):
     """Rotary positions count by their distance: all shifted is the same, some apart is not. A token that no
     later one may attend to might as well be another."""
     g, S = golden("dev_a"), golden("dev_a").input_ids.shape[1]
@@ -255,7 +255,7 @@ def test_masks_and_positions_of_ones_own(golden):
 
 
 @pytest.mark.parametrize("case, kept", [("dev_a", []), ("dev_a", [1]), ("dev_late", range(16))])
-def test_a_trace_costs_what_its_docstring_says(golden, case, kept):
+def test_memory_of_a_trace(golden, case, kept):
     """Counted in storages: what a layer leaves as it is appears twice, and costs once."""
     g, trace = golden(case), Trace(weights_of=kept)
     outro = OutRo(abs_threshold=0.0, median_multiple=0.0, skip_last=0)      # every layer is touched
@@ -270,22 +270,8 @@ def test_a_trace_costs_what_its_docstring_says(golden, case, kept):
     assert 0.9 * said < sum(storages.values()) < 1.1 * said
 
 
-def test_a_step_of_decoding_copies_no_keys_until_the_buffer_is_full():
-    """5 positions of a prompt, then one at a time: 1 + 256 fit behind them before the next copy."""
-    generator, cache = torch.Generator().manual_seed(2), Cache()
-    k, v = torch.randn(2, 2, 3, 270, 10, generator=generator)       # twice (B,G,K,D)
-    cache.extend(0, k[:, :, :5], v[:, :, :5])
-    cache.length, places = 5, []
-    while cache.length < 270:
-        new = slice(cache.length, cache.length + 1)
-        all_k, all_v = cache.extend(0, k[:, :, new], v[:, :, new])
-        cache.length += 1
-        assert all_k.equal(k[:, :, :cache.length]) and all_v.equal(v[:, :, :cache.length])
-        places.append(all_k.data_ptr())
-    assert len(set(places[:257])) == 1 and places[257] != places[256]
 
-
-def test_the_trace_of_a_batch_has_the_frames_of_the_first_item_first(golden):
+def test_vision_features_of_a_batch(golden):
     g, both, alone = golden("dev_a"), {}, {}
     g.model.encode(torch.cat([g.pixels, 0.5 * g.pixels]), trace=both)
     g.model.encode(0.5 * g.pixels, trace=alone)
@@ -294,26 +280,26 @@ def test_the_trace_of_a_batch_has_the_frames_of_the_first_item_first(golden):
     assert both["vision.features"].shape == (2 * F, *alone["vision.features"].shape[1:])
 
 
-def test_a_prompt_of_one_token_has_a_trace(golden):
+def test_trace_of_one_token(golden):
     g, trace = golden("dev_a"), {}
     logits = g.model(g.input_ids[:, :1], trace=trace)
     assert_close(logits, g.model(g.input_ids)[:, :1], 1e-5)
     assert trace["layers.0.out"].shape[2] == 1 and not trace["layers.0.v_sink"].any()
 
 
-def test_vision_frames_do_not_see_each_other(golden):
+def test_frames_do_not_see_each_other(golden):
     g = golden("dev_a")
     together, alone = g.model.encode(g.pixels), g.model.encode(g.pixels[:, 1:])
     assert torch.allclose(together[:, alone.shape[1]:], alone, atol=1e-6)
 
 
-def test_a_new_model_can_be_trained_and_a_loaded_one_asks_for_no_gradient(golden):
+def test_gradients(golden):
     g = golden("dev_a")
     assert all(parameter.requires_grad for parameter in VideoLM(g.model.config).parameters())
     assert not any(parameter.requires_grad for parameter in g.model.parameters())
 
 
-def test_half_precision_follows_float32(golden):
+def test_half_precision(golden):
     g = golden("dev_c")
     for dtype, tolerance in ((torch.bfloat16, 0.15), (torch.float16, 0.02)):
         half = VideoLM.from_pretrained(g.folder, dtype=dtype)

@@ -29,7 +29,7 @@ CASES = ("dev_late", "dev_natural")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sink_is_a_token_that_half_of_all_values_are_small_against(dtype):
+def test_find_sinks_without_a_median(dtype):
     """The rule without a median: of the item's n values at least half are at most max |h| over 20. Whole
     numbers, so that many are equal and no quotient is rounded across a value; an odd and an even n."""
     generator = torch.Generator().manual_seed(4)
@@ -46,7 +46,7 @@ def test_a_sink_is_a_token_that_half_of_all_values_are_small_against(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_not_turned_stays_bit_for_bit_however_it_lies_in_memory(dtype):
+def test_what_is_not_turned_stays_bit_for_bit(dtype):
     """Item 0 has no sink, token 2 of item 1 was one, token 4 of it is zero; a head may be a strided view."""
     generator = torch.Generator().manual_seed(6)
     v_sink = torch.randn(2, 3, 10, generator=generator).to(dtype)
@@ -75,17 +75,17 @@ def test_defaults_are_these_numbers():
     dict(temperature=0.0), dict(temperature=math.inf), dict(relax_every=0), dict(relax_every=0.5),
     dict(gamma=-1.0), dict(gamma=math.nan), dict(median_multiple=math.nan), dict(median_multiple=math.inf),
     dict(abs_threshold=-1), dict(skip_last=-1), dict(skip_last=2.0), dict(skip_last=None)])
-def test_constants_that_the_formulas_cannot_take(wrong):
+def test_impossible_constants(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         OutRo(**wrong)
 
 
-def test_the_least_constants_that_the_formulas_take():
+def test_least_constants():
     assert OutRo(abs_threshold=0, median_multiple=0, gamma=0, temperature=1e-9, relax_every=1, skip_last=0)
 
 
 @pytest.mark.parametrize("L, found_in, opened_in", [(13, 1, 1), (13, 4, 4), (20, 1, 2), (20, 3, 4), (27, 1, 3)])
-def test_a_row_is_opened_at_the_first_seventh_of_the_depth_with_the_sink(monkeypatch, L, found_in, opened_in):
+def test_rows_open_at_multiples_of_a_seventh(monkeypatch, L, found_in, opened_in):
     """Sevenths in whole layers: every one of 13, every second of 20, every third of 27."""
     text = TextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=L, num_attention_heads=2,
                       num_key_value_heads=1, head_dim=4, vocab_size=10)
@@ -102,7 +102,7 @@ def test_a_row_is_opened_at_the_first_seventh_of_the_depth_with_the_sink(monkeyp
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sinks_rows_and_logits_equal_the_published_code(golden, case):
+def test_prompts_equal_the_published_code(golden, case):
     g, trace = golden(case), {}
     L = g.meta["L"]
     assert_close(g.model(g.input_ids, g.pixels, outro=g.outro(), trace=trace), g.tensors["logits_on"])
@@ -119,7 +119,7 @@ def test_sinks_rows_and_logits_equal_the_published_code(golden, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_answers_are_those_of_the_published_code_or_of_the_same_without_its_slip(golden, decoded, case):
+def test_answers_equal_the_published_code(golden, decoded, case):
     """In a layer where prompt position 0 is a sink the release aligns no generated token: in dev_late these
     are all layers that have a sink, so that OutRo is forgotten behind the prompt; in dev_natural none is."""
     g, trace, cache, forgetting = golden(case), {}, Cache(), []
@@ -182,7 +182,7 @@ def slow_outro(model, input_ids, n_prompt, outro, features):
 
 @pytest.mark.parametrize("switches", [{}, {"relax": False}, {"align": False}])
 @pytest.mark.parametrize("case", CASES)
-def test_cached_decoding_equals_one_slow_pass(golden, case, switches):
+def test_decoding_equals_one_slow_pass(golden, case, switches):
     g, cache, outro = golden(case), Cache(), golden(case).outro(**switches)
     features, S = g.model.encode(g.pixels), g.input_ids.shape[1]
     ids, steps = g.input_ids, [g.model(g.input_ids, features=features, outro=outro, cache=cache)]
@@ -196,7 +196,7 @@ def test_cached_decoding_equals_one_slow_pass(golden, case, switches):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_off_is_the_baseline_bit_for_bit(golden, case):
+def test_off_is_the_baseline(golden, case):
     g = golden(case)
     baseline = g.model(g.input_ids, g.pixels)
     nothing_on, no_sink = g.outro(relax=False, align=False), OutRo(median_multiple=1e9)
@@ -208,7 +208,7 @@ def test_off_is_the_baseline_bit_for_bit(golden, case):
             g.model.generate(g.input_ids, g.pixels, max_new_tokens=8)
 
 
-def test_each_item_of_a_batch_gets_what_it_gets_alone(golden):
+def test_batch_with_sinks_equals_singles(golden):
     """The second item has other frames and a shuffled question, so its sinks are others."""
     g = golden("dev_natural")
     features = torch.cat([g.model.encode(g.pixels), 3 * g.model.encode(g.pixels.flip(1))])
@@ -230,7 +230,7 @@ def test_each_item_of_a_batch_gets_what_it_gets_alone(golden):
         assert both[f"layers.{l}.is_sink"].equal(torch.stack([sinks[0][l], sinks[1][l]]))
 
 
-def test_an_item_without_sinks_keeps_its_baseline_beside_one_with_sinks(golden):
+def test_item_without_sinks_beside_one_with(golden):
     """In dev_late the first token makes the massive activation; without it there is none."""
     g, trace, cache = golden("dev_late"), {}, Cache()
     ids = g.tensors["input_ids"].repeat(2, 1)
@@ -241,7 +241,7 @@ def test_an_item_without_sinks_keeps_its_baseline_beside_one_with_sinks(golden):
     assert on[1].equal(off[1]) and not on[0].equal(off[0])
 
 
-def test_a_row_is_opened_once_and_the_last_two_layers_are_left_alone(golden):
+def test_sink_rows_open_once(golden):
     for case in CASES:
         g, trace = golden(case), Trace(weights_of=range(golden(case).meta["L"]))
         g.model(g.input_ids, g.pixels, outro=g.outro(), trace=trace)
@@ -257,7 +257,7 @@ def test_a_row_is_opened_once_and_the_last_two_layers_are_left_alone(golden):
             assert trace[f"layers.{l}.aligned"].equal(trace[f"layers.{l}.out"])
 
 
-def test_relax_every_and_skip_last_are_obeyed(golden):
+def test_relax_every_and_skip_last(golden):
     g, trace = golden("dev_natural"), {}
     L = g.meta["L"]
     g.model(g.input_ids, g.pixels, outro=replace(g.outro(), relax_every=3, skip_last=5), trace=trace)
@@ -267,7 +267,7 @@ def test_relax_every_and_skip_last_are_obeyed(golden):
     assert not any(trace[f"layers.{l}.is_sink"].any() for l in range(L - 5, L))
 
 
-def test_the_trace_shows_what_was_found_opened_and_aligned(golden):
+def test_trace_of_outro(golden):
     g, trace = golden("dev_natural"), {}
     g.model(g.input_ids, g.pixels, outro=g.outro(), trace=trace)
     ever_sink = torch.zeros_like(g.input_ids, dtype=torch.bool)
@@ -285,7 +285,7 @@ def test_the_trace_shows_what_was_found_opened_and_aligned(golden):
         assert turned.any() == is_sink.any()
 
 
-def test_without_outro_the_trace_says_that_nothing_was_searched(golden):
+def test_trace_without_outro(golden):
     g, trace = golden("dev_late"), {}
     g.model(g.input_ids, g.pixels, trace=trace)
     assert trace["layers.4.ratio"].max() > 1000                     # there would be one to be found
@@ -293,7 +293,7 @@ def test_without_outro_the_trace_says_that_nothing_was_searched(golden):
         assert not any(trace[f"layers.{l}.{name}"].any() for name in ("is_sink", "relaxed", "v_sink"))
 
 
-def test_the_future_reaches_the_past_only_through_sinks(golden):
+def test_future_reaches_the_past_through_sinks(golden):
     """Change the last token. Baseline: no earlier logits move. OutRo: those before it do, since later
     layers read the opened sink (relax), or, with all rows closed, are turned towards the value of a later
     sink, the last token itself here (align)."""
@@ -311,7 +311,7 @@ def test_the_future_reaches_the_past_only_through_sinks(golden):
     assert trace["layers.0.is_sink"][0, -1] and moved(align) > 1e-3
 
 
-def test_a_first_token_sink_knows_nothing_of_the_prompt_until_its_row_is_opened(golden):
+def test_first_token_knows_nothing_until_opened(golden):
     g = golden("dev_late")
     last = g.meta["L"] - 3
     features = g.model.encode(g.pixels)
@@ -326,7 +326,7 @@ def test_a_first_token_sink_knows_nothing_of_the_prompt_until_its_row_is_opened(
     assert not states[True, "one"].equal(states[True, "other"])
 
 
-def test_outro_needs_no_attention_weights_and_no_second_pass(golden, monkeypatch):
+def test_no_second_pass_and_no_weights(golden, monkeypatch):
     g, calls = golden("dev_late"), []
 
     def forbidden(*_):
@@ -341,7 +341,7 @@ def test_outro_needs_no_attention_weights_and_no_second_pass(golden, monkeypatch
         g.model(g.input_ids, g.pixels, trace=Trace(weights_of=[0]))
 
 
-def test_the_cache_keeps_outro_for_the_calls_behind_the_prompt(golden):
+def test_cache_keeps_outro(golden):
     """No outro and an equal one are the same there, another is refused, and None at a new prompt is none."""
     g, steps = golden("dev_late"), []
     for later in (None, g.outro()):
@@ -361,17 +361,6 @@ def test_the_cache_keeps_outro_for_the_calls_behind_the_prompt(golden):
     unused = Cache(sinks=module.Sinks(g.outro(), g.meta["L"], nobody))
     assert g.model(g.input_ids, g.pixels, cache=unused).equal(baseline) and unused.sinks is None
 
-
-def test_what_the_cache_remembers_of_the_prompt(golden):
-    g, cache, trace = golden("dev_natural"), Cache(), {}
-    g.model(g.input_ids, g.pixels, outro=g.outro(), cache=cache, trace=trace)
-    before = cache.sinks.ever_sink.clone(), cache.sinks.opened.clone()
-    g.model(g.input_ids[:, :3], cache=cache)
-    for remembered, was, name in zip((cache.sinks.ever_sink, cache.sinks.opened), before,
-                                     ("is_sink", "relaxed"), strict=True):
-        assert remembered.equal(torch.stack([trace[f"layers.{l}.{name}"] for l in range(15)]).any(0))
-        assert remembered.equal(was) and was.any()
-    assert len(cache.sinks.v_sink) == g.meta["L"] - 2
 
 
 # ---- another detector, and a prompt that was interrupted ----
@@ -399,7 +388,7 @@ def test_a_rule_with_another_shape_is_refused(golden):
 
 
 @pytest.mark.parametrize("layer", [0, 3, 7])
-def test_an_interrupted_prompt_leaves_an_empty_cache(golden, monkeypatch, layer):
+def test_interrupted_prompt(golden, monkeypatch, layer):
     """Then a batch of two other prompts is read, and gives what it gives alone."""
     g, cache = golden("dev_late"), Cache()
     mlp = g.model.model.text_model.layers[layer].mlp
