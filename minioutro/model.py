@@ -7,7 +7,7 @@ needs no training, no second pass and no attention weights. Its six steps:
 
   1. find the sinks      tokens with one huge coordinate                         find_sinks
   2. build the mask      each token may attend to itself and to all before it    causal_mask
-  3. open the sink rows  in some layers a new sink may attend to the whole prompt  open_sink_rows
+  3. open the sink rows  each sink may attend to the whole prompt, in one layer  open_sink_rows
   4. attend              softmax(q k^T / sqrt(D)) v                              attention
   5. sink value          the mean value vector of the layer's sinks              sink_value
   6. align               turn every other token's output towards it              align_with_sink
@@ -76,15 +76,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minioutro.weights import (
-    MODEL_FILES,
-    fill,
-    find_folder,
-    load_tensors,
-    read_eos,
-    read_headers,
-    read_sections,
-)
+from minioutro.weights import (MODEL_FILES, fill, find_folder, load_tensors, read_eos, read_headers,
+                               read_sections)
 
 # ---- 1. Configuration: the fields of config.json that change the mathematics, with its names ----
 # A field that is absent from the file takes the default that transformers gives it.
@@ -549,10 +542,7 @@ class Sinks:
 
 @dataclass
 class Cache:
-    """Keys and values of all tokens so far. The first call, at length 0, brings the whole prompt.
-
-    If that call is interrupted, `length` is still 0, and the next one begins anew.
-    """
+    """Keys and values of all tokens so far. The first call, at length 0, brings the whole prompt."""
     k: list[Tensor] = field(default_factory=list)   # of each layer, float[B,G,.,D], K or longer
     v: list[Tensor] = field(default_factory=list)
     length: int = 0                                 # K, tokens that went through all layers
@@ -596,10 +586,6 @@ class Trace(dict):
     def __init__(self, weights_of=()):
         super().__init__()
         self.weights_of = weights_of                # layers, 0-based
-
-
-def wants_weights(trace: dict | None, l: int) -> bool:
-    return isinstance(trace, Trace) and l in trace.weights_of
 
 
 def record(trace: dict, l: int, **tensors: Tensor) -> None:
@@ -649,7 +635,7 @@ class Attention(nn.Module):
         v = split_heads(self.v_proj(x), self.n_kv_heads)                      # (B,S,C) -> (B,G,S,D)
         k, v = cache.extend(l, k, v)                                            # -> (B,G,K,D)
 
-        if wants_weights(trace, l):                                             # step 4: attend
+        if isinstance(trace, Trace) and l in trace.weights_of:                  # step 4: attend
             out, weights = attention(q, k, v, may_attend)
             record(trace, l, weights=weights, may_attend=may_attend)
         else:
@@ -765,7 +751,7 @@ class VideoLM(nn.Module):
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, features: Tensor | None,
               trace: dict | None) -> Tensor:
-        """The input of the first layer, of text and of what the frames show: float[B,S,C]."""
+        """The input of the first layer: float[B,S,C], image tokens merged in."""
         if pixel_values is not None and features is not None:
             raise ValueError("give pixel_values or features, not both")
         hidden = self.model.text_model.embed_tokens(input_ids)
