@@ -7,11 +7,16 @@
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
+
+if __name__ == "__main__":
+    # `python -I` and runpy do not add the script's folder, in which the package lies
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from torch import Tensor

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -54,3 +55,10 @@ def assert_close(ours, golden, tolerance=1e-4):
     assert ours.numel() == golden.numel(), (ours.shape, golden.shape)
     difference = (ours.reshape(golden.shape) - golden).abs() / golden.std()
     assert difference.max() <= tolerance, f"max {difference.max():.1e}, mean {difference.mean():.1e}"
+
+
+def writable_copy(source: Path, to: Path) -> Path:
+    """A copy that a test may change, also where the project itself is read-only."""
+    shutil.copytree(source, to, copy_function=shutil.copyfile)
+    to.chmod(0o755)
+    return to

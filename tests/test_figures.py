@@ -1,11 +1,14 @@
 """The pictures: what is dark where, and that nothing leaves the paper, however long the prompt."""
 
+import runpy
+from types import SimpleNamespace
+
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from minioutro import OutRo, Video
-from minioutro.lab.compare import draw_differences
+from minioutro.lab import figures
 from minioutro.lab.figures import (
     BLUE,
     INK,
@@ -22,6 +25,7 @@ from minioutro.lab.figures import (
     draw_masks,
     draw_ratios,
     draw_rotation,
+    font,
     heat,
     shorten,
     sketch_positions,
@@ -35,7 +39,7 @@ def places(picture, colour):
     return (x == torch.tensor(colour)).all(-1).nonzero()
 
 
-def test_a_heat_map_never_loses_a_single_peak():
+def test_heat_keeps_a_single_peak():
     """One of 5,000 columns is dark; of 100 pixels the one over it is."""
     shade = torch.zeros(1, 5000)
     shade[0, 1234] = 1.0
@@ -44,19 +48,40 @@ def test_a_heat_map_never_loses_a_single_peak():
         [*PALE, *(round((a + b) / 2) for a, b in zip(PALE, INK)), *INK])
 
 
-def test_token_texts_are_cut_and_escaped():
+def test_shorten_cuts_and_escapes():
     assert shorten(" from\n", 200) == r"' from\n'" and shorten("日", 200) == r"'\u65e5'"
     long = shorten("W" * 300, 100)
-    assert long.endswith("W...") and 80 < SMALL.getlength(long) <= 100
+    assert long.endswith("W...") and 80 < font(SMALL).getlength(long) <= 100
+    assert shorten("W", 5) == "..."
 
 
-def test_sketched_positions_are_spread_and_hold_the_sinks():
+def test_shorten_measures_few_letters(monkeypatch):
+    """Of a text of 4,000 letters, the whole once, then no more than fit."""
+    measured = []
+    monkeypatch.setattr(figures, "font", lambda size: SimpleNamespace(
+        getlength=lambda text: measured.append(len(text)) or 7 * len(text)))
+    assert shorten("a" * 4000, 70) == "'aaaaaa..."
+    assert sum(measured) < 4002 + 100
+
+
+def test_import_without_freetype(monkeypatch):
+    """Text reports import figures and need no font. A Pillow without FreeType fails when something is drawn."""
+    def load_default(size=None):
+        raise ImportError("The _imagingft C module is not installed")
+    monkeypatch.setattr(ImageFont, "load_default", load_default)
+    anew = runpy.run_path(figures.__file__)
+    assert anew["sketch_positions"](torch.ones(1).bool()) == [0]
+    with pytest.raises(ValueError, match="without FreeType"):
+        anew["canvas"](9, "caption")
+
+
+def test_sketch_positions():
     is_sink = torch.zeros(100, dtype=torch.bool)
     is_sink[[7, 50, 51, 52]] = True
     assert sketch_positions(is_sink, n=4) == [0, 7, 33, 50, 51, 66, 99]
 
 
-def test_the_opened_row_alone_is_red():
+def test_masks_opened_row_is_red():
     """Ten tokens, sink at 4: a red row of ten cells in the right half, and its red label."""
     opened = torch.arange(10) == 4
     picture = draw_masks(opened, 2, [str(n) for n in range(10)])
@@ -68,7 +93,7 @@ def test_the_opened_row_alone_is_red():
     assert len(places(nothing, MARK)) == 0
 
 
-def test_ratios_are_shown_at_their_layer_and_position():
+def test_ratios_at_layer_and_position():
     ratios = torch.ones(4, 100)
     ratios[2, 50], ratios[3, 99] = 5000.0, 40.0
     red = places(draw_ratios(ratios, ratios > 1000, 1000.0), MARK)
@@ -76,7 +101,7 @@ def test_ratios_are_shown_at_their_layer_and_position():
     assert 14 + 2 * 20 < y < 14 + 3 * 20 and x == pytest.approx(66 + 50.5 * 8, abs=4)
 
 
-def test_attention_is_dark_where_the_weight_is():
+def test_attention_is_dark_at_its_weight():
     """Head 1 of 2 attends to token 3 alone; the mean over heads gives it half."""
     S = 10
     weights = torch.stack([torch.eye(S), torch.eye(S)[3].expand(S, S)])
@@ -89,7 +114,7 @@ def test_attention_is_dark_where_the_weight_is():
     assert len(places(picture, BLUE)) and len(places(picture, MARK))
 
 
-def test_attention_on_frames_is_red_on_the_right_part_of_the_right_frame():
+def test_attention_on_frames_is_red_on_its_part():
     """Two frames of four tokens: positions 1-4 and 5-8; the last token looks at position 7."""
     weights = torch.zeros(1, 10, 10)
     weights[0, -1, 7] = 0.5
@@ -105,7 +130,7 @@ def test_attention_on_frames_is_red_on_the_right_part_of_the_right_frame():
     assert draw_attention_on_frames(video, weights, is_image, opened, 0, 0).height > picture.height
 
 
-def test_a_chart_puts_a_dot_where_it_belongs():
+def test_chart_places_a_dot():
     image = Image.new("RGB", (300, 300), PAPER)
     chart(image, (50, 50, 250, 250), {0: "", 10: ""}, {-1: "", 1: ""}, ("", ""),
           [("line", [(0, 0), (10, 0)], PALE), ("dots", [(2.5, 0.5)], MARK)])
@@ -114,7 +139,7 @@ def test_a_chart_puts_a_dot_where_it_belongs():
     assert places(image, PALE)[:, 0].float().mean().item() == pytest.approx(150, abs=1)
 
 
-def test_cosines_average_the_tokens_that_count():
+def test_cosines_average_what_counts():
     """Half of the tokens have cosine 1 and are not counted, the others -1: the dot is at the bottom."""
     cosines = torch.ones(2, 3, 4)
     cosines[1, :, :2] = -1.0
@@ -125,7 +150,7 @@ def test_cosines_average_the_tokens_that_count():
     assert not len(places(draw_cosines(cosines, cosines, counts & False), MARK))
 
 
-def test_the_rotation_draws_the_formula_and_what_was_seen():
+def test_rotation_draws_formula_and_outputs():
     """With gamma 0 the red curve is the diagonal; with 3 it lies below, where 80 degrees become 56."""
     before = torch.tensor([[0.5]])
     def height(gamma):                                              # of the curve at 80 degrees
@@ -137,25 +162,8 @@ def test_the_rotation_draws_the_formula_and_what_was_seen():
     assert len(places(draw_rotation(before, before, 3, OutRo()), BLUE)) > 5
 
 
-def evaluated(variants):
-    """What evaluate.summarise finds, as far as it is drawn."""
-    rows = {name: {"difference": d, "interval": [low, high]} for name, (d, low, high) in variants.items()}
-    return {"questions": 9, "videos": 3, "seed": 0, "variants": {"baseline": {}, **rows}, "tasks": {}}
-
-
-def test_differences_are_dots_in_their_intervals_from_top_to_bottom():
-    """From -20 to 20 points in 540 pixels: +10 is at 405 of them with its interval from 270, -20 at 0."""
-    picture = draw_differences(evaluated({"relax": (0.1, 0.0, 0.2), "align": (-0.2, -0.2, -0.1)}))
-    (y0, x0), (y1, x1) = (places(picture, MARK)[k].tolist() for k in (0, -1))
-    assert x0 == pytest.approx(300 + 405, abs=4) and x1 == pytest.approx(300, abs=4) and y0 < y1 - 15
-    blue = places(picture, BLUE)
-    upper, lower = (blue[(blue[:, 0] > y) == below][:, 1] for y, below in ((y0 + 12, False), (y0 + 12, True)))
-    assert upper.min() > 300 + 265 and upper.max() > 300 + 530
-    assert lower.min() < 300 + 10 and lower.max() < 300 + 140
-
-
 @pytest.mark.parametrize("n_frames, L, H, M", [(1, 1, 1, 1), (64, 32, 2, 64)])
-def test_nothing_touches_the_edge_of_the_paper(n_frames, L, H, M):
+def test_nothing_touches_the_edge(n_frames, L, H, M):
     """Also not for a prompt as long as the largest, many layers, and tokens of endless text."""
     S = n_frames * (M + 13) + 40 if n_frames > 1 else 5
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +178,6 @@ def test_nothing_touches_the_edge_of_the_paper(n_frames, L, H, M):
                     draw_attention(weights, is_image, is_sink, 31, 0),
                     draw_attention_on_frames(video, weights, is_image, is_sink, 31, 0),
                     draw_cosines(cosines, cosines + 1, ~is_sink.expand(L, S)),
-                    draw_differences(evaluated({"W" * 99: (1.0, -1.0, 1.0), "a": (0, 0, 0)})),
                     draw_rotation(cosines[0], cosines[0] + 1, 31, OutRo(gamma=123.4))):
         edge = Image.new("RGB", picture.size, PAPER)
         edge.paste(picture.crop((6, 6, WIDTH - 6, picture.height - 6)), (6, 6))

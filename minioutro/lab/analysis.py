@@ -1,8 +1,9 @@
 """The paper's questions about the attention sink, each a short function over a trace or a model.
 
-Nothing is hooked: a weight is replaced in a copy, a key is edited in the open cache, a mask is
-handed to the layers. Traces are the plain model's unless a docstring says otherwise; shapes are
-named as in model.py. What all this finds on the toy is printed by the blocks of tutorial.md.
+There are no hooks here. A weight is replaced in a copy of the model, a key is edited in the open
+cache, a mask is handed to the layers. Traces are those of the plain model unless a docstring says
+otherwise. Shapes are named as in model.py. The blocks of tutorial.md print what these functions
+find on the toy, and sink_report.py puts them together into four tables about any checkpoint.
 """
 
 import copy
@@ -19,81 +20,123 @@ from minioutro.model import causal_mask, find_sinks, repeat_heads
 from minioutro.prompt import END
 from minioutro.video import sample_indices
 
-QUESTION = "What happens in this video?"            # it asks for all that a clip shows
-FIRST_SEED = UNSEEN + 10_000                        # so that evaluate.py's clips are others
-UNSCORED = 16               # tokens at the head of a text, which are guessed from next to nothing
-MARK = OutRo(relax=False, align=False)              # marks the sinks and changes nothing
+QUESTION = "What happens in this video?"            # its answer describes everything in a clip
+FIRST_SEED = UNSEEN + 10_000                        # evaluate.py asks about clips of other seeds
+
+
+# ---- Prompts with their right answers, and the loss of the answers ------------------------------
 
 
 @dataclass
 class Examples:
-    """Prompts of equal length, and what comes behind them."""
+    """Prompts of equal length, and the tokens that follow them."""
     input_ids: Tensor           # int64[B,S], the prompts
     features: Tensor | None     # float[B,F*M,C], what model.encode makes of the frames, if any
-    answer_ids: Tensor          # int64[B,A], filled up to be equally long
-    is_scored: Tensor           # bool[B,n], which of the last n tokens of both_ids losses are of
+    answer_ids: Tensor          # int64[B,A], padded to equal length
+    is_scored: Tensor           # bool[B,n], which of the last n tokens of both_ids have a loss
     clips: tuple[Clip, ...] = ()
 
     @property
     def both_ids(self) -> Tensor:
+        """Prompt and answer: int64[B,S+A]."""
         return torch.cat([self.input_ids, self.answer_ids], dim=1)
+
+
+def video_of(clip: Clip) -> Video:
+    """What `read_video` would read of a clip, without the losses of video compression."""
+    total_frames = FPS * DURATION
+    indices = sample_indices(total_frames, FPS, DURATION)
+    frames = [clip.frame(i) for i in indices]
+    seconds = [i / FPS for i in indices]
+    return Video(frames, seconds, DURATION, total_frames)
 
 
 def examples(model: VideoLM, processor: Processor, n: int, most: int = 3,
              noise: int | None = None) -> Examples:
-    """n clips that the toy has never seen, of 1 to `most` shapes, all asked QUESTION, with their
-    right answers. noise: see `Clip`."""
-    clips = [Clip(FIRST_SEED + i, 1 + i % most, noise) for i in range(n)]
-    indices = sample_indices(FPS * DURATION, FPS, DURATION)
-    inputs, answers = [], []
-    for clip in clips:
-        video = Video([clip.frame(i) for i in indices], [i / FPS for i in indices], DURATION,
-                      FPS * DURATION)
-        inputs.append(processor(video, QUESTION))
-        answers.append(torch.tensor(processor.tokenize([f" {clip.description()}", END])))
-    answer_ids = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)
-    return Examples(torch.cat([i.input_ids for i in inputs]),
-                    model.encode(torch.cat([i.pixel_values for i in inputs])),
-                    answer_ids.clamp(min=0), answer_ids >= 0, tuple(clips))
+    """n clips that the toy has never seen, all asked QUESTION, with their right answers.
 
-
-def logits_of(model: VideoLM, asked: Examples, outro: OutRo | None = None, masks=None,
-              zero_keys=None, cache: Cache | None = None) -> Tensor:
-    """The logits before each token that is scored, float32[B,n,V].
-
-    The prompt is read by itself, since OutRo works on a prompt. masks: of each layer a bool[S,S] or
-    bool[B,S,S], for prompt and answer in one call. zero_keys, "Zero-K": (layers, position, n); the
-    prompt is read up to this token, the n largest coordinates of its keys are set to zero in these
-    layers, and all later tokens meet the edited keys. cache: an empty one, to look into afterwards.
+    The clips have 1, 2, ... `most` shapes in turn. They are the same in every call. noise: as in
+    `Clip`.
     """
-    ids, n_scored = asked.both_ids, asked.is_scored.shape[1]
-    if masks:
-        hidden = model.hidden_states(ids, features=asked.features, masks=masks)
+    clips = [Clip(FIRST_SEED + i, 1 + i % most, noise) for i in range(n)]
+    inputs = [processor(video_of(clip), QUESTION) for clip in clips]
+    pixel_values = torch.cat([each.pixel_values for each in inputs])
+    answers = [torch.tensor(processor.tokenize([f" {clip.description()}", END])) for clip in clips]
+    answer_ids = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)
+    return Examples(input_ids=torch.cat([each.input_ids for each in inputs]),
+                    features=model.encode(pixel_values),
+                    answer_ids=answer_ids.clamp(min=0),
+                    is_scored=answer_ids >= 0,
+                    clips=tuple(clips))
+
+
+def logits_of(model: VideoLM, asked: Examples, outro: OutRo | None = None,
+              masks: list[Tensor] | None = None,
+              zero_keys: tuple[range, int, int] | None = None,
+              cache: Cache | None = None) -> Tensor:
+    """The logits before each scored token, float32[B,n,V]. At most one thing is changed:
+
+    outro: the constants of OutRo, which works while the prompt is read.
+    masks: of each layer a bool[S,S] or bool[B,S,S] over prompt and answer, instead of the causal
+    one. zero_keys: (layers, position, n), see `zero_largest`. Everything up to this position is
+    read with its keys as they are, and all later tokens with the edited keys.
+    cache: an empty one, which you can look into afterwards. Not with masks.
+    Raises: ValueError if two changes are asked for at once.
+    """
+    if sum(change is not None for change in (outro, masks, zero_keys)) > 1:
+        raise ValueError("outro, masks and zero_keys are one change each; give one of them")
+    if masks is not None:
+        if cache is not None:
+            raise ValueError("masks cover prompt and answer in one call; leave cache out")
+        hidden = model.hidden_states(asked.both_ids, features=asked.features, masks=masks)
     else:
-        cache = cache or Cache()
-        layers, position, n = zero_keys or ((), asked.input_ids.shape[1] - 1, 0)
-        one, two = ids.tensor_split([position + 1], dim=1)
-        images = (one[0] == model.config.image_token_id).sum().item()
-        of_one, of_two = (None, None) if asked.features is None else \
-            asked.features.tensor_split([images], dim=1)
-        hidden = model.hidden_states(one, features=of_one, outro=outro, cache=cache)
-        for l in layers:
-            key = cache.keys(l)[:, :, position]                                 # (B,G,D), a view
-            key.scatter_(-1, key.abs().topk(min(n, key.shape[-1])).indices, 0)
-        rest = model.hidden_states(two, features=of_two, cache=cache)
-        hidden = torch.cat([hidden, rest], dim=1)
+        cache = Cache() if cache is None else cache
+        hidden = read_in_two_calls(model, asked, outro, zero_keys, cache)
+    n_scored = asked.is_scored.shape[1]
     return model.head(hidden[:, -n_scored - 1:-1]).float()
 
 
+def read_in_two_calls(model: VideoLM, asked: Examples, outro: OutRo | None,
+                      zero_keys: tuple[range, int, int] | None, cache: Cache) -> Tensor:
+    """Hidden states of prompt and answer, float[B,S+A,C], through a cache.
+
+    OutRo takes the first call for the whole prompt, so that the answer needs a second one. With
+    zero_keys the first call ends at the token whose keys are edited.
+    """
+    last = asked.input_ids.shape[1] - 1
+    if zero_keys is not None:
+        layers, last, n = zero_keys
+    before, after = asked.both_ids.tensor_split([last + 1], dim=1)
+    features_before, features_after = None, None
+    if asked.features is not None:
+        n_images = (before[0] == model.config.image_token_id).sum().item()
+        features_before, features_after = asked.features.tensor_split([n_images], dim=1)
+
+    hidden = model.hidden_states(before, features=features_before, outro=outro, cache=cache)
+    if zero_keys is not None:
+        zero_largest(cache, layers, last, n)
+    rest = model.hidden_states(after, features=features_after, cache=cache)
+    return torch.cat([hidden, rest], dim=1)
+
+
+def zero_largest(cache: Cache, layers: range, position: int, n: int) -> None:
+    """Set the n largest coordinates of a token's keys to zero, in these layers ("Zero-K")."""
+    for l in layers:
+        key = cache.keys(l)[:, :, position]                     # (B,G,D), a view of the cache
+        largest = key.abs().topk(min(n, key.shape[-1])).indices
+        key.scatter_(-1, largest, 0)
+
+
 def token_losses(logits: Tensor, asked: Examples) -> Tensor:
-    """-log p of each token that is scored, in nats: float[B,n], 0 where filled up."""
-    log_p = logits.log_softmax(-1)                                              # (B,n,V)
-    targets = asked.both_ids[:, -asked.is_scored.shape[1]:, None]               # (B,n,1)
-    return -log_p.gather(-1, targets)[:, :, 0] * asked.is_scored
+    """-log p of each scored token, in nats: float[B,n], 0 for padding."""
+    n_scored = asked.is_scored.shape[1]
+    targets = asked.both_ids[:, -n_scored:, None]                               # (B,n,1)
+    log_p = logits.log_softmax(-1).gather(-1, targets)[:, :, 0]                 # (B,n)
+    return -log_p * asked.is_scored
 
 
 def loss_of(model: VideoLM, asked: Examples, outro: OutRo | None = None, **how) -> Tensor:
-    """The loss of what is scored, nats a token: float[B]. how: what `logits_of` takes."""
+    """The mean loss of the scored tokens, in nats a token: float[B]. how: as in `logits_of`."""
     losses = token_losses(logits_of(model, asked, outro, **how), asked)
     return losses.sum(1) / asked.is_scored.sum(1)
 
@@ -104,64 +147,96 @@ def loss_of(model: VideoLM, asked: Examples, outro: OutRo | None = None, **how) 
 def attention_mass(weights: Tensor) -> Tensor:
     """How much attention each key draws, on average over the queries that may see it.
 
-    weights: float[B,H,S,S], causal. Returns: float[B,H,S]. Source: arXiv 2410.10781, alpha_k.
+    weights: float[B,H,S,S], causal. Returns: float[B,H,S].
+    Source: Gu et al., *When Attention Sink Emerges in Language Models* (2410.10781), alpha_k.
     """
     S = weights.shape[-1]
-    return weights.sum(-2) / torch.arange(S, 0, -1, device=weights.device)
+    n_queries = torch.arange(S, 0, -1, device=weights.device)       # S see key 0, one sees the last
+    return weights.sum(-2) / n_queries
 
 
 def sink_share(mass: Tensor, threshold: float = 0.3) -> Tensor:
-    """Sink_k of arXiv 2410.10781: the share of heads whose attention_mass, float[B,H,S], is above
-    0.3: float[B,S]."""
+    """The share of heads from which a token draws an attention mass above the threshold.
+
+    mass: float[B,H,S] of `attention_mass`. Returns: float[B,S].
+    Source: Sink_k of Gu et al. (2410.10781), with its threshold.
+    """
     return (mass > threshold).float().mean(1)
 
 
 def sink_dimensions(hidden: Tensor, n: int = 2) -> Tensor:
-    """The n coordinates of (B,S,C) that are largest in the token with the largest |h|: int64[n].
-    Source: ours; arXiv 2503.03321 reads a few off the first token, once for each model."""
+    """The n largest coordinates of the most massive token: float[B,S,C] -> int64[n].
+
+    Source: ours. Kang et al., *See What You Are Told: Visual Attention Sink in Large Multimodal
+    Models* (2503.03321), read a few coordinates off the first token, once for each model.
+    """
     magnitude = hidden.abs().flatten(0, 1)                                      # (B*S,C)
-    return magnitude[magnitude.amax(-1).argmax()].topk(n).indices
+    most_massive = magnitude.amax(-1).argmax()
+    return magnitude[most_massive].topk(n).indices
 
 
 def phi(hidden: Tensor, dimensions: Tensor) -> Tensor:
-    """max |x[d]| over the sink dimensions by the root mean square of x: (B,S,C) -> float[B,S].
+    """A score, which `detectors` compares with a threshold: how much of a token lies in the sink
+    dimensions.
 
-    One square is at most the sum of all C, so phi is at most sqrt(C): a threshold of 20 cannot be
-    reached in a model less than 400 wide. Source: arXiv 2503.03321 (a sink has phi > 20).
+    It is max |x[d]| over these dimensions d, divided by the root mean square of x.
+    hidden: float[B,S,C]; dimensions: int64[n]. Returns: float[B,S], at most sqrt(C), which a vector
+    reaches whose whole length lies in one coordinate. A score of 20 needs a model 400 wide.
+    Source: Kang et al. (2503.03321), where a token with phi > 20 is a sink.
     """
-    return hidden[:, :, dimensions].abs().amax(-1) / (hidden.pow(2).mean(-1) + 1e-6).sqrt()
+    largest = hidden[:, :, dimensions].abs().amax(-1)
+    root_mean_square = (hidden.pow(2).mean(-1) + 1e-6).sqrt()
+    return largest / root_mean_square
 
 
 def detectors(hidden: Tensor, mass: Tensor, dimensions: Tensor) -> dict[str, Tensor]:
-    """The sinks of a layer by each definition, bool[B,S], from its input and `attention_mass`.
+    """The sinks of a layer by the three definitions, the third with two thresholds: bool[B,S] each.
 
-    Ours: half of the heads must agree on the attention; and beside the fixed 20, made for a model
-    of width 4,096 where phi is at most 64, its share of what phi can reach, 20/64 of sqrt(C).
+    hidden: float[B,S,C], the layer's input; mass: float[B,H,S] of `attention_mass`.
+    Source: the rule of OutRo; ours that half of the heads must agree on the attention; Kang et al.
+    (2503.03321) for "phi > 20", made for a model of width 4,096, where phi is at most 64. Ours is
+    "dimensions", the same share of what phi can reach: 20/64 of sqrt(C).
     """
-    score, rule = phi(hidden, dimensions), OutRo()
+    rule = OutRo()
+    score = phi(hidden, dimensions)
+    scaled_threshold = 20 / 64 * math.sqrt(hidden.shape[-1])
     return {"activation": find_sinks(hidden, rule.abs_threshold, rule.median_multiple),
             "attention": sink_share(mass) >= 0.5,
-            "dimensions": score > 20 / 64 * math.sqrt(hidden.shape[-1]), "phi > 20": score > 20}
+            "dimensions": score > scaled_threshold,
+            "phi > 20": score > 20}
 
 
 def overlap(*found: Tensor) -> float:
-    """Tokens that all of these call a sink by tokens that any does; 0 where none finds one."""
-    found = torch.stack(found)
-    return (found.all(0).sum() / found.any(0).sum().clamp(min=1)).item()
+    """Intersection over union of several sets of sinks, bool[B,S] each.
+
+    These are the tokens that all call a sink, divided by the tokens that any calls one. It is 0
+    where none finds one.
+    """
+    stacked = torch.stack(found)
+    intersection = stacked.all(0).sum()
+    union = stacked.any(0).sum()
+    return (intersection / union.clamp(min=1)).item()
 
 
 # ---- Q2: are the heads that attend to the sink useless? -----------------------------------------
 
 
 def heads_by_sink_attention(trace: dict, layers, position: int) -> list[tuple[float, int, int]]:
-    """(attention mass on the sink, layer, head), most first."""
-    mass = {l: attention_mass(trace[f"layers.{l}.weights"])[:, :, position].mean(0) for l in layers}
-    return sorted(((m, l, h) for l in layers for h, m in enumerate(mass[l].tolist())), reverse=True)
+    """(attention mass on the token at this position, layer, head) of every head, largest first.
+
+    The trace holds the weights of these layers. The mass is the mean over its items.
+    """
+    heads = []
+    for l in layers:
+        mass = attention_mass(trace[f"layers.{l}.weights"])[:, :, position].mean(0)     # (H,)
+        heads += [(m, l, h) for h, m in enumerate(mass.tolist())]
+    return sorted(heads, reverse=True)
 
 
 def with_zeros(model: VideoLM, name: str, index) -> VideoLM:
-    """A copy of the model with part of one weight zero; all others are shared, not copied."""
-    changed = copy.deepcopy(model, memo={id(weight): weight for weight in model.parameters()})
+    """A copy of the model in which weight[index] is zero. It shares all other weights."""
+    shared = {id(weight): weight for weight in model.parameters()}      # deepcopy takes these as is
+    changed = copy.deepcopy(model, memo=shared)
     weight = model.get_parameter(name).clone()
     weight[index] = 0
     owner, _, last = name.rpartition(".")
@@ -171,12 +246,14 @@ def with_zeros(model: VideoLM, name: str, index) -> VideoLM:
 
 def without_head(model: VideoLM, l: int, h: int) -> VideoLM:
     """The model without one head: the columns of o_proj, (C,H*D), that read its output are zero."""
-    D, name = model.config.text_config.head_dim, f"model.text_model.layers.{l}.self_attn.o_proj"
-    return with_zeros(model, f"{name}.weight", (slice(None), slice(h * D, (h + 1) * D)))
+    D = model.config.text_config.head_dim
+    columns = slice(h * D, (h + 1) * D)
+    name = f"model.text_model.layers.{l}.self_attn.o_proj.weight"
+    return with_zeros(model, name, (slice(None), columns))
 
 
 def without_row(model: VideoLM, l: int, d: int) -> VideoLM:
-    """The model whose MLP of layer l adds nothing to coordinate d: a row of down_proj, (C,I)."""
+    """The model whose MLP of layer l adds nothing to coordinate d: row d of down_proj is zero."""
     return with_zeros(model, f"model.text_model.layers.{l}.mlp.down_proj.weight", d)
 
 
@@ -184,42 +261,58 @@ def without_row(model: VideoLM, l: int, d: int) -> VideoLM:
 
 
 def value_split(weights: Tensor, v: Tensor, is_sink: Tensor) -> tuple[Tensor, Tensor]:
-    """o_t = sum over sinks of a_ti v_i + sum over the others: both terms, float[B,H,S,D]."""
-    v, of_sink = repeat_heads(v, weights.shape[1]), is_sink[:, None, :, None]
-    return weights @ v.masked_fill(~of_sink, 0), weights @ v.masked_fill(of_sink, 0)
+    """Split each output into what comes from the sinks and what comes from all other tokens.
+
+    o_t = sum over sinks of a_ti v_i + sum over the others of a_ti v_i.
+    weights: float[B,H,S,S]; v: float[B,G,S,D]; is_sink: bool[B,S].
+    Returns: both terms, float[B,H,S,D] each.
+    """
+    v = repeat_heads(v, weights.shape[1])                                       # (B,H,S,D)
+    of_sink = is_sink[:, None, :, None]
+    from_sinks = weights @ v.masked_fill(~of_sink, 0)
+    from_others = weights @ v.masked_fill(of_sink, 0)
+    return from_sinks, from_others
 
 
 def nop_or_broadcast(out: Tensor, v: Tensor, v_sink: Tensor) -> tuple[Tensor, Tensor]:
     """Does attending to the sink switch a head off (NOP), or does it spread the sink's value?
 
     out: float[B,H,S,D]; v: float[B,G,S,D]; v_sink: float[B,G,D].
-    Returns: |v_sink| over the median |v|, float[B,G], which is near 0 for a NOP; and the share of
-    the outputs' variance over the tokens that lies along v_sink, float[B,H], which is 1/D if all
-    directions are alike, and 0 if all outputs are. Source: arXiv 2606.08105.
+    Returns: |v_sink| divided by the median |v|, float[B,G], which is near 0 for a NOP. And the
+    share of the outputs' variance over the tokens that lies along v_sink, float[B,H]. It is 1/D for
+    outputs that vary alike in all directions, and 0 for outputs that do not vary.
+    Source: arXiv 2606.08105.
     """
     ratio = v_sink.norm(dim=-1) / v.norm(dim=-1).median(-1).values
     direction = repeat_heads(F.normalize(v_sink, dim=-1), out.shape[1])         # (B,H,D)
     deviation = out - out.mean(2, keepdim=True)
     along = deviation @ direction[..., None]                                    # (B,H,S,1)
-    return ratio, along.pow(2).sum((-1, -2)) / deviation.pow(2).sum((-1, -2)).clamp(min=1e-30)
+    variance = deviation.pow(2).sum((-1, -2))
+    share = along.pow(2).sum((-1, -2)) / variance.clamp(min=1e-30)
+    return ratio, share
 
 
 def probe(states: Tensor, labels: list[str], n_train: int) -> float:
-    """How often a linear map, fitted to the first n_train examples, is right about the others.
+    """Fit a linear map to the first n_train states: how often is it right about the others?
 
-    states: float[N,C]. A ridge regression to one column for each label; the largest column wins.
-    States that do not differ leave it only the commonest label of the first n_train.
+    states: float[N,C]. The map is a ridge regression with one output for each label, and the
+    largest output wins. If the states do not differ, its guess is always the commonest label of the
+    first n_train. Returns: a share, 0 to 1.
     """
     classes = sorted(set(labels))
-    target = torch.tensor([[label == c for c in classes] for label in labels]).double()
-    x = states.double()
-    scale = x[:n_train].std(0).clamp(min=1e-6 * x.abs().mean())        # smaller ones are rounding
-    x = (x - x[:n_train].mean(0)) / scale
-    mean, fitted = target[:n_train].mean(0), x[:n_train]
+    target = torch.tensor([[label == name for name in classes] for label in labels]).double()
+    states = states.cpu().double()                                              # (N,C)
+    train, train_target = states[:n_train], target[:n_train]
+    mean, target_mean = train.mean(0), train_target.mean(0)
+    least = 1e-6 * states.abs().mean()                  # a smaller deviation is a rounding error
+    x = (states - mean) / train.std(0).clamp(min=least)
+
+    fitted = x[:n_train]
     ridge = 0.1 * n_train * torch.eye(x.shape[1]).double()
-    weight = torch.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ (target[:n_train] - mean))
-    guesses = (x[n_train:] @ weight + mean).argmax(-1).tolist()
-    return sum(classes[g] == label for g, label in zip(guesses, labels[n_train:])) / len(guesses)
+    weight = torch.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ (train_target - target_mean))
+    guesses = (x[n_train:] @ weight + target_mean).argmax(-1)                   # (N - n_train,)
+    is_right = guesses == target[n_train:].argmax(-1)
+    return is_right.double().mean().item()
 
 
 # ---- Further: the sink's query as a judge of image tokens ---------------------------------------
@@ -227,19 +320,31 @@ def probe(states: Tensor, labels: list[str], n_train: int) -> float:
 
 def image_token_masks(model: VideoLM, asked: Examples, scores: Tensor, l: int,
                       share: float = 0.2) -> list[Tensor]:
-    """Masks for `loss_of` that hide all but the best image tokens of each frame after l.
+    """Masks for `loss_of` that hide all but the best image tokens of each frame after layer l.
 
-    scores: float[B,S]; what they say about other tokens does not count. As many are kept of each
-    frame, or a judge could lose by keeping few frames, whatever it thinks of tokens.
+    scores: float[B,S]. Only those of image tokens count. The same number is kept in each frame. If
+    it were free, scores that favour a few frames would lose the others, however well they judge
+    tokens.
     """
-    ids, vision = asked.both_ids, model.config.vision_config
-    M = (vision.image_size // vision.patch_size // model.config.scale_factor)**2
-    S, is_image = ids.shape[1], ids == model.config.image_token_id              # (B,S)
-    scores = F.pad(scores, (0, S - scores.shape[1]))[is_image].view(len(ids), -1, M)    # (B,F,M)
-    best = scores.topk(round(share * M), dim=-1).indices
-    keep = ~is_image
-    keep[is_image] = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True).flatten()
-    causal = causal_mask(S, S)
-    pruned = causal & keep[:, None, :] | torch.eye(S, dtype=torch.bool)         # each sees itself
+    ids = asked.both_ids
+    S = ids.shape[1]
+    is_image = ids == model.config.image_token_id                               # (B,S)
+    is_kept = ~is_image
+    is_kept[is_image] = best_of_each_frame(model, scores, is_image, share).flatten()
+
+    causal = causal_mask(S, S, ids.device)
+    itself = torch.eye(S, dtype=torch.bool, device=ids.device)  # no row may be empty
+    pruned = causal & is_kept[:, None, :] | itself                              # (B,S,S)
     L = model.config.text_config.num_hidden_layers
     return [causal] * (l + 1) + [pruned] * (L - l - 1)
+
+
+def best_of_each_frame(model: VideoLM, scores: Tensor, is_image: Tensor, share: float) -> Tensor:
+    """Which image tokens have the highest scores of their frame: bool[B,F,M]."""
+    vision = model.config.vision_config
+    M = (vision.image_size // vision.patch_size // model.config.scale_factor)**2
+    B, S = is_image.shape
+    scores = F.pad(scores, (0, S - scores.shape[1]))        # the answer has no image tokens
+    scores = scores[is_image].view(B, -1, M)                                    # (B,F,M)
+    best = scores.topk(round(share * M), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

@@ -1,13 +1,13 @@
-"""Pictures, each one function, drawn with Pillow alone: of a run, which `run.py --figures DIR`
-writes, and of what evaluate.py found, which is also a table.
+"""Pictures, each drawn by one function with Pillow alone. `run.py --figures DIR` writes them.
 
-Captions say what is drawn: layer, head, probabilities or cosines, and what was averaged. Tensors
-are those of one prompt, without B; shapes are named as in model.py.
+A caption says what is drawn: layer, head, probabilities or cosines, and what was averaged. Tensors
+are those of one prompt, without B. Shapes are named as in model.py, colours are red, green, blue.
 """
 
 import math
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,56 +19,95 @@ from minioutro.model import OutRo, Trace, VideoLM, align_with_sink, causal_mask,
 from minioutro.support.cli import written_whole
 from minioutro.video import Video
 
-INK, PALE, PAPER, MARK = (40, 40, 48), (226, 226, 232), (255, 255, 255), (205, 60, 45)
+INK = (40, 40, 48)
+PALE = (226, 226, 232)
+PAPER = (255, 255, 255)
+MARK = (205, 60, 45)                        # red
 BLUE = (95, 150, 205)
-FONT, SMALL = ImageFont.load_default(15), ImageFont.load_default(12)
 WIDTH = 880                                 # pixels; about what a README shows unscaled
-PAD = 14
+PAD = 14                                    # pixels around what is drawn
+TITLE = 15                                  # sizes of the font
+SMALL = 12
+
+
+# ---- Pieces of all pictures ---------------------------------------------------------------------
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font. It is loaded when something is drawn, since not every Pillow has one.
+
+    Raises: ValueError if this Pillow cannot draw text.
+    """
+    try:
+        return ImageFont.load_default(size)
+    except ImportError:
+        raise ValueError("this Pillow was built without FreeType and cannot draw text; install it "
+                         "again with pip, or draw no pictures") from None
 
 
 def canvas(height: int, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """White paper with a caption in its last lines."""
+    """White paper of this height with a caption below it."""
     lines = textwrap.wrap(caption, 150)
     image = Image.new("RGB", (WIDTH, height + 18 * len(lines) + PAD), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((PAD, height), "\n".join(lines), INK, SMALL, spacing=6)
+    draw.text((PAD, height), "\n".join(lines), INK, font(SMALL), spacing=6)
     return image, draw
 
 
 def heat(shade: Tensor, width: int, height: int) -> Image.Image:
-    """A map of values from 0 (pale) to 1 (dark); a pixel takes the largest of those under it."""
-    shade = F.adaptive_max_pool2d(shade.float().clamp(0, 1)[None], (height, width))[0, :, :, None]
-    colours = torch.tensor(PALE) + shade * (torch.tensor(INK) - torch.tensor(PALE))
-    return Image.frombytes("RGB", (width, height), bytes(colours.round().int().flatten().tolist()))
+    """A map of values from 0 (pale) to 1 (dark). A pixel shows the largest of the values under it.
+
+    shade: float[rows,columns].
+    """
+    shade = F.adaptive_max_pool2d(shade.float().clamp(0, 1)[None], (height, width))
+    shade = shade[0, :, :, None]                                                # (height,width,1)
+    pale, ink = torch.tensor(PALE), torch.tensor(INK)
+    colours = (pale + shade * (ink - pale)).round().int()                       # (height,width,3)
+    return Image.frombytes("RGB", (width, height), bytes(colours.flatten().tolist()))
 
 
 def scale_bar(image: Image.Image, x: int, y: int, title: str, labels: list[str]) -> None:
     """What pale and dark stand for: evenly spaced labels under a strip."""
-    draw, width = ImageDraw.Draw(image), 200
-    draw.text((x - 10, y), title, INK, SMALL, "ra")
+    draw = ImageDraw.Draw(image)
+    width = 200
+    draw.text((x - 10, y), title, INK, font(SMALL), "ra")
     image.paste(heat(torch.linspace(0, 1, width)[None], width, 12), (x, y + 1))
+    step = width / (len(labels) - 1)
     for n, label in enumerate(labels):
-        draw.text((x + n * width / (len(labels) - 1), y + 16), label, INK, SMALL, "ma")
+        draw.text((x + n * step, y + 16), label, INK, font(SMALL), "ma")
 
 
 def position_axis(draw: ImageDraw.ImageDraw, x: float, y: float, width: float, S: int) -> None:
+    """Numbers of some of S positions, at least 90 pixels apart."""
     for s in range(0, S, math.ceil(S * 90 / width)):
-        draw.text((x + (s + 0.5) * width / S, y), str(s), INK, SMALL, "ma")
+        draw.text((x + (s + 0.5) * width / S, y), str(s), INK, font(SMALL), "ma")
 
 
 def shorten(text: str, width: float) -> str:
-    """A token's text, cut to so many pixels; what is not ASCII is escaped: the font may lack it."""
-    text, end = ascii(text), ""
-    while SMALL.getlength(text + end) > width:
-        text, end = text[:-1], "..."
-    return text + end
+    """A token's text, cut to so many pixels. Letters that are not ASCII are escaped, because the
+    font may lack them."""
+    length = font(SMALL).getlength
+    text = ascii(text)
+    if length(text) <= width:
+        return text
+    kept = ""
+    for letter in text:                     # from the left: a long text is not measured as a whole
+        if length(kept + letter + "...") > width:
+            break
+        kept += letter
+    return kept + "..."
 
 
 def sketch_positions(is_sink: Tensor, n: int = 8) -> list[int]:
-    """About n of bool[S] that stand for a prompt: its ends, evenly spread ones, up to 3 sinks."""
-    S = len(is_sink)
-    spread = {round(i * (S - 1) / (n - 1)) for i in range(n)}
-    return sorted(spread | set(is_sink.nonzero().flatten()[:3].tolist()))
+    """About n positions that stand for a prompt: its ends, evenly spread ones, and up to 3 sinks.
+
+    is_sink: bool[S].
+    """
+    last = len(is_sink) - 1
+    spread = {round(i * last / (n - 1)) for i in range(n)}
+    sinks = set(is_sink.nonzero().flatten()[:3].tolist())
+    return sorted(spread | sinks)
 
 
 def stack(images: list[Image.Image]) -> Image.Image:
@@ -89,35 +128,47 @@ def save(pictures: dict[str, Image.Image], folder: Path) -> None:
             picture.save(half)
 
 
+# ---- The frames ---------------------------------------------------------------------------------
+
+
 def draw_frames(video: Video, tokens_per_frame: int) -> Image.Image:
     """The frames that the model was shown, each with its time."""
-    F = len(video.frames)
-    columns = min(8, F)
+    n_frames = len(video.frames)
+    columns = min(8, n_frames)
     side = min(160, (WIDTH - PAD) // columns - PAD)
-    wide, high = side + PAD, side + 30                              # of a frame with its time
-    image, draw = canvas(math.ceil(F / columns) * high + PAD, (
-        f"The {F} frames that the model is shown, of {video.total_frames}, as it sees them: "
+    wide = side + PAD
+    high = side + 30                                                # of a frame with its time
+    image, draw = canvas(math.ceil(n_frames / columns) * high + PAD, (
+        f"The {n_frames} frames that the model is shown, of {video.total_frames}, as it sees them: "
         f"square, {tokens_per_frame} tokens each."))
     for n, (frame, seconds) in enumerate(zip(video.frames, video.seconds)):
         row, column = divmod(n, columns)
-        x, y = PAD + column * wide, PAD + row * high
+        x = PAD + column * wide
+        y = PAD + row * high
         image.paste(frame.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + side + 4), f"{seconds:.1f} s", INK, SMALL)
+        draw.text((x, y + side + 4), f"{seconds:.1f} s", INK, font(SMALL))
     return image
 
 
+# ---- Masks --------------------------------------------------------------------------------------
+
+
 def draw_masks(opened: Tensor, layer: int, tokens: list[str]) -> Image.Image:
-    """The causal mask, and that of the layer that opened the rows of its sinks, at a few positions.
+    """The causal mask, and the mask of the layer that opened the rows of its sinks, at a few
+    positions.
 
     opened: bool[S], the sinks whose rows were opened; tokens: S texts.
     """
+    S = len(tokens)
     positions = sketch_positions(opened, n=12)
-    left, top, gap, n, S = 170, 60, 40, len(positions), len(tokens)
+    n = len(positions)
+    left, top, gap = 170, 60, 40
     cell = (WIDTH - left - gap - PAD) // 2 // n
     before = causal_mask(S, S)
     after = open_sink_rows(before, opened[None])[0]
-    change = ("what OutRo makes of it, with the opened row of each sink in red" if opened.any() else
-              "the same, since no row was opened")
+    change = "the same, since no row was opened"
+    if opened.any():
+        change = "what OutRo makes of it, with the opened row of each sink in red"
     image, draw = canvas(top + cell * n + PAD, (
         f"Who may attend to whom in layer {layer}: a row is a query, a column a key, dark is "
         f"allowed. {n} of {S} positions are drawn. Left: the causal mask. Right: {change}."))
@@ -126,30 +177,45 @@ def draw_masks(opened: Tensor, layer: int, tokens: list[str]) -> Image.Image:
     for y, query in enumerate(positions):
         text = f"{query}  {shorten(tokens[query], left - 62)}"
         colour = MARK if opened[query] else INK
-        draw.text((left - 10, top + (y + 0.5) * cell - 1), text, colour, SMALL, "rm")
+        draw.text((left - 10, top + (y + 0.5) * cell - 1), text, colour, font(SMALL), "rm")
     return image
 
 
 def draw_mask(draw: ImageDraw.ImageDraw, corner: tuple[int, int], cell: int, title: str,
               may_attend: Tensor, positions: list[int], marked: Tensor) -> None:
-    """One mask, bool[S,S], at these positions, each a cell of so many pixels; marked: bool[S]."""
-    (x0, y0), S = corner, len(may_attend)
-    draw.text((x0, PAD), title, INK, FONT)
+    """One mask, bool[S,S], at these positions, in cells of so many pixels.
+
+    marked: bool[S], the queries whose allowed keys are red.
+    """
+    x0, y0 = corner
+    all_have_room = len(may_attend) <= 1000             # a number of four digits needs two columns
+    draw.text((x0, PAD), title, INK, font(TITLE))
     for x, key in enumerate(positions):
-        if S <= 1000 or x % 2 == 0:                             # four digits need two columns
-            draw.text((x0 + (x + 0.5) * cell, y0 - 4), str(key), INK, SMALL, "ms")
+        if all_have_room or x % 2 == 0:
+            draw.text((x0 + (x + 0.5) * cell, y0 - 4), str(key), INK, font(SMALL), "ms")
         for y, query in enumerate(positions):
-            allowed = MARK if marked[query] else INK
-            left, top = x0 + x * cell, y0 + y * cell
-            draw.rectangle((left, top, left + cell - 3, top + cell - 3),
-                           allowed if may_attend[query, key] else PALE)
+            colour = PALE
+            if may_attend[query, key]:
+                colour = MARK if marked[query] else INK
+            left = x0 + x * cell
+            top = y0 + y * cell
+            draw.rectangle((left, top, left + cell - 3, top + cell - 3), colour)
+
+
+# ---- Massive activations ------------------------------------------------------------------------
 
 
 def draw_ratios(ratios: Tensor, is_sink: Tensor, median_multiple: float) -> Image.Image:
-    """Which token is massive in which layer: ratios and is_sink are [L,S]."""
+    """Which token is massive in which layer.
+
+    ratios: float[L,S], max |h| divided by the median |h|; is_sink: bool[L,S].
+    """
     L, S = ratios.shape
-    cell, left, top = max(8, min(20, 320 // L)), 66, PAD
-    width, bottom, darkest = WIDTH - left - PAD, top + cell * L, max(2.0, median_multiple)
+    cell = max(8, min(20, 320 // L))                    # the height of a layer
+    left, top = 66, PAD
+    width = WIDTH - left - PAD
+    bottom = top + cell * L
+    darkest = max(2.0, median_multiple)
     image, draw = canvas(bottom + 68, (
         f"Largest |h| of each token over the median |h| of the prompt, at the input of each layer "
         f"(logarithmic). Red: what the rule marks as a sink, in the layers that it searches. The "
@@ -157,17 +223,22 @@ def draw_ratios(ratios: Tensor, is_sink: Tensor, median_multiple: float) -> Imag
     shades = ratios.clamp(min=1).log() / math.log(darkest)
     for l in range(L):
         image.paste(heat(shades[l:l + 1], width, cell - 1), (left, top + l * cell))
-        if l % math.ceil(14 / cell) == 0:
-            draw.text((left - 8, top + (l + 0.5) * cell), f"layer {l}", INK, SMALL, "rm")
-    for l, s in is_sink.nonzero().tolist():     # wide enough to be seen as one among a thousand
-        wide = max(width / S, 6)
-        x, y = left + min(s * width / S, width - wide), top + l * cell
+    for l in range(0, L, math.ceil(14 / cell)):         # a label needs 14 pixels
+        draw.text((left - 8, top + (l + 0.5) * cell), f"layer {l}", INK, font(SMALL), "rm")
+
+    wide = max(width / S, 6)            # of a sink: it is still seen as one token among a thousand
+    for l, s in is_sink.nonzero().tolist():
+        x = left + min(s * width / S, width - wide)
+        y = top + l * cell
         draw.rectangle((x, y, x + wide - 1, y + cell - 2), MARK)
-    draw.text((left - 8, bottom + 4), "position", INK, SMALL, "ra")
+    draw.text((left - 8, bottom + 4), "position", INK, font(SMALL), "ra")
     position_axis(draw, left, bottom + 4, width, S)
     labels = [f"{darkest**(n / 3):,.0f}" for n in range(4)]
     scale_bar(image, left + 60, bottom + 28, "ratio", labels)
     return image
+
+
+# ---- Attention ----------------------------------------------------------------------------------
 
 
 def draw_attention(weights: Tensor, is_image: Tensor, is_sink: Tensor, layer: int,
@@ -185,24 +256,26 @@ def draw_attention(weights: Tensor, is_image: Tensor, is_sink: Tensor, layer: in
     shown = {f"head {head}": weights[head], f"mean over {H} heads": weights.mean(0)}
     for n, (title, weights_shown) in enumerate(shown.items()):
         x0 = left + n * (size + 46)
-        draw.text((x0, PAD), title, INK, FONT)
+        draw.text((x0, PAD), title, INK, font(TITLE))
         shade = 1 + weights_shown.clamp(min=1e-4).log10() / 4           # 0.0001 is 0, 1 is 1
         image.paste(heat(shade, size, size), (x0, top))
         mark_tokens(draw, (x0, top), size, is_image, BLUE, least=1)
         mark_tokens(draw, (x0, top), size, is_sink, MARK, least=4)
         position_axis(draw, x0, top + size + 4, size, S)
     for s in range(0, S, math.ceil(S / 6)):
-        draw.text((left - 14, top + (s + 0.5) * size / S), str(s), INK, SMALL, "rm")
-    draw.text((left - 14, top - 8), "query", INK, SMALL, "rs")
-    draw.text((left - 14, top + size + 4), "key", INK, SMALL, "ra")
-    scale_bar(image, left + 100, top + size + 34, "probability", "0.0001 0.001 0.01 0.1 1".split())
+        draw.text((left - 14, top + (s + 0.5) * size / S), str(s), INK, font(SMALL), "rm")
+    draw.text((left - 14, top - 8), "query", INK, font(SMALL), "rs")
+    draw.text((left - 14, top + size + 4), "key", INK, font(SMALL), "ra")
+    labels = ["0.0001", "0.001", "0.01", "0.1", "1"]
+    scale_bar(image, left + 100, top + size + 34, "probability", labels)
     return image
 
 
 def mark_tokens(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: int, tokens: Tensor,
                 colour: tuple, least: int) -> None:
     """Mark tokens, bool[S], above and beside a map of size x size, `least` pixels wide or more."""
-    (x0, y0), S = corner, len(tokens)
+    x0, y0 = corner
+    S = len(tokens)
     for s in tokens.nonzero().flatten().tolist():
         start = s * size // S
         end = max(start + least, (s + 1) * size // S) - 1
@@ -216,28 +289,38 @@ def draw_attention_on_frames(video: Video, weights: Tensor, is_image: Tensor, op
 
     weights: float[H,S,S], probabilities; is_image, opened: bool[S].
     """
-    F, mean = len(video.frames), weights.mean(0)
-    rows = {f"last token, head {head}": weights[head, -1],
-            f"last token, mean over {len(weights)} heads": mean[-1]}
-    for i in opened.nonzero().flatten()[:1].tolist():
-        rows[f"opened sink at position {i}, mean over {len(weights)} heads"] = mean[i]
-    columns = min(F, 8 if F <= 8 else 16)
+    n_frames = len(video.frames)
+    rows = attention_rows(weights, opened, head)
+    columns = n_frames if n_frames <= 8 else min(n_frames, 16)
     step = min(106, (WIDTH - PAD) // columns)                       # pixels from frame to frame
-    block = math.ceil(F / columns) * step + 32
+    block = math.ceil(n_frames / columns) * step + 32               # the height of a row's frames
     image, draw = canvas(len(rows) * block + PAD, (
         f"Attention in layer {layer} to the image tokens of every frame, in time order: "
         f"probabilities, linear from 0 (grey) to the largest of the block (red), which is given "
         f"beside its title, with the sum over all images."))
     for n, (title, row) in enumerate(rows.items()):
-        row, y0 = row[is_image].float(), PAD + n * block
+        row = row[is_image].float()                                 # (F*M,)
+        y0 = PAD + n * block
         text = f"{title}: largest {row.max():.2g}, sum {row.sum():.2g}"
-        draw.text((PAD, y0), text, INK, FONT)
-        shares = (row / row.max().clamp(min=1e-12)).view(F, -1)                         # (F,M)
+        draw.text((PAD, y0), text, INK, font(TITLE))
+        shares = (row / row.max().clamp(min=1e-12)).view(n_frames, -1)          # (F,M)
         for f, frame in enumerate(video.frames):
             y, x = divmod(f, columns)
             picture = frame_in_red(frame, shares[f], step - 6)
             image.paste(picture, (PAD + x * step, y0 + 24 + y * step))
     return image
+
+
+def attention_rows(weights: Tensor, opened: Tensor, head: int) -> dict[str, Tensor]:
+    """The rows of attention, float[S], of the last token and of the first opened sink, by title."""
+    H = len(weights)
+    mean = weights.mean(0)                                                      # (S,S)
+    rows = {f"last token, head {head}": weights[head, -1],
+            f"last token, mean over {H} heads": mean[-1]}
+    if opened.any():
+        i = opened.nonzero()[0].item()
+        rows[f"opened sink at position {i}, mean over {H} heads"] = mean[i]
+    return rows
 
 
 def frame_in_red(frame: Image.Image, shares: Tensor, size: int) -> Image.Image:
@@ -249,68 +332,84 @@ def frame_in_red(frame: Image.Image, shares: Tensor, size: int) -> Image.Image:
     return grey
 
 
-def chart(image: Image.Image, box: tuple, x_ticks: dict, y_ticks: dict, titles: tuple[str, str],
-          marks: list) -> None:
-    """Marks, each ("line" or "dots", points, colour), in axes from the first to the last tick.
+# ---- The alignment ------------------------------------------------------------------------------
 
-    box: the four edges, in pixels. All is painted three times larger and averaged.
+
+def chart(image: Image.Image, box: tuple[int, int, int, int], x_ticks: dict, y_ticks: dict,
+          titles: tuple[str, str], marks: list[tuple]) -> None:
+    """Marks in axes that reach from the first to the last tick.
+
+    box: left, top, right and bottom edge in pixels; ticks: the label of each value; titles: of the
+    two axes; marks: ("line" or "dots", [(x, y), ...], colour) each.
     """
-    (x0, y0, x1, y1), draw = box, ImageDraw.Draw(image)
-    (xa, *_, xb), (ya, *_, yb) = x_ticks, y_ticks
+    left, top, right, bottom = box
+    x_first, x_last = min(x_ticks), max(x_ticks)
+    y_first, y_last = min(y_ticks), max(y_ticks)
 
-    def place(x, y, scale=1):
-        return scale * (x - xa) / (xb - xa) * (x1 - x0), scale * (yb - y) / (yb - ya) * (y1 - y0)
-    area = Image.new("RGB", (3 * (x1 - x0), 3 * (y1 - y0)), PAPER)
+    def across(x: float, scale: int = 1) -> float:          # pixels from the left edge
+        return scale * (x - x_first) / (x_last - x_first) * (right - left)
+
+    def down(y: float, scale: int = 1) -> float:            # pixels from the top edge
+        return scale * (y_last - y) / (y_last - y_first) * (bottom - top)
+
+    scale = 3                   # the marks are painted larger and averaged, so that they are smooth
+    area = Image.new("RGB", (scale * (right - left), scale * (bottom - top)), PAPER)
     paint = ImageDraw.Draw(area)
     for kind, points, colour in marks:
-        points = [place(x, y, 3) for x, y in points]
+        places = [(across(x, scale), down(y, scale)) for x, y in points]
         if kind == "line":
-            paint.line(points, colour, 6, "curve")
+            paint.line(places, colour, 2 * scale, "curve")
         else:
-            for point in points:
-                paint.circle(point, 10, colour)
-    image.paste(area.reduce(3), (x0, y0))
-    draw.line((x0, y0, x0, y1, x1, y1), INK)
-    for x, text in x_ticks.items():
-        draw.text((x0 + place(x, 0)[0], y1 + 5), text, INK, SMALL, "ma")
-    for y, text in y_ticks.items():
-        draw.text((x0 - 8, y0 + place(0, y)[1]), text, INK, SMALL, "rm")
-    draw.text(((x0 + x1) / 2, y1 + 22), titles[0], INK, SMALL, "ma")
-    draw.text((x0 - 40, y0 - 12), titles[1], INK, SMALL, "ls")
+            for place in places:
+                paint.circle(place, 10, colour)
+    image.paste(area.reduce(scale), (left, top))
+
+    draw = ImageDraw.Draw(image)
+    draw.line((left, top, left, bottom, right, bottom), INK)
+    for x, label in x_ticks.items():
+        draw.text((left + across(x), bottom + 5), label, INK, font(SMALL), "ma")
+    for y, label in y_ticks.items():
+        draw.text((left - 8, top + down(y)), label, INK, font(SMALL), "rm")
+    x_title, y_title = titles
+    draw.text(((left + right) / 2, bottom + 22), x_title, INK, font(SMALL), "ma")
+    draw.text((left - 40, top - 12), y_title, INK, font(SMALL), "ls")
 
 
 def draw_cosines(before: Tensor, after: Tensor, counts: Tensor) -> Image.Image:
     """Cosine of the heads' outputs to the sink's value, by layer.
 
-    before, after: float[L,H,S]; counts: bool[L,S], what is averaged: none in layers without sink.
+    before, after: float[L,H,S]; counts: bool[L,S], the tokens that are averaged. A layer without
+    a sink has none, and no dot.
     """
-    L, layers = len(before), counts.any(1).nonzero().flatten().tolist()
+    L = len(before)
+    layers = counts.any(1).nonzero().flatten().tolist()
     image, draw = canvas(310, (
         f"Cosine of the attention outputs to the sink's value, before (black) and after (red) the "
         f"alignment: the mean over all heads and over the tokens that were no sink so far, in "
         f"{len(layers) or 'none'} of {L} layers, those with a sink and with such tokens."))
-    ticks = {-1: "", **{l: str(l) for l in range(0, L, math.ceil(L / 24))}, L: ""}
     marks = [("line", [(-1, 0), (L, 0)], PALE)]
-    for cosines, colour in ((before, INK), (after, MARK)) if layers else ():
-        points = [(l, cosines[l][:, counts[l]].mean().item()) for l in layers]
-        marks += [("line", points, colour), ("dots", points, colour)]
-    chart(image, (74, 40, WIDTH - PAD, 250), ticks, {-1: "-1", 0: "0", 1: "1"}, ("layer", "cosine"),
-          marks)
+    if layers:
+        for cosines, colour in ((before, INK), (after, MARK)):
+            points = [(l, cosines[l][:, counts[l]].mean().item()) for l in layers]
+            marks.append(("line", points, colour))
+            marks.append(("dots", points, colour))
+    x_ticks = {-1: "", L: ""}                           # room on both sides
+    for l in range(0, L, math.ceil(L / 24)):
+        x_ticks[l] = str(l)
+    y_ticks = {-1: "-1", 0: "0", 1: "1"}
+    chart(image, (74, 40, WIDTH - PAD, 250), x_ticks, y_ticks, ("layer", "cosine"), marks)
     return image
 
 
 def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Image.Image:
     """What the alignment does to the angle between an output and the sink's value.
 
-    before, after: float[H,N], cosines in this layer of the tokens that are aligned.
+    before, after: float[H,N], cosines in this layer of the N tokens that are aligned.
     """
-    angles = torch.arange(0, 181)
-    out = torch.stack([angles.deg2rad().cos(), angles.deg2rad().sin()], dim=-1)         # (181,2)
-    out = align_with_sink(out[None, None], torch.tensor([[[1.0, 0.0]]]),
-                          torch.zeros(1, 181, dtype=torch.bool), outro.gamma, outro.temperature)
-    turned = torch.atan2(out[0, 0, :, 1], out[0, 0, :, 0]).abs().rad2deg().tolist()
+    turned = aligned_angles(outro)
     seen = torch.stack([before.flatten(), after.flatten()], dim=-1)                     # (H*N,2)
-    seen = seen[::math.ceil(max(1, len(seen)) / 1500)].clamp(-1, 1).acos().rad2deg().tolist()
+    every = math.ceil(max(1, len(seen)) / 1500)                     # at most 1,500 dots are drawn
+    seen = seen[::every].clamp(-1, 1).acos().rad2deg().tolist()
     image, draw = canvas(370, (
         f"The alignment turns an output towards the sink's value, with gamma {outro.gamma:g} and "
         f"temperature {outro.temperature:g}. Left: the angle between them, before and after; red"
@@ -318,18 +417,36 @@ def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Im
         f"tokens) in layer {layer}. Right: outputs in their plane with the sink's value, before "
         f"(black) and after (red), of the same length. From 90 degrees on nothing turns."))
     ticks = {angle: f"{angle}°" for angle in range(0, 181, 30)}
-    chart(image, (74, 40, 394, 320), ticks, ticks, ("angle before", "angle after"),
-          [("line", [(0, 0), (180, 180)], PALE), ("dots", seen, BLUE),
-           ("line", list(enumerate(turned)), MARK)])
+    marks = [("line", [(0, 0), (180, 180)], PALE),
+             ("dots", seen, BLUE),
+             ("line", list(enumerate(turned)), MARK)]
+    chart(image, (74, 40, 394, 320), ticks, ticks, ("angle before", "angle after"), marks)
+    draw_turns(draw, turned)
+    return image
+
+
+def aligned_angles(outro: OutRo) -> list[float]:
+    """The angles, in degrees, that the alignment makes of 0, 1, ... 180 degrees to the sink."""
+    angles = torch.arange(0, 181).deg2rad()
+    out = torch.stack([angles.cos(), angles.sin()], dim=-1)[None, None]             # (1,1,181,2)
+    v_sink = torch.tensor([[[1.0, 0.0]]])                                       # (1,1,2)
+    ever_sink = torch.zeros(1, 181, dtype=torch.bool)
+    out = align_with_sink(out, v_sink, ever_sink, outro.gamma, outro.temperature)
+    return torch.atan2(out[0, 0, :, 1], out[0, 0, :, 0]).abs().rad2deg().tolist()
+
+
+def draw_turns(draw: ImageDraw.ImageDraw, turned: list[float]) -> None:
+    """Three outputs as hands of a clock, before and after. The sink's value points to the right."""
     x0, y0, r = 650, 300, 190
     draw.line((x0 - r, y0, x0 + r, y0), INK)
-    draw.text((x0 + r, y0 + 8), "direction of the sink's value", INK, SMALL, "ra")
+    draw.text((x0 + r, y0 + 8), "direction of the sink's value", INK, font(SMALL), "ra")
     for start in (45, 80, 120):
         for angle, colour in ((start, INK), (turned[start], MARK)):
-            x, y = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
+            x = math.cos(math.radians(angle))
+            y = -math.sin(math.radians(angle))
             draw.line((x0, y0, x0 + r * x, y0 + r * y), colour, 2)
-            draw.text((x0 + (r + 18) * x, y0 + (r + 18) * y), f"{angle:.0f}°", colour, SMALL, "mm")
-    return image
+            place = (x0 + (r + 18) * x, y0 + (r + 18) * y)
+            draw.text(place, f"{angle:.0f}°", colour, font(SMALL), "mm")
 
 
 def draw_run(model: VideoLM, video: Video, input_ids: Tensor, features: Tensor, texts: list[str],
@@ -340,33 +457,40 @@ def draw_run(model: VideoLM, video: Video, input_ids: Tensor, features: Tensor, 
     whose last token attends most to the sinks, or to token 0 if there are none.
     Raises: ValueError if the attention weights are not finite.
     """
-    n_layers, trace = model.config.text_config.num_hidden_layers, Trace(weights_of=[layer])
+    trace = Trace(weights_of=[layer])
     with torch.inference_mode():
         model.hidden_states(input_ids, features=features, outro=outro, trace=trace)
-    of_layers = {name: torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(n_layers)]).cpu()
-                 for name in ("is_sink", "ratio", "cosine", "cosine_aligned")}
+    n_layers = model.config.text_config.num_hidden_layers
+    is_sink, ratio, before, after = (
+        torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(n_layers)]).cpu()
+        for name in ("is_sink", "ratio", "cosine", "cosine_aligned"))
     opened = trace[f"layers.{layer}.relaxed"][0].cpu()                                  # (S,)
-    weights = trace[f"layers.{layer}.weights"][0]                                       # (H,S,S)
-    if not weights.isfinite().all():
-        raise ValueError(f"the attention weights of layer {layer} are not finite as "
-                         f"{str(weights.dtype)[6:]}, so they cannot be drawn; leave --figures out, "
-                         f"or try another --dtype")
-    weights = weights.float().cpu()
-    is_sink, before, after = (of_layers[name] for name in ("is_sink", "cosine", "cosine_aligned"))
+    weights = finite_weights(trace, layer)                                              # (H,S,S)
     ever_sink = is_sink.any(0)                                                          # (S,)
     attended = ever_sink.nonzero().flatten() if ever_sink.any() else torch.tensor([0])
     head = weights[:, -1, attended].sum(1).argmax().item()
     is_image = input_ids[0].cpu() == model.config.image_token_id
+    ratio = ratio.nan_to_num(posinf=torch.finfo(torch.float32).max)     # where the median is 0
     # tokens that were not a sink so far, in the layers with a sink: (L,S)
     counts = is_sink.any(1, keepdim=True) & (is_sink.cumsum(0) == 0)
+    counted = counts[layer]
 
     yield "frames", draw_frames(video, is_image.sum().item() // len(video.frames))
     yield "masks", draw_masks(opened, layer, texts)
-    yield "sinks", draw_ratios(of_layers["ratio"].nan_to_num(posinf=torch.finfo(torch.float32).max),
-                               is_sink, outro.median_multiple)
+    yield "sinks", draw_ratios(ratio, is_sink, outro.median_multiple)
     yield "attention", draw_attention(weights, is_image, ever_sink, layer, head)
-    yield "attention_frames", draw_attention_on_frames(video, weights, is_image, opened, layer,
-                                                       head)
+    yield "attention_frames", draw_attention_on_frames(
+        video, weights, is_image, opened, layer, head)
     yield "cosine", draw_cosines(before, after, counts)
-    yield "rotation", draw_rotation(before[layer][:, counts[layer]], after[layer][:, counts[layer]],
-                                    layer, outro)
+    yield "rotation", draw_rotation(
+        before[layer][:, counted], after[layer][:, counted], layer, outro)
+
+
+def finite_weights(trace: dict, layer: int) -> Tensor:
+    """The attention weights of a layer, float[H,S,S]. Raises: ValueError if some are not finite."""
+    weights = trace[f"layers.{layer}.weights"][0]
+    if not weights.isfinite().all():
+        dtype = str(weights.dtype).removeprefix("torch.")
+        raise ValueError(f"the attention weights of layer {layer} are not finite as {dtype}, so "
+                         f"they cannot be drawn; leave --figures out, or try another --dtype")
+    return weights.float().cpu()

@@ -1,23 +1,18 @@
-"""Four tables about the sink of any checkpoint.
+"""Four tables about the attention sink of any checkpoint.
 
-    python -m minioutro.lab.sink_report                                    of the toy and its clip
-    python -m minioutro.lab.sink_report VIDEO "QUESTION" --model FOLDER    of any SmolVLM2 checkpoint
+    python -m minioutro.lab.sink_report                                   the toy and its clip
+    python -m minioutro.lab.sink_report VIDEO "QUESTION" --model FOLDER   any SmolVLM2 checkpoint
 """
 
 import argparse
-import json
-import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from minioutro import Cache, VideoLM, load, read_video
+from minioutro import Cache, OutRo, VideoLM, load, read_video
 from minioutro.lab.analysis import (
-    MARK,
     QUESTION,
-    UNSCORED,
     Examples,
     attention_mass,
     detectors,
@@ -38,26 +33,173 @@ from minioutro.model import (
     rotate,
     split_heads,
 )
-from minioutro.support.cli import add_options, one_line_errors
+from minioutro.support.cli import (
+    Parser,
+    add_model_options,
+    add_video_options,
+    not_empty,
+    print_json,
+    progress,
+    run_command,
+)
 from minioutro.weights import HUB_MODEL, TOY
 
+FIND_ONLY = OutRo(relax=False, align=False)         # finds the sinks and changes nothing
+UNSCORED = 16           # the first tokens of a text have no loss: they have too little context
+ZEROED = (1, 2, 8)      # so many coordinates of each key are set to zero
+STRENGTHS = (0.5, 1, 3)                             # of the alignment (gamma)
 
-def weights_by_head(model: VideoLM, trace: dict, cache: Cache, l: int):
-    """Yield the attention weights of each head of layer l, float[B,1,S,S], from the layer's input
-    and the cached keys. All of a layer would be gigabytes for a long prompt."""
-    layer, hidden, c = model.model.text_model.layers[l], trace[f"layers.{l}.hidden"], model.config
-    S, H, device = hidden.shape[1], layer.n_heads, hidden.device
-    cos, sin = rope_tables(torch.arange(S, device=device)[None, None], c.text_config.head_dim,
-                           c.text_config.rope_theta, like=hidden)
-    q = rotate(split_heads(layer.self_attn.q_proj(layer.input_layernorm(hidden)), H), cos, sin)
-    k, v = repeat_heads(cache.keys(l), H), repeat_heads(cache.values(l), H)
-    for head in zip(*(x.split(1, dim=1) for x in (q, k, v))):                   # (B,1,S,D) each
-        yield attention(*head, causal_mask(S, S, device))[1]
+
+@torch.inference_mode()
+def analyse(model: VideoLM, input_ids: Tensor, features: Tensor | None = None) -> dict:
+    """The four tables of `python -m minioutro.lab.sink_report`, about one prompt or one text.
+
+    input_ids: int64[1,S]; features: float[1,F*M,C] of `encode`. With features, the losses are those
+    of the model's own greedy answer. Without, they are those of the text itself, after its first
+    UNSCORED tokens and after its sink.
+    Returns: a row for each layer in "who" and "holds" (tables 1 and 2), one for each cut in
+    "without" (table 3) and one for each setting of OutRo in "outro" (table 4), and about the sink
+    what `report` says in words. A change of the loss is a pair: its mean over the scored tokens,
+    and the standard error of that mean.
+    Raises: ValueError for a text that is too short, or in which every token is a sink.
+    """
+    if features is None:
+        asked = text_to_continue(input_ids)
+    else:
+        asked = prompt_with_answer(model, input_ids, features)
+    sink, tokens, who, holds = look_inside(model, asked)
+    baseline = Baseline(model, scored_after(asked, sink.position))
+    return {"marked": sink.marked,
+            "position": sink.position,
+            "layer": sink.layer,
+            "ratio": sink.ratio,
+            "activation": sink.activation,
+            "coordinate": tokens[0].coordinate,
+            "written by": tokens[0].writer,
+            "who": who,
+            "holds": holds,
+            "others": [token.position for token in tokens[1:]],
+            "answer_ids": [] if features is None else asked.answer_ids[0].tolist(),
+            "tokens": len(baseline.losses),
+            "loss": baseline.losses.mean().item(),
+            "without": cut_tokens(model, baseline, tokens),
+            "outro": try_outro(model, baseline, sink),
+            "width": model.config.text_config.hidden_size}
+
+
+# ---- What is read: a prompt with the model's answer, or a text ----------------------------------
+
+
+def prompt_with_answer(model: VideoLM, input_ids: Tensor, features: Tensor) -> Examples:
+    """The prompt and the model's own greedy answer."""
+    answer_ids = torch.tensor([model.generate(input_ids, features=features)],
+                              device=input_ids.device)
+    return Examples(input_ids, features, answer_ids, torch.ones_like(answer_ids).bool())
+
+
+def text_to_continue(input_ids: Tensor) -> Examples:
+    """A text without a video: its last token is the answer to all others."""
+    length = input_ids.shape[1]
+    if length < UNSCORED + 2:
+        raise ValueError(f"a text of {length} tokens is too short; give a longer one")
+    answer_ids = input_ids[:, -1:]
+    return Examples(input_ids[:, :-1], None, answer_ids, torch.ones_like(answer_ids).bool())
+
+
+def first_scored(asked: Examples, sink: int) -> int:
+    """The position of the first token that has a loss."""
+    if asked.features is not None:
+        return asked.input_ids.shape[1]
+    return max(UNSCORED, sink + 1)
+
+
+def scored_after(asked: Examples, sink: int) -> Examples:
+    """The same, with a loss for each token from `first_scored` on."""
+    both_ids = asked.both_ids
+    n_scored = both_ids.shape[1] - first_scored(asked, sink)
+    return replace(asked, is_scored=torch.ones_like(both_ids[:, -n_scored:]).bool())
+
+
+# ---- The sink, the tokens it is compared with, and who wrote them -------------------------------
+
+
+@dataclass
+class Sink:
+    marked: bool            # False: the rule marks no token, and this one comes nearest to it
+    position: int
+    layer: int              # where its ratio is largest
+    ratio: float            # its max |h| divided by the median |h|, there
+    activation: float       # its max |h|, there
+    dimensions: Tensor      # int64[2], its two largest coordinates, there
+
+
+@dataclass
+class Token:
+    """A token that table 3 takes away."""
+    position: int
+    coordinate: int         # a large one, in the layer where the sink is most massive
+    writer: int             # the layer whose MLP added most to it before; -1: the embedding
+
+
+def look_inside(model: VideoLM, asked: Examples) -> tuple[Sink, list[Token], list, list]:
+    """Read the prompt once with a trace, which a long prompt makes gigabytes large: it ends here.
+
+    Returns: the sink; the tokens of table 3, the sink first; the rows of tables 1 and 2.
+    """
+    trace, cache = {}, Cache()
+    model.hidden_states(asked.input_ids, features=asked.features, outro=FIND_ONLY, cache=cache,
+                        trace=trace)
+    L = model.config.text_config.num_hidden_layers
+    is_sink = torch.cat([trace[f"layers.{l}.is_sink"] for l in range(L)])               # (L,S)
+    sink = find_sink(trace, is_sink)
+    others = ordinary_tokens(is_sink.any(0), sink.position, first_scored(asked, sink.position))
+    given = sources(model, trace, [sink.position, *others])                             # (L,N,C)
+    tokens = find_writers(trace, given, sink, others)
+
+    added = [*given[1:, 0, tokens[0].coordinate].tolist(), None]    # None: no layer after the last
+    who, holds = [], []
+    for l in range(L):
+        mass, to_sink = attention_of_heads(model, trace, cache, l, sink.position)
+        who.append(who_is_a_sink(trace, l, mass, sink) | {"MLP adds": added[l]})
+        holds.append(what_it_holds(trace, cache, l, mass, to_sink, sink.position))
+    return sink, tokens, who, holds
+
+
+def find_sink(trace: dict, is_sink: Tensor) -> Sink:
+    """The token with the largest ratio among those that the rule marks.
+
+    If it marks none, the largest of all, in the layers that the rule searches. is_sink: bool[L,S].
+    """
+    L, S = is_sink.shape
+    ratio = torch.cat([trace[f"layers.{l}.ratio"] for l in range(L)]).nan_to_num()      # (L,S)
+    marked = is_sink.any().item()
+    if marked:
+        candidates = ratio.masked_fill(~is_sink, 0)
+    else:
+        candidates = ratio[:max(1, L - FIND_ONLY.skip_last)]
+    layer, position = divmod(candidates.argmax().item(), S)
+    hidden = trace[f"layers.{layer}.hidden"][:, [position]]                             # (1,1,C)
+    return Sink(marked, position, layer, ratio[layer, position].item(), hidden.abs().max().item(),
+                sink_dimensions(hidden))
+
+
+def ordinary_tokens(is_marked: Tensor, sink: int, end: int) -> list[int]:
+    """A quarter, a half and three quarters of the way through the tokens that are not sinks.
+
+    is_marked: bool[S], in any layer; end: the first position that is too late.
+    """
+    ordinary = [i for i in range(end) if i != sink and not is_marked[i]]
+    if not ordinary:
+        raise ValueError(f"all of the first {end} tokens are sinks, and there is none to compare "
+                         f"them with; give a longer prompt")
+    return [ordinary[len(ordinary) * quarters // 4] for quarters in (1, 2, 3)]
 
 
 def sources(model: VideoLM, trace: dict, positions: list[int]) -> Tensor:
-    """What the embedding, then the MLP of each layer but the last gives to these tokens of item 0:
-    float[L,N,C]."""
+    """What the embedding gives to these N tokens, and then the MLP of each layer but the last.
+
+    Of item 0. Returns: float[L,N,C]; entry l + 1 is what the MLP of layer l adds.
+    """
     given = [trace["layers.0.hidden"][0, positions]]
     for l, layer in enumerate(model.model.text_model.layers[:-1]):
         out = merge_heads(trace[f"layers.{l}.out"])[0, positions]                       # (N,H*D)
@@ -66,158 +208,257 @@ def sources(model: VideoLM, trace: dict, positions: list[int]) -> Tensor:
     return torch.stack(given)
 
 
-def without_token(asked: Examples, position: int, image_token_id: int) -> Examples:
-    """The same, with one token of the prompts left out; all later ones move up."""
-    keep = torch.arange(asked.input_ids.shape[1], device=asked.input_ids.device) != position
-    features = asked.features
-    if features is not None:
-        features = features[:, keep[asked.input_ids[0] == image_token_id]]
-    return replace(asked, input_ids=asked.input_ids[:, keep], features=features)
+def find_writers(trace: dict, given: Tensor, sink: Sink, others: list[int]) -> list[Token]:
+    """A large coordinate of the sink and of each other token, and who wrote it.
 
-
-def describe(model: VideoLM, trace: dict, cache: Cache, sink: int, dimensions: Tensor) -> dict:
-    """The first two tables of `analyse`, a row for each layer."""
-    def spread(x: Tensor) -> list[float]:
-        return [x.min().item(), x.median().item(), x.max().item()]
-
-    C, L, who, holds = model.config.text_config.hidden_size, len(cache.k), [], []
-    adds = [*sources(model, trace, [sink])[1:, 0, dimensions[0]].tolist(), None]
-    for l in range(L):
-        hidden, ratio = trace[f"layers.{l}.hidden"].float(), trace[f"layers.{l}.ratio"][0]
-        heads = [(attention_mass(weights), weights[:, :, :, sink].clone())      # else all are kept
-                 for weights in weights_by_head(model, trace, cache, l)]
-        mass, to_sink = (torch.cat(x, dim=1).float() for x in zip(*heads))      # (1,H,S) both
-        by = detectors(hidden, mass, dimensions)
-        by["dimension"] = by["phi > 20" if C > 400 else "dimensions"]
-        by = {name: by[name] for name in ("activation", "attention", "dimension")}
-        marked = {name: is_sink[0].nonzero().flatten().tolist() for name, is_sink in by.items()}
-        who.append({"layer": l, **marked,
-                    "overlap": overlap(*by.values()), "heads": sink_share(mass)[0, sink].item(),
-                    "ratio": ratio.max().item(), "of": ratio.argmax().item(), "MLP adds": adds[l]})
-        k, v, out = (x.float() for x in (cache.keys(l), cache.values(l), trace[f"layers.{l}.out"]))
-        k, v_sink = k.norm(dim=-1), v[:, :, sink]                               # (1,G,S), (1,G,D)
-        size, along = nop_or_broadcast(out, v, v_sink)
-        term = to_sink * repeat_heads(v_sink.norm(dim=-1), out.shape[1])[:, :, None]
-        term = (term / out.norm(dim=-1))[:, :, sink:].median(-1).values         # (1,H)
-        holds.append({"layer": l, "|k|": spread(k[:, :, sink] / k.median(-1).values),
-                      "|v|": spread(size), "variance": spread(along), "term": spread(term),
-                      "attention": spread(mass[:, :, sink])})
-    return {"who": who, "holds": holds}
-
-
-@torch.inference_mode()
-def analyse(model: VideoLM, input_ids: Tensor, features: Tensor | None = None) -> dict:
-    """The four tables of `python -m minioutro.lab.sink_report` about one prompt, or about a text.
-
-    input_ids: int64[1,S]; features: float[1,F*M,C] of `encode`. With features, losses are those of
-    the model's own greedy answer; without, of the text itself behind its first tokens and its sink.
-    The sink is the token with the largest ratio among those that the rule marks, else among all.
-    Compared with it are the ordinary tokens a quarter, a half and three quarters of the way to what
-    is scored. Changes of the loss have their standard error over the tokens that are scored.
-    Raises: ValueError for a text that is too short.
+    given: float[L,N,C] of `sources`, the sink first. The others' coordinate is the largest that is
+    not the sink's. To silence the row that writes the sink's would take the sink away from all.
     """
-    if features is not None:
-        answer = model.generate(input_ids, features=features)
-        answer_ids = torch.tensor([answer], device=input_ids.device)
-    elif input_ids.shape[1] < UNSCORED + 2:
-        raise ValueError(f"a text of {input_ids.shape[1]} tokens is too short; give a longer one")
-    else:
-        answer, input_ids, answer_ids = [], input_ids[:, :-1], input_ids[:, -1:]
-    S, L, (trace, cache) = input_ids.shape[1], len(model.model.text_model.layers), ({}, Cache())
-    model.hidden_states(input_ids, features=features, outro=MARK, cache=cache, trace=trace)
-    ratio, is_sink = (torch.cat([trace[f"layers.{l}.{name}"] for l in range(L)])
-                      for name in ("ratio", "is_sink"))                         # (L,S) both
-    marked, ratio = is_sink.any().item(), ratio.nan_to_num()
-    searched = ratio.masked_fill(~is_sink, 0) if marked else ratio[:max(1, L - MARK.skip_last)]
-    at, sink = divmod(searched.argmax().item(), S)
-    start = S if features is not None else max(UNSCORED, sink + 1)
-    ordinary = [i for i in range(start) if i != sink and not is_sink[:, i].any()]
-    tokens = [sink, *(ordinary[len(ordinary) * i // 4] for i in (1, 2, 3))]
+    sink_coordinate = sink.dimensions[0].item()
+    hidden = trace[f"layers.{sink.layer}.hidden"][0]                                    # (S,C)
+    given = given[:sink.layer + 1].abs()                # what came before this layer
+    tokens = []
+    for n, position in enumerate([sink.position, *others]):
+        magnitude = hidden[position].abs()
+        if n == 0:
+            coordinate = sink_coordinate
+        else:
+            magnitude[sink_coordinate] = 0
+            coordinate = magnitude.argmax().item()
+        writer = given[:, n, coordinate].argmax().item() - 1
+        tokens.append(Token(position, coordinate, writer))
+    return tokens
 
-    # Who writes the largest coordinate of each? The others' shall not be the sink's.
-    hidden = trace[f"layers.{at}.hidden"][:, tokens]                            # (1,N,C)
-    dimensions, magnitude = sink_dimensions(hidden[:, :1]), hidden[0].abs()
-    found = {"marked": marked, "position": sink, "layer": at, "ratio": ratio[at, sink].item(),
-             "activation": magnitude.amax(-1)[0].item(), "coordinate": dimensions[0].item()}
-    magnitude[1:, dimensions[0]] = 0
-    rows, given = magnitude.argmax(-1).tolist(), sources(model, trace, tokens)[:at + 1].abs()
-    writers = [given[:, n, d].argmax().item() - 1 for n, d in enumerate(rows)]  # -1: the embedding
-    found |= {"written by": writers[0], **describe(model, trace, cache, sink, dimensions)}
-    del trace, cache                                                # gigabytes of a long prompt
 
-    T = S + answer_ids.shape[1]
-    scored = torch.ones(1, T - start, dtype=torch.bool, device=input_ids.device)
-    asked = Examples(input_ids, features, answer_ids, scored)
-    plain = logits_of(model, asked)                                             # (1,n,V)
-    losses = token_losses(plain, asked)[0]                                      # (n,)
+# ---- Tables 1 and 2: who is a sink, and what it holds -------------------------------------------
 
-    def change(logits: Tensor) -> tuple[float, float]:
-        difference = token_losses(logits, asked)[0] - losses
-        error = difference.std(correction=0) / max(1, len(losses) - 1)**0.5
+
+def weights_by_head(model: VideoLM, trace: dict, cache: Cache, l: int):
+    """Yield the attention weights of each head of layer l, float[B,1,S,S].
+
+    They are computed anew from the layer's input and the cached keys, because those of all heads
+    together are gigabytes for a long prompt.
+    """
+    text = model.config.text_config
+    H = text.num_attention_heads
+    layer = model.model.text_model.layers[l]
+    hidden = trace[f"layers.{l}.hidden"]                                                # (B,S,C)
+    S = hidden.shape[1]
+    positions = torch.arange(S, device=hidden.device)[None, None]                       # (1,1,S)
+    cos, sin = rope_tables(positions, text.head_dim, text.rope_theta, like=hidden)
+    q = rotate(split_heads(layer.self_attn.q_proj(layer.input_layernorm(hidden)), H), cos, sin)
+    k = repeat_heads(cache.keys(l), H)
+    v = repeat_heads(cache.values(l), H)
+    may_attend = causal_mask(S, S, hidden.device)
+    for h in range(H):
+        _, weights = attention(q[:, [h]], k[:, [h]], v[:, [h]], may_attend)
+        yield weights
+
+
+def attention_of_heads(model: VideoLM, trace: dict, cache: Cache, l: int,
+                       sink: int) -> tuple[Tensor, Tensor]:
+    """Of layer l: `attention_mass` of every token, and each query's weight on the sink.
+
+    Returns: float32[1,H,S] both.
+    """
+    masses, to_sink = [], []
+    for weights in weights_by_head(model, trace, cache, l):
+        masses.append(attention_mass(weights))
+        to_sink.append(weights[:, :, :, sink].clone())      # a view would keep all of the weights
+    return torch.cat(masses, dim=1).float(), torch.cat(to_sink, dim=1).float()
+
+
+def who_is_a_sink(trace: dict, l: int, mass: Tensor, sink: Sink) -> dict:
+    """The row of layer l in table 1, without its last column. mass: float[1,H,S]."""
+    hidden = trace[f"layers.{l}.hidden"].float()
+    ratio = trace[f"layers.{l}.ratio"][0]                                               # (S,)
+    found = detectors(hidden, mass, sink.dimensions)
+    can_exceed_20 = hidden.shape[-1] > 400
+    definitions = {"activation": found["activation"],
+                   "attention": found["attention"],
+                   "dimension": found["phi > 20" if can_exceed_20 else "dimensions"]}
+    marked = {name: positions_of(is_sink[0]) for name, is_sink in definitions.items()}
+    return {"layer": l,
+            **marked,
+            "overlap": overlap(*definitions.values()),
+            "heads": sink_share(mass)[0, sink.position].item(),
+            "ratio": ratio.max().item(),
+            "of": ratio.argmax().item()}
+
+
+def what_it_holds(trace: dict, cache: Cache, l: int, mass: Tensor, to_sink: Tensor,
+                  sink: int) -> dict:
+    """The row of layer l in table 2. mass, to_sink: float[1,H,S] of `attention_of_heads`."""
+    k = cache.keys(l).float().norm(dim=-1)                                              # (1,G,S)
+    v = cache.values(l).float()                                                         # (1,G,S,D)
+    out = trace[f"layers.{l}.out"].float()                                              # (1,H,S,D)
+    v_sink = v[:, :, sink]                                                              # (1,G,D)
+    v_ratio, variance = nop_or_broadcast(out, v, v_sink)
+    v_length = repeat_heads(v_sink.norm(dim=-1), out.shape[1])                          # (1,H)
+    term = to_sink * v_length[:, :, None] / out.norm(dim=-1)                            # (1,H,S)
+    term_of_median_query = term[:, :, sink:].median(-1).values                          # (1,H)
+    return {"layer": l,
+            "|k|": spread(k[:, :, sink] / k.median(-1).values),
+            "|v|": spread(v_ratio),
+            "variance": spread(variance),
+            "term": spread(term_of_median_query),
+            "attention": spread(mass[:, :, sink])}
+
+
+def spread(x: Tensor) -> list[float]:
+    """Least, median and most."""
+    return [x.min().item(), x.median().item(), x.max().item()]
+
+
+def positions_of(is_sink: Tensor) -> list[int]:
+    """bool[S] -> the positions that are True."""
+    return is_sink.nonzero().flatten().tolist()
+
+
+# ---- Tables 3 and 4: what happens without the sink, and with OutRo ------------------------------
+
+
+class Baseline:
+    """What the plain model says, against which every change is measured."""
+
+    def __init__(self, model: VideoLM, asked: Examples):
+        self.asked = asked
+        self.logits = logits_of(model, asked)                                           # (1,n,V)
+        self.losses = token_losses(self.logits, asked)[0]                               # (n,)
+
+    def change(self, logits: Tensor) -> tuple[float, float]:
+        """How much the loss rises, in nats a token, and the standard error of this mean."""
+        difference = token_losses(logits, self.asked)[0] - self.losses                  # (n,)
+        freedom = max(1, len(difference) - 1)
+        error = difference.std(correction=0) / freedom**0.5
         return difference.mean().item(), error.item()
 
-    cuts = {}
-    for position, d, writer in tqdm([*zip(tokens, rows, writers)], desc="cuts", disable=None):
-        mask, after = causal_mask(T, T, input_ids.device), Cache()
-        mask[position + 1:, position] = False
-        cut = {"column masked": change(logits_of(model, asked, masks=[mask] * L))}
-        shorter = without_token(asked, position, model.config.image_token_id)
-        cut["left out"] = change(logits_of(model, shorter, MARK, cache=after))
-        marked_then = after.sinks.ever_sink[0].nonzero().flatten().tolist()
-        cut["marked then"] = [i + (i >= position) for i in marked_then]
-        cut["writing row silenced"] = None if writer < 0 else change(
-            logits_of(without_row(model, writer, d), asked))
-        for n in (1, 2, 8):
-            zeroed = logits_of(model, asked, zero_keys=(range(L), position, n))
-            cut[f"Zero-K, {n} of each key"] = change(zeroed)
-        cuts[f"token {position}"] = cut
-    without = [{"": way, **{token: cut[way] for token, cut in cuts.items()}} for way in cut]
 
-    rule = MARK if marked else replace(MARK, abs_threshold=0.999 * found["activation"],
-                                       median_multiple=0.999 * found["ratio"])
-    outros, ways = [], [("relax", 0), *((w, g) for w in ("align", "both") for g in (0.5, 1, 3))]
-    for way, gamma in tqdm(ways, desc="OutRo", disable=None):
-        outro = replace(rule, relax=way != "align", align=way != "relax", gamma=gamma)
-        logits = logits_of(model, asked, outro)
-        p = (logits.argmax(-1) != plain.argmax(-1)).float().mean().item()
-        outros.append({"": way, "gamma": gamma or None, "change": change(logits),
-                       "largest move": (logits - plain).abs().max().item(),
-                       "argmaxes": [p, (p * (1 - p) / len(losses))**0.5]})
-    return {**found, "others": tokens[1:], "answer_ids": answer, "tokens": len(losses),
-            "loss": losses.mean().item(), "without": without, "outro": outros,
-            "width": model.config.text_config.hidden_size}
+def cut_tokens(model: VideoLM, baseline: Baseline, tokens: list[Token]) -> list[dict]:
+    """Table 3: a row for each way to take a token away, a column for each token."""
+    columns = {}
+    for token in progress(tokens, "cuts"):
+        columns[f"token {token.position}"] = cut(model, baseline, token)
+    ways = next(iter(columns.values()))
+    return [{"": way} | {name: column[way] for name, column in columns.items()} for way in ways]
+
+
+def cut(model: VideoLM, baseline: Baseline, token: Token) -> dict:
+    """The change of the loss by each way to take this token away."""
+    asked, position = baseline.asked, token.position
+    L = model.config.text_config.num_hidden_layers
+    masks = [mask_without(asked, position)] * L
+    without, marked_then = left_out(model, baseline, position)
+    changes = {"column masked": baseline.change(logits_of(model, asked, masks=masks)),
+               "left out": without,
+               "marked then": marked_then,
+               "writing row silenced": None}            # if the embedding wrote it
+    if token.writer >= 0:
+        silenced = without_row(model, token.writer, token.coordinate)
+        changes["writing row silenced"] = baseline.change(logits_of(silenced, asked))
+    for n in ZEROED:
+        logits = logits_of(model, asked, zero_keys=(range(L), position, n))
+        changes[f"Zero-K, {n} of each key"] = baseline.change(logits)
+    return changes
+
+
+def mask_without(asked: Examples, position: int) -> Tensor:
+    """The causal mask over prompt and answer in which no later token sees this one."""
+    length = asked.both_ids.shape[1]
+    mask = causal_mask(length, length, asked.input_ids.device)
+    mask[position + 1:, position] = False
+    return mask
+
+
+def left_out(model: VideoLM, baseline: Baseline,
+             position: int) -> tuple[tuple[float, float], list[int]]:
+    """The change without this token in the prompt, and which tokens the rule marks then.
+
+    Their positions are those that they had before.
+    """
+    shorter = without_token(baseline.asked, position, model.config.image_token_id)
+    cache = Cache()
+    change = baseline.change(logits_of(model, shorter, FIND_ONLY, cache=cache))
+    marked = positions_of(cache.sinks.ever_sink[0])
+    return change, [i if i < position else i + 1 for i in marked]
+
+
+def without_token(asked: Examples, position: int, image_token_id: int) -> Examples:
+    """The same, with one token of the prompts left out; all later ones move up."""
+    input_ids = asked.input_ids
+    keep = torch.arange(input_ids.shape[1], device=input_ids.device) != position
+    features = asked.features
+    if features is not None:
+        is_image = input_ids[0] == image_token_id
+        features = features[:, keep[is_image]]
+    return replace(asked, input_ids=input_ids[:, keep], features=features)
+
+
+def try_outro(model: VideoLM, baseline: Baseline, sink: Sink) -> list[dict]:
+    """Table 4: a row for each part of the method and each strength.
+
+    If the rule marks no token, its thresholds are lowered until it marks the nearest one.
+    """
+    rule = OutRo()
+    if not sink.marked:
+        rule = OutRo(abs_threshold=0.999 * sink.activation, median_multiple=0.999 * sink.ratio)
+    settings = [("relax", replace(rule, align=False, gamma=0))]
+    for way, relax in (("align", False), ("both", True)):
+        settings += [(way, replace(rule, relax=relax, gamma=gamma)) for gamma in STRENGTHS]
+    rows = []
+    for way, outro in progress(settings, "OutRo"):
+        logits = logits_of(model, baseline.asked, outro)
+        is_changed = logits.argmax(-1) != baseline.logits.argmax(-1)                    # (1,n)
+        share = is_changed.float().mean().item()
+        rows.append({"": way,
+                     "gamma": outro.gamma if outro.align else None,
+                     "change": baseline.change(logits),
+                     "largest move": (logits - baseline.logits).abs().max().item(),
+                     "argmaxes": [share, (share * (1 - share) / is_changed.numel())**0.5]})
+    return rows
+
+
+# ---- As text ------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict]) -> str:
-    """Aligned columns, named by the keys: changes with their error, lists by their first three."""
-    def cell(value) -> str:
-        if isinstance(value, tuple):
-            return "{:+.4f} ± {:.4f}".format(*value)
-        if isinstance(value, list):
-            more = f" +{len(value) - 3}" if len(value) > 3 else ""
-            return " ".join(map(cell, value[:3])) + more or "-"
-        if isinstance(value, float):
-            return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
-        return "-" if value is None else str(value)
+    """The rows in aligned columns, which are named by the keys."""
+    lines = [list(rows[0])]
+    lines += [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(text) for text in column) for column in zip(*lines)]
+    aligned = []
+    for first, *rest in lines:
+        texts = [first.ljust(widths[0])]
+        texts += [text.rjust(width) for text, width in zip(rest, widths[1:])]
+        aligned.append("  ".join(texts))
+    return "\n".join(aligned)
 
-    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
-                     for first, *rest in lines)
+
+def cell(value) -> str:
+    """A value of a row: a pair is a change with its error, a list is shown by its first three."""
+    if value is None or value == []:
+        return "-"
+    if isinstance(value, tuple):
+        change, error = value
+        return f"{change:+.4f} ± {error:.4f}"
+    if isinstance(value, list):
+        shown = " ".join(cell(each) for each in value[:3])
+        return shown if len(value) <= 3 else f"{shown} +{len(value) - 3}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+    return str(value)
 
 
 def report(found: dict, texts: list[str], scored: str) -> str:
     """What `analyse` found, as text. texts: of each token; scored: what the losses are of."""
-    sink, *others = (f"token {i} {texts[i]!r}" for i in (found["position"], *found["others"]))
-    sink = f"The sink is {sink}" if found["marked"] else (
-        f"The rule marks no token. The nearest, called the sink below, is {sink}")
-    layer = found["written by"]
-    writer = "the embedding" if layer < 0 else f"the MLP of layer {layer}"
-    limit = "20" if found["width"] > 400 else (
-        f"{20 / 64 * found['width']**0.5:.1f}: 20 cannot be reached below a width of 400")
+    names = [f"token {i} {texts[i]!r}" for i in (found["position"], *found["others"])]
+    limit = "20"
+    if found["width"] <= 400:
+        scaled = 20 / 64 * found["width"]**0.5
+        limit = f"{scaled:.1f}: 20 cannot be reached below a width of 400"
+    lowered = "" if found["marked"] else ", its thresholds lowered to this token"
     return f"""\
-{sink}: {found['ratio']:,.0f} times the median in layer {found['layer']},
-|h| {found['activation']:,.0f} in coordinate {found['coordinate']}, written by {writer}.
+{sentence_about_the_sink(found, names[0])}
 
 1. Who is a sink: positions that are marked by activation (OutRo's rule), by the attention of half
 of the heads, and by dimension (phi > {limit}); their overlap; the share
@@ -229,44 +470,69 @@ the sink's coordinate.
 the outputs' variance along its v, length of its term by the output's, attention to it.
 {table(found['holds'])}
 
-3. What happens without it, and without {', '.join(others)}:
+3. What happens without it, and without {', '.join(names[1:])}:
 change of the loss, {found['loss']:.4f} nats a token, over {found['tokens']} tokens of {scored}.
 {table(found['without'])}
 
-4. What OutRo does{'' if found['marked'] else ', its thresholds lowered to this token'}: change of \
-the loss, largest move of a logit, argmaxes changed (share and error).
+4. What OutRo does{lowered}: change of the loss, largest move of a logit, argmaxes changed (share \
+and error).
 {table(found['outro'])}"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minioutro.lab.sink_report", usage=argparse.SUPPRESS,       # an error is one line
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def sentence_about_the_sink(found: dict, name: str) -> str:
+    beginning = "The sink is"
+    if not found["marked"]:
+        beginning = "The rule marks no token. The nearest, called the sink below, is"
+    layer = found["written by"]
+    writer = "the embedding" if layer < 0 else f"the MLP of layer {layer}"
+    return (f"{beginning} {name}: {found['ratio']:,.0f} times the median in layer "
+            f"{found['layer']},\n|h| {found['activation']:,.0f} in coordinate "
+            f"{found['coordinate']}, written by {writer}.")
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = Parser(prog="python -m minioutro.lab.sink_report", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("video", nargs="?", help="a video, animation or picture (default: the bundled clip)")
+    add("video", nargs="?", type=not_empty,
+        help="a video, animation or picture (default: the bundled clip)")
     add("question", nargs="?", default=QUESTION, help="default: %(default)s")
-    add_options(parser, of_outro=False)
-    args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")   # not every terminal can show all
-    with one_line_errors("sink_report.py"), torch.inference_mode():
-        if "" in (args.video, args.model):
-            raise ValueError("the name of video or model is empty; give one, or leave it out")
-        path = args.video or TOY / "clip.mp4"
-        read_video(path, max_frames=1)      # a wrong file is told before a model is downloaded
-        model, processor = load(args.model or (HUB_MODEL if args.video else TOY), None, args.device,
-                                getattr(torch, args.dtype))
-        video = read_video(path, processor.fps, args.frames or processor.max_frames,
-                           processor.longest_edge)
-        inputs = processor(video, args.question)
-        features = model.encode(inputs.pixel_values.to(args.device))
-        found = analyse(model, inputs.input_ids.to(args.device), features)
+    add_model_options(parser)
+    add_video_options(parser)
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser.parse_args()
+
+
+def which_model(args: argparse.Namespace):
+    """The checkpoint that --model names, or else the toy for the toy's clip, or the hub's."""
+    if args.model is not None:
+        return args.model
+    return TOY if args.video is None else HUB_MODEL
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = read_arguments()
+    path = TOY / "clip.mp4" if args.video is None else args.video
+    read_video(path, max_frames=1)      # a wrong file is named before a model is downloaded
+    model, processor = load(which_model(args), args.revision, args.device,
+                            getattr(torch, args.dtype))
+    fps = processor.fps if args.fps is None else args.fps
+    max_frames = processor.max_frames if args.frames is None else args.frames
+    video = read_video(path, fps, max_frames, processor.longest_edge)
+    inputs = processor(video, args.question)
+    features = model.encode(inputs.pixel_values.to(args.device))
+    found = analyse(model, inputs.input_ids.to(args.device), features)
     answer = processor.decode(found["answer_ids"])
     if args.json:
-        print(json.dumps({"video": str(path), "question": args.question, "answer": answer} | found))
+        print_json({"video": str(path), "question": args.question, "answer": answer} | found)
     else:
         texts = [processor.token_text(token_id) for token_id in inputs.input_ids[0].tolist()]
         print(report(found, texts, f"its own answer, {answer!r}"))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "sink_report.py")

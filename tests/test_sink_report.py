@@ -1,0 +1,293 @@
+"""The four tables: each number against the functions of analysis.py, or by a second way."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, TOY
+from safetensors.torch import load_file, save_file
+
+from minioutro import Cache, OutRo, Trace, model, read_video
+from minioutro.lab import sink_report
+from minioutro.lab.analysis import (
+    QUESTION,
+    Examples,
+    attention_mass,
+    detectors,
+    loss_of,
+    sink_dimensions,
+    value_split,
+    without_row,
+)
+from minioutro.lab.sink_report import (
+    analyse,
+    ordinary_tokens,
+    report,
+    sources,
+    table,
+    weights_by_head,
+    without_token,
+)
+from minioutro.model import causal_mask
+from minioutro.support.cli import run_command
+
+
+@pytest.fixture(scope="module")
+def clip(toy):
+    """The inputs of the bundled clip, and what is found on it."""
+    model, processor = toy
+    inputs = processor(read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge), QUESTION)
+    features = model.encode(inputs.pixel_values)
+    return inputs.input_ids, features, analyse(model, inputs.input_ids, features)
+
+
+def column(found, table, name):
+    return [row[name] for row in found[table]]
+
+
+def cuts_of(found, position):
+    """The column of table 3 about this token, by way."""
+    return dict(zip(column(found, "without", ""), column(found, "without", f"token {position}")))
+
+
+def spread(x):
+    return pytest.approx([x.min().item(), x.median().item(), x.max().item()], rel=1e-3)
+
+
+# ---- pieces ----
+
+
+def test_weights_by_head_equal_the_layers(toy, clip):
+    (ids, features, _), trace, cache = clip, Trace(weights_of=range(8)), Cache()
+    toy[0].hidden_states(ids, features=features, trace=trace, cache=cache)
+    for l in range(8):
+        heads = list(weights_by_head(toy[0], trace, cache, l))
+        assert torch.allclose(torch.cat(heads, dim=1), trace[f"layers.{l}.weights"], atol=1e-5)
+
+
+def test_sources_are_embedding_and_mlps(toy, clip):
+    (ids, features, _), trace, positions = clip, {}, [0, 5, 100]
+    toy[0].hidden_states(ids, features=features, trace=trace)
+    given = sources(toy[0], trace, positions)
+    assert given[0].equal(trace["layers.0.hidden"][0, positions])
+    for l, layer in enumerate(list(toy[0].model.text_model.layers)[:-1]):
+        out = trace[f"layers.{l}.out"].transpose(1, 2).flatten(2)
+        hidden = trace[f"layers.{l}.hidden"] + layer.self_attn.o_proj(out)
+        x, mlp = layer.post_attention_layernorm(hidden), layer.mlp
+        added = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))[0, positions]
+        assert torch.allclose(given[l + 1], added, atol=0.01)               # of numbers up to 26,000
+
+
+def test_without_token_drops_its_feature():
+    """Positions 1, 3 and 4 are image tokens (99)."""
+    asked = Examples(torch.tensor([[7, 99, 8, 99, 99, 9]]), torch.arange(3.0).view(1, 3, 1),
+                     torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.bool))
+    assert without_token(asked, 3, 99).both_ids.tolist() == [[7, 99, 8, 99, 9, 5]]
+    assert without_token(asked, 3, 99).features.flatten().tolist() == [0, 2]
+    assert without_token(asked, 2, 99).both_ids.tolist() == [[7, 99, 99, 99, 9, 5]]
+    assert without_token(asked, 2, 99).features.equal(asked.features)
+
+
+def test_ordinary_tokens_by_hand():
+    """Of positions 0 to 9, 0 is the sink and 4 is marked: eight are left."""
+    is_marked = torch.arange(12) == 4
+    assert ordinary_tokens(is_marked, 0, 10) == [3, 6, 8]
+    with pytest.raises(ValueError, match="all of the first 3 tokens are sinks"):
+        ordinary_tokens(torch.ones(12, dtype=torch.bool), 0, 3)
+
+
+def test_tables_are_aligned_by_hand():
+    assert table([{"": "masked", "at": 3, "x": (0.5, 0.25), "all": [0, 7, 8, 9], "y": 0.5},
+                  {"": "no", "at": None, "x": None, "all": [], "y": 1234.5}]).splitlines() == [
+        "        at                 x       all      y",
+        "masked   3  +0.5000 ± 0.2500  0 7 8 +1   0.50",
+        "no       -                 -         -  1,234"]
+
+
+# ---- analyse ----
+
+
+def test_tables_1_and_2_equal_the_functions(toy, clip):
+    """By the functions on a trace that holds all weights, in the layer where token 0 is first marked."""
+    (ids, features, found), cache = clip, Cache()
+    l = found["layer"]
+    trace = Trace(weights_of=[l])
+    toy[0].hidden_states(ids, features=features, trace=trace, cache=cache)
+    assert (found["marked"], found["position"]) == (True, 0)
+    who, holds = found["who"][l], found["holds"][l]
+    mass = attention_mass(trace[f"layers.{l}.weights"])
+    by = detectors(trace[f"layers.{l}.hidden"], mass, sink_dimensions(trace[f"layers.{l}.hidden"]))
+    for name, definition in {"activation": "activation", "attention": "attention", "dimension": "dimensions"}.items():
+        assert who[name] == by[definition][0].nonzero().flatten().tolist()
+    assert who["ratio"] == found["ratio"] == trace[f"layers.{l}.ratio"].max() and who["of"] == 0
+    assert holds["attention"] == spread(mass[0, :, 0])
+    v, is_sink = cache.values(l), torch.zeros_like(ids, dtype=torch.bool)
+    is_sink[0, 0] = True
+    of_sink, _ = value_split(trace[f"layers.{l}.weights"], v, is_sink)
+    term = (of_sink.norm(dim=-1) / trace[f"layers.{l}.out"].norm(dim=-1)).median(-1).values
+    assert holds["term"] == spread(term)
+    size = cache.keys(l).norm(dim=-1)
+    assert holds["|k|"] == spread(size[0, :, 0] / size[0].median(-1).values)
+
+
+def test_no_sink_without_its_writer(toy, clip):
+    ids, features, found = clip
+    silent = without_row(toy[0], found["written by"], found["coordinate"])
+    again = analyse(silent, ids, features)
+    assert not again["marked"] and not any(column(again, "who", "activation"))
+    assert again["ratio"] < 1000 and again["layer"] < 6                     # the nearest, not in the last two
+    assert max(column(again, "outro", "largest move")) > 0.01               # with thresholds that it reaches
+    text = report(again, ["x"] * ids.shape[1], "")
+    assert text.startswith("The rule marks no token. The nearest") and "thresholds lowered" in text
+    assert abs(found["who"][found["written by"]]["MLP adds"]) == pytest.approx(found["activation"], rel=0.05)
+
+
+def test_tables_3_and_4_by_a_second_way(toy, clip):
+    """The answer's loss, in one call over prompt and answer, for a token in the middle."""
+    ids, features, found = clip
+    answer = torch.tensor([toy[0].generate(ids, features=features)])
+    assert found["answer_ids"] == answer[0].tolist() and found["tokens"] == answer.shape[1]
+    both, S, A = torch.cat([ids, answer], 1), ids.shape[1], answer.shape[1]
+
+    def losses(both=both, features=features, **how):
+        hidden = toy[0].hidden_states(both, features=features, **how)[:, -A - 1:-1]
+        return F.cross_entropy(toy[0].head(hidden)[0], answer[0], reduction="none")
+    assert found["loss"] == pytest.approx(losses().mean().item(), abs=1e-4)
+    position, marked = found["others"][1], {i for row in found["who"] for i in row["activation"]}
+    ordinary = [i for i in range(S) if i not in marked]
+    assert found["others"] == [ordinary[len(ordinary) * i // 4] for i in (1, 2, 3)]
+    assert ids[0, position] == toy[0].config.image_token_id
+    masks = causal_mask(S + A, S + A)
+    masks[position + 1:, position] = False
+    image = (ids[0, :position] == toy[0].config.image_token_id).sum()
+    shorter = torch.cat([both[:, :position], both[:, position + 1:]], 1), torch.cat(
+        [features[:, :image], features[:, image + 1:]], 1)
+    cuts = cuts_of(found, position)
+    for name, change in {"column masked": losses(masks=[masks] * 8) - losses(),
+                         "left out": losses(*shorter) - losses()}.items():
+        assert cuts[name] == pytest.approx((change.mean().item(), change.std().item() / A**0.5), abs=1e-4), name
+    assert set(cuts["marked then"]) == marked
+    first = cuts_of(found, 0)
+    assert first["left out"] == pytest.approx(first["column masked"], abs=1e-4)     # only distances count
+    asked = Examples(ids, features, answer, torch.ones_like(answer).bool())
+    for row in found["outro"]:
+        outro = OutRo(relax=row[""] != "align", align=row[""] != "relax", gamma=row["gamma"] or 0)
+        change = loss_of(toy[0], asked, outro) - loss_of(toy[0], asked)
+        assert row["change"][0] == pytest.approx(change.item(), abs=1e-5)
+
+
+def test_a_text_is_scored_itself(golden):
+    """dev_late: token 0 is massive; 29 tokens, of which 16 are not scored."""
+    model, ids = golden("dev_late").model, golden("dev_late").input_ids[:1]
+    found = analyse(model, ids)
+    log_p = model(ids)[0].log_softmax(-1)
+    losses = torch.stack([-log_p[i - 1, ids[0, i]] for i in range(16, ids.shape[1])])
+    assert found["loss"] == pytest.approx(losses.mean().item(), abs=1e-4) and found["tokens"] == len(losses)
+    assert (found["marked"], found["position"], found["others"], found["answer_ids"]) == (True, 0, [4, 8, 12], [])
+    with pytest.raises(ValueError, match="17 tokens is too short"):
+        analyse(model, ids[:, :17])
+
+
+def test_marked_then_keeps_old_positions(golden):
+    """dev_late's first token a second time, at position 6: both are massive, also when token 4 is left out."""
+    ids = golden("dev_late").input_ids[:1]
+    found = analyse(golden("dev_late").model, torch.cat([ids[:, :6], ids], dim=1))
+    assert found["who"][4]["activation"] == [0, 6] and 4 in found["others"]
+    assert cuts_of(found, 4)["marked then"] == [0, 6]
+
+
+def test_no_mlp_wrote_a_massive_embedding(golden):
+    """dev_c has no sink; its nearest token is one of the video, from the encoder."""
+    case = golden("dev_c")
+    found = analyse(case.model, case.input_ids[:1], case.model.encode(case.pixels[:1]))
+    assert (found["marked"], found["layer"], found["written by"]) == (False, 0, -1)
+    assert cuts_of(found, found["position"])["writing row silenced"] is None
+    assert "written by the embedding" in report(found, ["x"] * case.input_ids.shape[1], "")
+
+
+def test_two_heads_weights_at_a_time(toy, clip, monkeypatch):
+    """The last one's while the next one's are computed. Neither a trace nor a view keeps those of a layer,
+    which would be gigabytes of a long prompt."""
+    (ids, features, found), shapes, storages = clip, [], weakref.WeakSet()
+
+    def one_head(q, k, v, may_attend):
+        out, weights = model.attention(q, k, v, may_attend)
+        shapes.append(tuple(weights.shape))
+        storages.add(weights.untyped_storage())
+        assert len(storages) <= 2
+        return out, weights
+    monkeypatch.setattr(sink_report, "attention", one_head)
+    traced = []
+    monkeypatch.setattr(model.DecoderLayer, "forward", lambda self, *args, forward=model.DecoderLayer.forward:
+                        traced.append(args[-1]) or forward(self, *args))
+    assert analyse(toy[0], ids, features) == found
+    S = ids.shape[1]
+    assert set(shapes) == {(1, 1, S, S)} and len(shapes) == 8 * 4
+    assert any(traced) and not any(getattr(trace, "weights_of", ()) for trace in traced)
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Exit code, stdout, stderr."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sink_report", *map(str, arguments)])
+        code = 0
+        try:
+            run_command(sink_report.main, "sink_report.py")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+    return call
+
+
+def test_command_prints_tables_or_json(call, clip):
+    code, out, err = call()
+    assert (code, err) == (0, "") and [line[0] for line in out.split("\n\n")] == ["T", "1", "2", "3", "4"]
+    assert "phi > 2.5: 20 cannot be reached below a width of 400" in out
+    for name in ("who", "holds", "without", "outro"):
+        assert table(clip[2][name]) in out
+    code, out, err = call(TOY / "clip.mp4", "What shape is red?", "--model", TOY, "--frames", 3, "--json",
+                          "--dtype", "bfloat16")
+    said = json.loads(out, parse_constant=pytest.fail)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert said["answer"] and said["tokens"] == len(said["answer_ids"]) and len(said["who"]) == 8
+    assert said["question"] == "What shape is red?" and said["position"] == 0
+
+
+def test_json_of_zero_weights_has_null(call, tmp_path):
+    """All ratios are 0/0 then."""
+    folder = tmp_path / "zero"
+    shutil.copytree(TOY, folder, copy_function=shutil.copyfile)
+    weights = {name: 0 * weight for name, weight in load_file(TOY / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = call(TOY / "clip.mp4", "?", "--model", folder, "--frames", 1, "--json")
+    said = json.loads(out, parse_constant=pytest.fail)
+    assert (code, err) == (0, "") and said["who"][0]["ratio"] is None and said["loss"] > 0
+
+
+def test_text_in_ascii():
+    """A terminal that cannot show a sign gets "?"."""
+    out = subprocess.run([sys.executable, "-m", "minioutro.lab.sink_report", "--frames", "1"], cwd=ROOT, check=True,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True).stdout
+    assert b" ? 0." in out and out.endswith(b"\n")
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["nofile.mp4"], "nofile.mp4: no such file"),
+    ([""], "is empty"),
+    (["--model", ""], "is empty"),
+    (["--model", "no/where/here"], "no/where/here"),
+    (["--frames", "0"], "'0' is not from 1"),
+    ([str(TOY / "clip.mp4"), " ", "--model", str(TOY)], "question is empty")])
+def test_mistakes_are_one_line(call, arguments, says):
+    code, out, err = call(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and says in err, err
