@@ -1,4 +1,4 @@
-"""minioutro: SmolVLM2 and OutRo, small enough to be read in an evening. Start with model.py."""
+"""minioutro: SmolVLM2 and OutRo. Read model.py first, then prompt.py, video.py and weights.py."""
 
 import torch
 

@@ -1,5 +1,6 @@
 """What the README shows is what happens."""
 
+import json
 import os
 import re
 import subprocess
@@ -36,6 +37,20 @@ def test_run_prints_these_lines_in_this_order(tmp_path):
 
 def test_readme_is_short():
     assert len(README.splitlines()) <= 150 and len(README.split()) <= 1700
+
+
+def test_effect_on_the_toy_is_that_of_its_page():
+    """README, tutorial and the toy's page say the same of the one test, with the same numbers."""
+    toys = json.loads((ROOT / "tests" / "fixtures" / "toy_page.json").read_text())["toys"]
+    tutorial = (ROOT / "tutorial.md").read_text(encoding="utf-8")
+    for text, seed, clips in ((README, "0", "ordinary"), (README, "0", "noise"), (tutorial, "0", "ordinary"),
+                              (tutorial, "0", "noise"), (tutorial, "3", "ordinary")):
+        found = toys[seed][clips]
+        outro = found["variants"]["outro"]
+        said = f"mends {outro['gained']} of 2,000 answers and spoils {outro['lost']} (p = {found['test']['p']:.2g})"
+        assert said in " ".join(text.split()), said
+    assert {seed: toys[seed]["ordinary"]["test"]["verdict"] for seed in ("0", "3")} == {"0": "not shown", "3": "worse"}
+    assert toys["0"]["noise"]["test"]["verdict"] == "worse"
 
 
 def test_the_python_block_runs(capsys, monkeypatch):
