@@ -179,7 +179,7 @@ def constants(outro: OutRo, L: int) -> dict:
     """OutRo's settings, with the distance of the layers that open rows."""
     every = max(1, L // 7) if outro.relax_every is None else outro.relax_every
     named = {name: getattr(outro, name) for name in CONSTANTS}
-    return named | {"every": every, "own_rule": getattr(outro, "rule", None) is not None}
+    return named | {"every": every, "own_rule": outro.rule is not None}
 
 
 def picture(frame: Image.Image, size: int) -> str:
