@@ -10,7 +10,7 @@ needs no training, no second pass and no attention weights. Its six steps:
   3. open the sink rows  each sink may attend to the whole prompt, in one layer  open_sink_rows
   4. attend              softmax(q k^T / sqrt(D)) v                              attention
   5. sink value          the mean value vector of the layer's sinks              sink_value
-  6. align               turn every other token's output towards it              align_with_sink
+  6. align               turn the outputs of all other tokens towards it         align_with_sink
 
 Steps 2 and 4 belong to every decoder. The other four are the class `Sinks`, which a layer calls in
 three places. The whole machine, and where the steps are:
@@ -29,7 +29,7 @@ three places. The whole machine, and where the steps are:
       DecoderLayer l   +---------+-----------------------------------------------+
       L times          |  sinks.find         1. find the sinks of this layer     |
                        |  sinks.open_rows    3. open their rows of the mask      |
-                       |  norm, Attention:   q, k, v -> rotate -> cache          |
+                       |  norm, Attention:   q, k, v; rotate q, k; cache k, v    |
                        |                     4. attend                           |
                        |    sinks.align      5. sink value   6. align            |
                        |                     o_proj, + hidden                    |
@@ -38,11 +38,11 @@ three places. The whole machine, and where the steps are:
                                  |
                        norm, lm_head -> logits (B,S,V) -> the next token
 
-OutRo may open rows only in layers l that are multiples of L // 7, and leaves the last `skip_last`
-layers alone. The mask is a boolean tensor, to be read and edited. Where nobody has edited it, the
-fused kernel of step 4 is told "causal" by name instead, which is faster and gives the same.
+OutRo may open rows only in layers l that are multiples of max(1, L // 7), and leaves the last
+`skip_last` layers alone. The mask is a boolean tensor, to be read and edited. Where nobody has
+edited it, the fused kernel of step 4 gets is_causal=True instead: faster, and the same result.
 
-Apart from OutRo this is a standard vision language model. It differs from a plain Llama in this:
+Apart from OutRo this is SmolVLM2, which differs from a plain Llama in three things:
   - a SigLIP encoder turns a frame into P patch vectors; a pixel shuffle folds scale_factor^2 of
     them into one and one linear layer projects it: M image tokens a frame;
   - in the prompt each image token's embedding is replaced by one projected vector, in time order;
@@ -59,7 +59,8 @@ Shapes, here, in the tests and in every comment:
   N sinks            V vocabulary       L layers, l one of them, 0-based
 
 An empty dict given as `trace`, or a `Trace`, receives by name:
-  vision.features (B*F,P,Cv)     projected (B,F*M,C)     logits (B,S,V)
+  vision.features (B*F,P,Cv), if frames are encoded    logits (B,S,V)
+  projected (B,F*M,C), what calls take as `features`
   layers.l.hidden (B,S,C) the input of layer l         layers.l.ratio (B,S) max |h| over median |h|
   layers.l.is_sink (B,S)                               layers.l.relaxed (B,S) opened at this layer
   layers.l.v_sink (B,G,D)                              layers.l.out, .aligned (B,H,S,D)
@@ -174,9 +175,9 @@ class OutRo:
 class VisionEmbeddings(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
-        n = c.image_size // c.patch_size
+        n = c.image_size // c.patch_size                # patches on each side: P = n * n
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size)
-        # from_pretrained, since drawing random values on the meta device costs a second of imports
+        # nn.Embedding(n * n, Cv) would draw random values first, which costs a second of imports
         self.position_embedding = nn.Embedding.from_pretrained(
             torch.empty(n * n, c.hidden_size), freeze=False)
 
@@ -270,13 +271,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:                         # float[...,C] -> the same
-        h = x.float()                            # in float32, because 15,000^2 overflows float16
+        h = x.float()                            # in float32: 256^2 is too large for float16
         h = h * torch.rsqrt((h * h).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
 
 def rope_tables(positions: Tensor, D: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of positions, int64[...]: two float[...,D], of like's dtype."""
+    """positions: int64[...] -> cosine and sine of their angles, float[...,D] each, as `like`."""
     frequencies = theta ** -(torch.arange(0, D, 2, device=like.device).float() / D)       # (D/2,)
     angles = (positions[..., None].float() * frequencies).tile(2)      # radians, for either half
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
@@ -289,7 +290,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     original Llama pairs neighbours, (x[2i], x[2i+1]); its weights are the same up to a permutation
     of the rows of q_proj and k_proj, and the wrong convention looks almost right for ten tokens.
     """
-    left, right = x.chunk(2, dim=-1)
+    left, right = x.chunk(2, dim=-1)                            # (B,H,S,D) -> two (B,H,S,D/2)
+    # x cos + (-right, left) sin, in one step
     return torch.addcmul(x * cos, torch.cat([-right, left], dim=-1), sin)
 
 
@@ -391,20 +393,20 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor,
     Returns: float[B,H,Q,D].
     """
     B, H, Q, D = q.shape
-    mask = may_attend if may_attend.dim() == 2 else may_attend[:, None]
+    mask = may_attend if may_attend.dim() == 2 else may_attend[:, None]     # (Q,K) or (B,1,Q,K)
     if Q == 1:
         # Decoding. The H/G heads that share a key-value head become its H/G queries, so that k and
         # v are read only once.
         q = q.reshape(B, k.shape[1], -1, D)                             # (B,H,1,D) -> (B,G,H/G,D)
     else:
         k, v = repeat_heads(k, H), repeat_heads(v, H)                   # (B,G,K,D) -> (B,H,K,D)
-    # Told "causal" by name, a kernel skips the forbidden half. Not on MPS, where it attended to
+    # With is_causal=True a kernel skips the forbidden half. Not on MPS, where it attended to
     # forbidden keys in half precision.
-    by_name = is_causal and Q == k.shape[2] and q.device.type != "mps"
+    kernel_masks = is_causal and Q == k.shape[2] and q.device.type != "mps"
     sees_all = is_causal and Q == 1                 # the newest token may attend to every key
-    if by_name or sees_all:
+    if kernel_masks or sees_all:
         mask = None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=by_name)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kernel_masks)
     return out.reshape(B, H, Q, D)              # not view: kernels differ in the layout they return
 
 
@@ -430,8 +432,8 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
                     temperature: float) -> Tensor:
     """Turn each head's output o towards the sink's value v, in the plane of the two, keeping |o|.
 
-        c = cos(o, v)     g = tanh(relu(c) / temperature)     p = <o, v> / (|v|^2 + 1e-8) v
-        o' = o + g * gamma * p, then scaled to the length of o: o' * |o| / (|o'| + 1e-8)
+        c = cos(o, v)     g = tanh(relu(c) / temperature)     p = (<o, v> / (|v|^2 + 1e-8)) v
+        t = o + g * gamma * p, then scaled to the length of o: o' = t * |o| / (|t| + 1e-8)
 
     With gamma 3, an angle of 80 degrees to v becomes 56, and one of 45 becomes 14. An angle of 90
     degrees or more stays as it is.
@@ -446,9 +448,9 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
     dot = o @ v.mT                                                                # (B,H,S,1)
     c = dot / (o_norm.clamp(min=1e-12) * v_norm.clamp(min=1e-12))
     g = torch.tanh(c.relu() / temperature)
-    push = g * gamma * dot / (v_norm**2 + 1e-8)                     # g * gamma * p, in units of v
+    push = g * gamma * dot / (v_norm**2 + 1e-8)             # (B,H,S,1), how many v are added to o
     stays = ever_sink | (v_sink == 0).flatten(1).all(1, keepdim=True)             # (B,S)
-    stays = stays[:, None, :, None]
+    stays = stays[:, None, :, None]                                               # (B,1,S,1)
     turned = torch.addcmul(o, push.masked_fill(stays, 0), v)                      # o + push * v
     scale = o_norm / (turned.norm(dim=-1, keepdim=True) + 1e-8)
     # Tokens that are left alone are returned unchanged, bit for bit: o + 0 v, times 1.
@@ -463,7 +465,7 @@ class Sinks:
 
     It is made when a prompt begins, filled layer by layer while the prompt is read, and then fixed.
     Tokens that follow the prompt are never searched and open no row. They are aligned with what the
-    prompt has left here. A layer has read the prompt when it has an entry in `v_sink`.
+    prompt has left here. `l in v_sink` says that layer l has read the prompt.
     """
 
     def __init__(self, outro: OutRo, n_layers: int, nobody: Tensor):
@@ -481,7 +483,7 @@ class Sinks:
         """Step 1: search layer l of the prompt for sinks.
 
         hidden: float[B,S,C], the input of the layer. is_token: bool[B,S], False for padding, which
-        would change the median; None means that there is no padding.
+        would change the median; None where there is no padding (lab/attach.py has some).
         """
         if l not in self.searched or l in self.v_sink:
             return
@@ -526,15 +528,16 @@ class Sinks:
             return out
         is_prompt = l not in self.v_sink
         if is_prompt:
-            self.v_sink[l] = sink_value(v, self.is_sink[l])
+            self.v_sink[l] = sink_value(v, self.is_sink[l])                         # step 5
         if not self.outro.align:
             return out
         if is_prompt:
             left_alone = self.ever_sink                     # a sink in this or an earlier layer
         else:
             left_alone = torch.zeros_like(out[:, 0, :, 0], dtype=torch.bool)      # (B,S), nobody
-        return align_with_sink(out, self.v_sink[l], left_alone, self.outro.gamma,
-                               self.outro.temperature)
+        aligned = align_with_sink(out, self.v_sink[l], left_alone, self.outro.gamma,
+                                  self.outro.temperature)                           # step 6
+        return aligned
 
 
 # ---- 8. What outlives a layer: the cache and the trace ------------------------------------------
@@ -542,8 +545,8 @@ class Sinks:
 
 @dataclass
 class Cache:
-    """Keys and values of all tokens so far. The first call, at length 0, brings the whole prompt."""
-    k: list[Tensor] = field(default_factory=list)   # of each layer, float[B,G,.,D], K or longer
+    """Keys and values of all tokens so far. The first call, at length 0, brings the prompt."""
+    k: list[Tensor] = field(default_factory=list)   # of each layer, float[B,G,K + spare room,D]
     v: list[Tensor] = field(default_factory=list)
     length: int = 0                                 # K, tokens that went through all layers
     # None: OutRo is off. Set it to None after the prompt to switch OutRo off for the answer.
@@ -561,7 +564,7 @@ class Cache:
             return k, v
         end = self.length + k.shape[2]
         if end > self.k[layer].shape[2]:
-            more = (0, 0, 0, k.shape[2] + 256)                              # with room to spare
+            more = (0, 0, 0, k.shape[2] + 256)                      # positions, with room to spare
             self.k[layer] = F.pad(self.k[layer], more)
             self.v[layer] = F.pad(self.v[layer], more)
         self.k[layer][:, :, self.length:end] = k
@@ -580,8 +583,8 @@ class Cache:
 class Trace(dict):
     """A trace that also keeps the attention weights of some layers; a plain {} keeps none.
 
-    In float32 a prompt costs up to 4 L B S (C + 2 H D + 2 H) bytes, all its logits 4 B S V, and the
-    weights of each layer that is named 4 B H S^2.
+    In float32 a prompt costs up to 4 L B S (C + 2 H D + 2 H) bytes, all its logits 4 B S V, its
+    frames 4 B F P Cv, and the weights of each layer that is named 4 B H S^2.
     """
     def __init__(self, weights_of=()):
         super().__init__()
@@ -590,8 +593,7 @@ class Trace(dict):
 
 def record(trace: dict, l: int, **tensors: Tensor) -> None:
     """File tensors of layer l under the names at the top of this file."""
-    for name, tensor in tensors.items():
-        trace[f"layers.{l}.{name}"] = tensor
+    trace.update({f"layers.{l}.{name}": tensor for name, tensor in tensors.items()})
 
 
 def record_sinks(trace: dict, l: int, hidden: Tensor, cache: Cache) -> None:
@@ -635,11 +637,11 @@ class Attention(nn.Module):
         v = split_heads(self.v_proj(x), self.n_kv_heads)                      # (B,S,C) -> (B,G,S,D)
         k, v = cache.extend(l, k, v)                                            # -> (B,G,K,D)
 
-        if isinstance(trace, Trace) and l in trace.weights_of:                  # step 4: attend
-            out, weights = attention(q, k, v, may_attend)
+        if isinstance(trace, Trace) and l in trace.weights_of:
+            out, weights = attention(q, k, v, may_attend)                       # step 4
             record(trace, l, weights=weights, may_attend=may_attend)
         else:
-            out = fused_attention(q, k, v, may_attend, is_causal)               # (B,H,S,D)
+            out = fused_attention(q, k, v, may_attend, is_causal)               # step 4, (B,H,S,D)
 
         aligned = out
         if sinks:
@@ -674,8 +676,8 @@ class DecoderLayer(nn.Module):
         """One layer of Llama. Without `cache.sinks` it is plain.
 
         hidden: float[B,S,C], a prompt if the cache is empty, else the tokens that follow it.
-        cos, sin: float[B or 1,1,S,D] of their positions. may_attend: bool[S,K] or bool[B,S,K];
-        is_causal says that it is the plain causal mask.
+        cos, sin: float[B or 1,1,S,D] of the tokens' positions; the 1 is for the heads. may_attend:
+        bool[S,K] or bool[B,S,K]; is_causal says that it is the plain causal mask.
         Returns: float[B,S,C], the input of the next layer. Changes: the cache, which gets keys and
         values; cache.sinks, which remembers what was found and opened; the trace.
         """
@@ -684,7 +686,7 @@ class DecoderLayer(nn.Module):
             sinks.find(l, hidden)                                               # step 1
             closed = may_attend                                                 # of step 2
             may_attend = sinks.open_rows(l, closed)                             # step 3
-            is_causal = is_causal and may_attend is closed
+            is_causal = is_causal and may_attend is closed                      # nothing was opened
         x = self.input_layernorm(hidden)
         attended = hidden + self.self_attn(x, cos, sin, may_attend, is_causal, cache, trace)
         if trace is not None:
@@ -793,8 +795,8 @@ class VideoLM(nn.Module):
                       positions: Tensor | None = None) -> Tensor:
         """`forward` without the output head: float[B,S,C], normed, ready for `head`.
 
-        For experiments, masks: of each layer a bool[S,K] or bool[B,S,K] instead of the causal one;
-        positions: int64[B,S], where they do not count 0, 1, 2, ... over all tokens.
+        For experiments, masks: a list of L masks, one a layer, bool[S,K] or bool[B,S,K], instead of
+        the causal one; positions: int64[B,S], where they do not count 0, 1, 2, ... over all tokens.
         """
         c, text = self.config.text_config, self.model.text_model
         cache = Cache() if cache is None else cache
@@ -830,8 +832,8 @@ class VideoLM(nn.Module):
         input_ids: int64[B,S], prompts of equal length; with a filled cache only the new tokens.
         pixel_values: float[B,F,3,size,size] in -1..1; or features: float[B,F*M,C] from `encode`,
         where several runs share a video. With neither, an image token is a token like any other.
-        outro: the constants, None for the baseline. cache: extended by these tokens; the call that
-        finds it empty brings the whole prompt, and outro for all that follow. trace: an empty dict.
+        outro: the constants, None for the baseline. cache: extended by these tokens. A call with an
+        empty one brings the whole prompt, and outro for all that follow. trace: an empty dict.
         Returns: float[B,S,V]. Raises: ValueError that names an argument which does not fit.
         """
         hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace)
@@ -858,6 +860,7 @@ class VideoLM(nn.Module):
             raise ValueError(f"max_new_tokens must be 1 at least, not {max_new_tokens}")
         cache = Cache()
         hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace)
+        # + 1, because the last token of an answer is not fed back
         room = self.config.text_config.max_position_embeddings - input_ids.shape[1] + 1
         limit = min(max_new_tokens, room)
         for n in range(1, limit + 1):
