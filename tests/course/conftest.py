@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from grade import WITH_TESTS
-from helpers import TOY, check
+from helpers import check
 
-from minioutro import Cache, Trace, model, read_video
-from minioutro.lab.analysis import without_row
+from minioutro import model
 
 OURS = "minioutro.model"
 
@@ -110,24 +109,3 @@ def impl(request):
         from mutants import looks_like_a_sink
         return SimpleNamespace(**vars(model), looks_like_a_sink=looks_like_a_sink)
     return Implementation(load(given))
-
-
-@pytest.fixture(scope="session")
-def three_traces(toy):
-    """Of exercise 7, by name: weights and values of every layer."""
-    model, processor = toy
-    inputs = processor(read_video(TOY / "clip.mp4"), "What happens in this video?")
-    ids, features = inputs.input_ids, model.encode(inputs.pixel_values)
-    layers = range(model.config.text_config.num_hidden_layers)
-
-    def traced(model, ids):
-        trace, cache = Trace(weights_of=layers), Cache()
-        model(ids, features=features, trace=trace, cache=cache)
-        return trace, [(trace[f"layers.{l}.weights"], cache.values(l)) for l in layers]
-
-    trace, of_toy = traced(model, ids)
-    first = next(l for l in layers if trace[f"layers.{l}.ratio"].max() > 1000)
-    massive = trace[f"layers.{first}.hidden"][0, 0].abs().argmax()
-    _, without = traced(without_row(model, first - 1, massive), ids)
-    _, twice = traced(model, torch.cat([ids[:, :200], ids[:, :1], ids[:, 200:]], dim=1))
-    return {"toy": of_toy, "without": without, "twice": twice}

@@ -182,12 +182,6 @@ class Cache(model.Cache):
         return self.v[layer][:, :, :self.length]
 
 
-class OnlyTheNewOnesReturned(Cache):
-    def extend(self, layer, k, v):
-        super().extend(layer, k, v)
-        return k, v
-
-
 class LengthMovedByEachLayer(Cache):
     def extend(self, layer, k, v):
         result = super().extend(layer, k, v)
@@ -216,7 +210,7 @@ class ACopyThatNoEditChanges(Cache):
         return super().keys(layer).clone()
 
 
-for solution in (OnlyTheNewOnesReturned, LengthMovedByEachLayer, OneBufferForAllLayers, TheOldestForgottenFrom512On,
+for solution in (LengthMovedByEachLayer, OneBufferForAllLayers, TheOldestForgottenFrom512On,
                  KeysWithThoseJustAdded, ACopyThatNoEditChanges):
     wrong(5, "Cache", **{solution.__name__: solution})
 
@@ -225,33 +219,28 @@ for solution in (OnlyTheNewOnesReturned, LengthMovedByEachLayer, OneBufferForAll
 
 
 def find_with(largest=lambda h: h.abs().amax(-1), middle=lambda h: h.abs().flatten(1).median(1, keepdim=True).values,
-              enough=lambda largest, threshold: largest >= threshold, both=torch.logical_and):
+              enough=torch.ge):
     """find_sinks with one of its parts changed; `middle` is (B,1) or (B,S)."""
     def find_sinks(hidden, abs_threshold, median_multiple):
         x = largest(hidden)
-        return both(enough(x, abs_threshold), enough(x, median_multiple * middle(hidden)))
+        return (x >= abs_threshold) & enough(x, median_multiple * middle(hidden))
     return find_sinks
 
 
 wrong(6, "activation_ratio", mean_of_the_two_middle_values=lambda hidden:
       (hidden.abs().amax(-1), hidden.abs().flatten(1).quantile(0.5, dim=1, keepdim=True)))
 wrong(6, "find_sinks",
-      greater_instead_of_at_least=find_with(enough=lambda largest, threshold: largest > threshold),
+      greater_instead_of_at_least=find_with(enough=torch.gt),
       median_of_the_token=find_with(middle=lambda h: h.abs().median(dim=-1).values),
       median_of_the_batch=find_with(middle=lambda h: h.abs().median()),
       mean_instead_of_median=find_with(middle=lambda h: h.abs().mean(dim=(1, 2))[:, None]),
-      either_instead_of_both=find_with(both=torch.logical_or),
+      the_absolute_threshold_alone=find_with(enough=lambda largest, threshold: True),
       signs_kept=find_with(largest=lambda h: h.amax(-1)),
       length_instead_of_largest_coordinate=find_with(largest=lambda h: h.norm(dim=-1)),
       written_into_the_hidden_states=find_with(largest=lambda h: h.abs_().amax(-1)))
 
 
 # ---- exercise 7 ----
-
-
-def given_to_each(weights):
-    """The mean weight of each key over the queries that may see it, (B,H,S)."""
-    return weights.sum(-2) / torch.arange(weights.shape[-1], 0, -1)
 
 
 def looks_like_a_sink(weights, v):
@@ -261,19 +250,12 @@ def looks_like_a_sink(weights, v):
     return ((given > 1 / 3).float().mean(1) > 0.5) & (n_queries >= 16)
 
 
-def a_value_that_is_small(weights, v):
-    length = v.norm(dim=-1).mean(1)
-    return length < 0.5 * length.median(-1, keepdim=True).values
-
-
 wrong(7, "looks_like_a_sink",
       the_first_token_always=lambda weights, v: (torch.arange(weights.shape[-1]) == 0).expand(len(weights), -1),
       average_over_queries_that_cannot_see_it=lambda weights, v: weights.mean(-2).mean(1) > 1 / 3,
       one_query_is_enough=lambda weights, v: weights.amax(-2).mean(1) > 1 / 2,
       judged_by_the_last_query_alone=lambda weights, v: weights[:, :, -1].mean(1) > 1 / 3,
-      average_over_the_batch=lambda weights, v:
-          (given_to_each(weights).mean((0, 1)) > 1 / 3).expand(len(weights), -1),
-      a_value_that_is_small=a_value_that_is_small)
+      the_first_item_for_all=lambda weights, v: looks_like_a_sink(weights[:1], v).expand(len(weights), -1))
 
 
 # ---- exercise 8 ----
