@@ -196,8 +196,7 @@ def long_rows(ours, theirs, repeats):
 
 def memory_row(folder):
     """Peak memory of a process that loads the model and answers once, without what its imports take."""
-    command = [sys.executable, __file__, "--memory-of", folder]
-    peak = float(subprocess.check_output(command))
+    peak = float(subprocess.check_output([sys.executable, __file__, "--memory-of", folder]))
     weights = (folder / "model.safetensors").stat().st_size / 1e6
     row("peak memory over the weights", f"{peak:.0f} MB", f"{weights:.0f} MB of weights",
         f"{(peak - weights) / 1000:.2f}", "<= 0.6 GB")

@@ -35,11 +35,8 @@ def load(given: str):
     if not given.endswith(".py"):
         return importlib.import_module(given)
     path = Path(given).resolve()
-    there = sys.modules.get(path.stem)
-    if there is not None:
-        check(getattr(there, "__file__", None) == str(path),
-              f"{path.name} has the name of another module that is in use; call yours my_module.py, or such")
-        return there
+    check(path.stem not in sys.modules,
+          f"{path.name} has the name of another module that is in use; call yours my_module.py, or such")
     sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)

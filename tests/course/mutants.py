@@ -86,19 +86,11 @@ wrong(3, "causal_mask",
       zero_and_minus_infinity=lambda Q, K, device=None: torch.full((Q, K), float("-inf")).triu(K - Q + 1))
 
 
-def written_into_the_mask_of_the_caller(may_attend, is_sink):
-    if may_attend.dim() == 2:
-        may_attend = may_attend[None].repeat(len(is_sink), 1, 1)
-    may_attend[is_sink] = True
-    return may_attend
-
-
 wrong(3, "open_sink_rows",
       columns_instead_of_rows=lambda may_attend, is_sink: may_attend | is_sink[:, None, :],
       all_rows_of_an_item_with_a_sink=lambda may_attend, is_sink: may_attend | is_sink.any(1)[:, None, None],
       the_sinks_of_the_first_item_for_all=lambda may_attend, is_sink:
-          may_attend | is_sink[:1, :, None].expand(len(is_sink), -1, -1),
-      written_into_the_mask_of_the_caller=written_into_the_mask_of_the_caller)
+          may_attend | is_sink[:1, :, None].expand(len(is_sink), -1, -1))
 
 
 # ---- exercise 4 ----
@@ -108,15 +100,11 @@ def in_turn(x, H):
     return x.repeat(1, H // x.shape[1], *[1] * (x.dim() - 2))
 
 
-def neighbours(x, H):
-    return x.repeat_interleave(H // x.shape[1], dim=1)
-
-
 def for_all_heads(may_attend):
     return may_attend if may_attend.dim() == 2 else may_attend[:, None]
 
 
-def softmax_attention(q, k, v, allowed, scale=0.5, dim=-1, forbidden=float("-inf"), repeat=neighbours):
+def softmax_attention(q, k, v, allowed, scale=0.5, dim=-1, forbidden=float("-inf"), repeat=repeat_heads):
     k, v = repeat(k, q.shape[1]), repeat(v, q.shape[1])
     scores = (q @ k.transpose(-1, -2) / q.shape[-1]**scale).masked_fill(~allowed, forbidden)
     weights = scores.softmax(dim)
@@ -130,7 +118,7 @@ def attention_with(**changes):
 def masked_after_the_softmax(q, k, v, may_attend):
     _, weights = softmax_attention(q, k, v, torch.ones_like(for_all_heads(may_attend)))
     weights = weights * for_all_heads(may_attend)
-    return weights @ neighbours(v, q.shape[1]), weights
+    return weights @ repeat_heads(v, q.shape[1]), weights
 
 
 def the_mean_weights_of_all_heads_returned(q, k, v, may_attend):
@@ -140,7 +128,7 @@ def the_mean_weights_of_all_heads_returned(q, k, v, may_attend):
 
 def scaled_dot_product_attention_called(q, k, v, may_attend):
     _, weights = softmax_attention(q, k, v, for_all_heads(may_attend))
-    k, v = neighbours(k, q.shape[1]), neighbours(v, q.shape[1])
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, for_all_heads(may_attend)), weights
 
 
@@ -189,11 +177,6 @@ class LengthMovedByEachLayer(Cache):
         return result
 
 
-class OneBufferForAllLayers(Cache):
-    def extend(self, layer, k, v):
-        return super().extend(0, k, v)
-
-
 class TheOldestForgottenFrom512On(Cache):
     def extend(self, layer, k, v):
         k, v = super().extend(layer, k, v)
@@ -210,8 +193,7 @@ class ACopyThatNoEditChanges(Cache):
         return super().keys(layer).clone()
 
 
-for solution in (LengthMovedByEachLayer, OneBufferForAllLayers, TheOldestForgottenFrom512On,
-                 KeysWithThoseJustAdded, ACopyThatNoEditChanges):
+for solution in (LengthMovedByEachLayer, TheOldestForgottenFrom512On, KeysWithThoseJustAdded, ACopyThatNoEditChanges):
     wrong(5, "Cache", **{solution.__name__: solution})
 
 
