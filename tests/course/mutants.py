@@ -56,30 +56,20 @@ class SquaredInHalfPrecision(model.RMSNorm):
 wrong(2, "RMSNorm",
       the_mean_is_subtracted=norm(lambda x, weight, eps: weight * F.layer_norm(x, x.shape[-1:], eps=eps)),
       eps_outside_the_root=norm(lambda x, weight, eps: weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + eps)),
-      sum_instead_of_mean=norm(lambda x, weight, eps: weight * x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + eps)),
       one_mean_for_all_tokens=norm(lambda x, weight, eps: weight * x * torch.rsqrt(x.pow(2).mean() + eps)),
       without_the_weight=norm(lambda x, weight, eps: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)),
       squared_in_half_precision=SquaredInHalfPrecision)
 
 
-def left(x):
-    return x.chunk(2, dim=-1)[0]
-
-
-def right(x):
-    return x.chunk(2, dim=-1)[1]
-
-
 def quarter_turn(x):
-    return torch.cat([-right(x), left(x)], dim=-1)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([-right, left], dim=-1)
 
 
 wrong(2, "rotate",
       neighbours_as_pairs=lambda x, cos, sin:
           x * cos + torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2) * sin,
-      clockwise=lambda x, cos, sin: x * cos - quarter_turn(x) * sin,
-      cosine_and_sine_exchanged=lambda x, cos, sin: x * sin + quarter_turn(x) * cos,
-      halves_not_exchanged=lambda x, cos, sin: x * cos + torch.cat([-left(x), right(x)], dim=-1) * sin)
+      clockwise=lambda x, cos, sin: x * cos - quarter_turn(x) * sin)
 
 
 # ---- exercise 3 ----
@@ -91,28 +81,16 @@ def ones(Q, K):
 
 wrong(3, "causal_mask",
       counted_from_the_upper_left=lambda Q, K, device=None: ones(Q, K).tril(),
-      one_key_too_few=lambda Q, K, device=None: ones(Q, K).tril(K - Q - 1),
       one_key_too_many=lambda Q, K, device=None: ones(Q, K).tril(K - Q + 1),
       true_where_it_is_forbidden=lambda Q, K, device=None: ones(Q, K).triu(K - Q + 1),
-      the_future_instead_of_the_past=lambda Q, K, device=None: ones(Q, K).triu(K - Q),
       zero_and_minus_infinity=lambda Q, K, device=None: torch.full((Q, K), float("-inf")).triu(K - Q + 1))
-
-
-def written_into_the_mask_of_the_caller(may_attend, is_sink):
-    if may_attend.dim() == 2:
-        may_attend = may_attend[None].repeat(len(is_sink), 1, 1)
-    may_attend[is_sink] = True
-    return may_attend
 
 
 wrong(3, "open_sink_rows",
       columns_instead_of_rows=lambda may_attend, is_sink: may_attend | is_sink[:, None, :],
-      the_rows_of_all_others=lambda may_attend, is_sink: may_attend | ~is_sink[:, :, None],
       all_rows_of_an_item_with_a_sink=lambda may_attend, is_sink: may_attend | is_sink.any(1)[:, None, None],
-      only_the_rows_of_sinks_remain=lambda may_attend, is_sink: may_attend & is_sink[:, :, None],
       the_sinks_of_the_first_item_for_all=lambda may_attend, is_sink:
-          may_attend | is_sink[:1, :, None].expand(len(is_sink), -1, -1),
-      written_into_the_mask_of_the_caller=written_into_the_mask_of_the_caller)
+          may_attend | is_sink[:1, :, None].expand(len(is_sink), -1, -1))
 
 
 # ---- exercise 4 ----
@@ -122,15 +100,11 @@ def in_turn(x, H):
     return x.repeat(1, H // x.shape[1], *[1] * (x.dim() - 2))
 
 
-def neighbours(x, H):
-    return x.repeat_interleave(H // x.shape[1], dim=1)
-
-
 def for_all_heads(may_attend):
     return may_attend if may_attend.dim() == 2 else may_attend[:, None]
 
 
-def softmax_attention(q, k, v, allowed, scale=0.5, dim=-1, forbidden=float("-inf"), repeat=neighbours):
+def softmax_attention(q, k, v, allowed, scale=0.5, dim=-1, forbidden=float("-inf"), repeat=repeat_heads):
     k, v = repeat(k, q.shape[1]), repeat(v, q.shape[1])
     scores = (q @ k.transpose(-1, -2) / q.shape[-1]**scale).masked_fill(~allowed, forbidden)
     weights = scores.softmax(dim)
@@ -144,7 +118,7 @@ def attention_with(**changes):
 def masked_after_the_softmax(q, k, v, may_attend):
     _, weights = softmax_attention(q, k, v, torch.ones_like(for_all_heads(may_attend)))
     weights = weights * for_all_heads(may_attend)
-    return weights @ neighbours(v, q.shape[1]), weights
+    return weights @ repeat_heads(v, q.shape[1]), weights
 
 
 def the_mean_weights_of_all_heads_returned(q, k, v, may_attend):
@@ -154,7 +128,7 @@ def the_mean_weights_of_all_heads_returned(q, k, v, may_attend):
 
 def scaled_dot_product_attention_called(q, k, v, may_attend):
     _, weights = softmax_attention(q, k, v, for_all_heads(may_attend))
-    k, v = neighbours(k, q.shape[1]), neighbours(v, q.shape[1])
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, for_all_heads(may_attend)), weights
 
 
@@ -162,8 +136,6 @@ wrong(4, "repeat_heads", heads_repeated_in_turn=in_turn)
 wrong(4, "attention",
       values_of_the_wrong_head=attention_with(repeat=in_turn),
       scores_not_scaled=attention_with(scale=0),
-      scaled_by_the_head_size_without_root=attention_with(scale=1),
-      forbidden_scores_are_zero=attention_with(forbidden=0.0),
       a_forbidden_score_is_minus_1000=attention_with(forbidden=-1000.0),
       softmax_over_the_queries=attention_with(dim=-2),
       mask_inverted=lambda q, k, v, may_attend: softmax_attention(q, k, v, ~for_all_heads(may_attend)),
@@ -198,37 +170,11 @@ class Cache(model.Cache):
         return self.v[layer][:, :, :self.length]
 
 
-class OnlyTheNewOnesReturned(Cache):
-    def extend(self, layer, k, v):
-        super().extend(layer, k, v)
-        return k, v
-
-
 class LengthMovedByEachLayer(Cache):
     def extend(self, layer, k, v):
         result = super().extend(layer, k, v)
         self.length += k.shape[2]
         return result
-
-
-class OneBufferForAllLayers(Cache):
-    def extend(self, layer, k, v):
-        return super().extend(0, k, v)
-
-
-class NewTokensBeforeTheOthers(Cache):
-    def extend(self, layer, k, v):
-        if layer < len(self.k):
-            self.k[layer] = torch.cat([k, self.k[layer]], dim=2)
-            self.v[layer] = torch.cat([v, self.v[layer]], dim=2)
-            return self.k[layer], self.v[layer]
-        return super().extend(layer, k, v)
-
-
-class OnlyOneOfTwoNewTokensKept(Cache):
-    def extend(self, layer, k, v):
-        n = 1 if layer < len(self.k) else k.shape[2]
-        return super().extend(layer, k[:, :, -n:], v[:, :, -n:])
 
 
 class TheOldestForgottenFrom512On(Cache):
@@ -237,21 +183,9 @@ class TheOldestForgottenFrom512On(Cache):
         return k[:, :, -512:], v[:, :, -512:]
 
 
-class ValuesForKeys(Cache):
-    def keys(self, layer):
-        return self.v[layer][:, :, :self.length]
-
-
 class KeysWithThoseJustAdded(Cache):
     def keys(self, layer):
         return self.k[layer]
-
-
-class KeysWithTheRoomToSpare(KeysWithThoseJustAdded):
-    def extend(self, layer, k, v):
-        k, v = super().extend(layer, k, v)
-        self.k[layer] = F.pad(k, (0, 0, 0, 256))
-        return k, v
 
 
 class ACopyThatNoEditChanges(Cache):
@@ -259,9 +193,7 @@ class ACopyThatNoEditChanges(Cache):
         return super().keys(layer).clone()
 
 
-for solution in (OnlyTheNewOnesReturned, LengthMovedByEachLayer, OneBufferForAllLayers, NewTokensBeforeTheOthers,
-                 OnlyOneOfTwoNewTokensKept, TheOldestForgottenFrom512On, ValuesForKeys, KeysWithThoseJustAdded,
-                 KeysWithTheRoomToSpare, ACopyThatNoEditChanges):
+for solution in (LengthMovedByEachLayer, TheOldestForgottenFrom512On, KeysWithThoseJustAdded, ACopyThatNoEditChanges):
     wrong(5, "Cache", **{solution.__name__: solution})
 
 
@@ -269,33 +201,28 @@ for solution in (OnlyTheNewOnesReturned, LengthMovedByEachLayer, OneBufferForAll
 
 
 def find_with(largest=lambda h: h.abs().amax(-1), middle=lambda h: h.abs().flatten(1).median(1, keepdim=True).values,
-              enough=lambda largest, threshold: largest >= threshold, both=torch.logical_and):
+              enough=torch.ge):
     """find_sinks with one of its parts changed; `middle` is (B,1) or (B,S)."""
     def find_sinks(hidden, abs_threshold, median_multiple):
         x = largest(hidden)
-        return both(enough(x, abs_threshold), enough(x, median_multiple * middle(hidden)))
+        return (x >= abs_threshold) & enough(x, median_multiple * middle(hidden))
     return find_sinks
 
 
 wrong(6, "activation_ratio", mean_of_the_two_middle_values=lambda hidden:
       (hidden.abs().amax(-1), hidden.abs().flatten(1).quantile(0.5, dim=1, keepdim=True)))
 wrong(6, "find_sinks",
-      greater_instead_of_at_least=find_with(enough=lambda largest, threshold: largest > threshold),
+      greater_instead_of_at_least=find_with(enough=torch.gt),
       median_of_the_token=find_with(middle=lambda h: h.abs().median(dim=-1).values),
       median_of_the_batch=find_with(middle=lambda h: h.abs().median()),
       mean_instead_of_median=find_with(middle=lambda h: h.abs().mean(dim=(1, 2))[:, None]),
-      either_instead_of_both=find_with(both=torch.logical_or),
+      the_absolute_threshold_alone=find_with(enough=lambda largest, threshold: True),
       signs_kept=find_with(largest=lambda h: h.amax(-1)),
       length_instead_of_largest_coordinate=find_with(largest=lambda h: h.norm(dim=-1)),
       written_into_the_hidden_states=find_with(largest=lambda h: h.abs_().amax(-1)))
 
 
 # ---- exercise 7 ----
-
-
-def given_to_each(weights):
-    """The mean weight of each key over the queries that may see it, (B,H,S)."""
-    return weights.sum(-2) / torch.arange(weights.shape[-1], 0, -1)
 
 
 def looks_like_a_sink(weights, v):
@@ -305,26 +232,12 @@ def looks_like_a_sink(weights, v):
     return ((given > 1 / 3).float().mean(1) > 0.5) & (n_queries >= 16)
 
 
-def whoever_draws_most(weights, v):
-    given = given_to_each(weights).mean(1)
-    return given == given.amax(-1, keepdim=True)
-
-
-def a_value_that_is_small(weights, v):
-    length = v.norm(dim=-1).mean(1)
-    return length < 0.5 * length.median(-1, keepdim=True).values
-
-
 wrong(7, "looks_like_a_sink",
       the_first_token_always=lambda weights, v: (torch.arange(weights.shape[-1]) == 0).expand(len(weights), -1),
       average_over_queries_that_cannot_see_it=lambda weights, v: weights.mean(-2).mean(1) > 1 / 3,
-      average_over_its_own_row=lambda weights, v: weights.mean(-1).mean(1) > 1 / 3,
       one_query_is_enough=lambda weights, v: weights.amax(-2).mean(1) > 1 / 2,
       judged_by_the_last_query_alone=lambda weights, v: weights[:, :, -1].mean(1) > 1 / 3,
-      average_over_the_batch=lambda weights, v:
-          (given_to_each(weights).mean((0, 1)) > 1 / 3).expand(len(weights), -1),
-      whoever_draws_most=whoever_draws_most,
-      a_value_that_is_small=a_value_that_is_small)
+      the_first_item_for_all=lambda weights, v: looks_like_a_sink(weights[:1], v).expand(len(weights), -1))
 
 
 # ---- exercise 8 ----
@@ -342,9 +255,7 @@ wrong(8, "sink_value",
       mean_over_all_tokens=lambda v, is_sink: sum_of(v, is_sink) / v.shape[2],
       sum_instead_of_mean_value=sum_of,
       nan_without_sinks=lambda v, is_sink: sum_of(v, is_sink) / is_sink.sum(1)[:, None, None],
-      one_value_for_all_heads=lambda v, is_sink: mean_of(v, is_sink).mean(1, keepdim=True).expand(-1, v.shape[1], -1),
-      only_the_first_sink=lambda v, is_sink: mean_of(v, is_sink & (is_sink.cumsum(1) == 1)),
-      the_mean_of_the_others=lambda v, is_sink: mean_of(v, ~is_sink))
+      only_the_first_sink=lambda v, is_sink: mean_of(v, is_sink & (is_sink.cumsum(1) == 1)))
 
 
 def align_with(gate=lambda c, temperature: torch.tanh(c.relu() / temperature), who_stays=lambda ever_sink: ever_sink,
@@ -367,12 +278,9 @@ wrong(8, "align_with_sink",
       length_not_restored=align_with(restore=False),
       gate_without_relu=align_with(lambda c, temperature: torch.tanh(c.abs() / temperature)),
       gate_without_tanh=align_with(lambda c, temperature: c.relu() / temperature),
-      gate_always_open=align_with(lambda c, temperature: torch.ones_like(c)),
-      multiplied_by_the_temperature=align_with(lambda c, temperature: torch.tanh(c.relu() * temperature)),
       projection_over_the_length_not_its_square=align_with(power=1),
       towards_the_value_of_another_head=align_with(repeat=in_turn),
       sinks_turned_too=align_with(who_stays=torch.zeros_like),
-      only_sinks_turned=align_with(who_stays=torch.logical_not),
       computed_in_half_precision=align_with(dtype=None))
 
 
@@ -392,8 +300,6 @@ OWN_SINKS = f"self.is_sink[l][:, :1] if out.shape[2] == 1 else {NOBODY}"        
 for what, old, new in (
         ("the_published_slip", NOBODY, OWN_SINKS),
         ("new_tokens_looked_up_among_all_sinks", NOBODY, "self.ever_sink[:, :out.shape[2]]"),
-        ("the_end_of_the_prompt_looked_up", NOBODY, "self.ever_sink[:, -out.shape[2]:]"),
-        ("new_tokens_left_alone", NOBODY, f"~{NOBODY}"),
         ("new_tokens_searched", "l not in self.searched or l in self.v_sink", "l not in self.searched"),
         ("the_last_layers_searched", "l not in self.searched or l in self.v_sink", "l in self.v_sink"),
         ("the_rule_of_outro_ignored", "is_sink = self.outro.find(hidden)\n",
@@ -401,21 +307,17 @@ for what, old, new in (
         ("sinks_of_earlier_layers_forgotten", "self.ever_sink = self.ever_sink | is_sink", "self.ever_sink = is_sink"),
         ("ever_sink_only_if_aligned", "self.ever_sink = self.ever_sink | is_sink",
          "self.ever_sink = self.ever_sink | (is_sink & self.outro.align)"),
-        ("sinks_of_the_prompt_turned_too", "left_alone = self.ever_sink ", f"left_alone = {NOBODY} "),
         ("sinks_of_earlier_layers_turned_again", "left_alone = self.ever_sink ", "left_alone = self.is_sink[l] "),
         ("rows_opened_more_than_once", "self.is_sink[l] & ~self.opened", "self.is_sink[l]"),
         ("rows_of_sinks_of_other_layers_opened", "self.is_sink[l] & ~self.opened", "self.ever_sink & ~self.opened"),
         ("rows_opened_in_every_layer", "l % self.relax_every == 0", "True"),
         ("relaxation_cannot_be_switched_off", "not self.outro.relax or ", ""),
         ("alignment_cannot_be_switched_off", "if not self.outro.align:", "if False:"),
-        ("the_mask_is_not_opened", "open_sink_rows(may_attend, new_sinks)", "may_attend"),
-        ("opened_rows_not_remembered", "self.opened = self.opened | new_sinks", "pass"),
         ("the_value_of_another_layer", "align_with_sink(out, self.v_sink[l]",
          "align_with_sink(out, self.v_sink[max(self.v_sink)]"),
         ("a_value_only_if_aligned", "if is_prompt:\n            self.v_sink[l] =",
          "if is_prompt and self.outro.align:\n            self.v_sink[l] ="),
         ("the_value_of_all_tokens_so_far", "is_prompt = l not in self.v_sink", "is_prompt = True"),
-        ("the_strength_ignored", "self.outro.gamma,", "3.0,"),
         ("the_first_item_for_all", "sink_value(v, self.is_sink[l])",
          "sink_value(v, self.is_sink[l][:1].expand(len(v), -1))")):
     wrong(10, "Sinks", **{what: sinks_with(old, new)})

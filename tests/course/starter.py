@@ -8,15 +8,6 @@ The tutorial's text and this module say all that you need. An exercise may need 
 solution, or import ours from minioutro.model. If you import ours, delete the stub here, because it would hide the
 import. An import costs the points of its own exercise, and of no other. Answers in words go to the end of this file.
 
-The six steps of the method, and the functions that do them:
-
-  1. find the sinks      tokens with one huge coordinate                         find_sinks
-  2. build the mask      each token may attend to itself and to all before it    causal_mask
-  3. open the sink rows  in some layers a new sink may attend to the whole prompt  open_sink_rows
-  4. attend              softmax(q k^T / sqrt(D)) v                              attention
-  5. sink value          the mean value vector of the layer's sinks              sink_value
-  6. align               turn every other token's output towards it              align_with_sink
-
 Shapes, here, in the tests and in every comment:
   B batch            F frames           P patches a frame    M image tokens a frame
   S tokens of a call: the prompt, or those that follow it    Q query positions, K key positions

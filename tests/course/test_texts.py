@@ -1,16 +1,12 @@
 """The texts for students and teachers agree with the table of exercises, with the stubs, and with each other."""
 
-import ast
-import inspect
 import re
 import subprocess
 import sys
-import textwrap
 from dataclasses import fields
-from operator import attrgetter
 
 import pytest
-from grade import EXERCISES, WITH_TESTS
+from grade import EXERCISES
 from helpers import ROOT
 
 from minioutro import OutRo, model
@@ -51,22 +47,6 @@ def test_exercise_has_all_its_parts(exercise):
     assert (command in section) == bool(exercise.names)
     for name in exercise.names:
         assert f"`{name}" in section, name
-    words = re.findall(r"\((\d+) points\)", section)[1:]         # after those of the title
-    both = {str(exercise.by_tests), str(exercise.in_words)}
-    assert set(words) == (both if exercise.names and exercise.in_words else set())
-
-
-@pytest.mark.parametrize("exercise", [e for e in WITH_TESTS if e.number != 7], ids=lambda e: e.title)
-def test_sizes_are_about_those_of_the_model(exercise):
-    n_lines = 0
-    for name in exercise.names:
-        source = textwrap.dedent(inspect.getsource(attrgetter(name)(model)))
-        function, = ast.parse(source).body
-        statements = function.body[1:] if ast.get_docstring(function) else function.body
-        lines = source.splitlines()[statements[0].lineno - 1:]
-        n_lines += sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
-    hint = int(re.search(r"about (\d+) line", section_of(exercise))[1])
-    assert abs(hint - n_lines) <= max(2, n_lines // 4), f"{n_lines} lines in model.py"
 
 
 # ---- the teacher's page ----
@@ -80,8 +60,7 @@ def test_each_answer_in_words_has_a_rubric(exercise):
     section, = re.findall(rf"(?s)^{heading}(.+?)(?=^##|\Z)", TEACHER, re.M)
     points = [int(n) for n in re.findall(r"^\| (\d+) \|", section, re.M)]
     assert sum(points) == exercise.in_words and 3 <= len(points) <= 5
-    _, wrong = section.split("**Commonest wrong answers.**")
-    assert section.count("**Full answer.**") == 1 and len(re.findall("^- ", wrong, re.M)) == 2
+    assert section.count("**Full answer.**") == section.count("**Commonest wrong answers.**") == 1
 
 
 def test_names_in_the_teachers_page_are_there():
@@ -121,11 +100,6 @@ def test_the_problem_set_has_each_exercise_once():
     assert numbers == [e.number for e in EXERCISES]
 
 
-def test_each_exercise_has_an_answer_to_its_question():
-    questions = TEACHER.split("## Twelve questions to discuss")[1].split("\n## ")[0]
-    assert re.findall(r"^(\d+)\. ", questions, re.M) == [str(e.number) for e in EXERCISES]
-
-
 def test_constants_of_another_year_are_there():
     for _, constant, today, places in rows_after(TEACHER, "## Another year"):
         for path, words in re.findall(r"`([\w./]+)`: `([^`]+)`", places):
@@ -133,11 +107,7 @@ def test_constants_of_another_year_are_there():
 
 
 def test_the_p_values_of_exercise_11():
-    """At most 9 answers may have changed, 8 for the better and 1 for the worse; the one-sided test gives 13."""
-    assert sign_test(gained=8, lost=1) == pytest.approx(0.039, abs=5e-4)
-    assert sign_test(gained=9, lost=2) == pytest.approx(0.065, abs=5e-4)
-    one_sided = [2 * k + 7 for k in range(9) if sign_test(gained=k + 7, lost=k) / 2 < 0.05]
-    assert max(one_sided) == 13
+    """With one more answer that changed for the worse, the gain no longer has p < 0.05."""
     for gain, w, changed, p in [map(float, row) for row in rows_after(TEACHER, "The answers to 11 (b)")]:
         assert changed == gain + 2 * w and sign_test(int(gain + w), int(w)) == pytest.approx(p, abs=6e-4)
         assert sign_test(int(gain + w + 1), int(w + 1)) >= 0.05
