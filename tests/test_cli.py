@@ -128,10 +128,6 @@ def test_progress_is_for_a_person(monkeypatch, capfd):
     assert out == "" and "frames:" in err
 
 
-def test_escaped():
-    assert cli.escaped("naïve 日本\u202e\ud800\n") == r"naïve 日本\u202e\ud800\n"
-
-
 def test_files_are_written_whole(tmp_path):
     """Nothing of a failed attempt is left, and a link that lies in the way is not followed."""
     path, other = tmp_path / "a.txt", tmp_path / "other.txt"

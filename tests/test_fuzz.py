@@ -1,28 +1,28 @@
 """The fuzzer finds what is wrong, repeats itself, and finds nothing in its first inputs."""
 
+import os
+import subprocess
 import sys
 
+import pytest
 from by_hand import fuzz
 
 
 def test_first_inputs_end_well(tmp_path):
-    report, wrong = fuzz.fuzz(0, 0, 30, sys.maxsize, tmp_path)
-    assert wrong is None, wrong
-    assert report.startswith("30 inputs\n") and not list(tmp_path.iterdir())
+    command = [sys.executable, fuzz.__file__, "--end", "30", "--minutes", "9", "--keep", tmp_path / "finds"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("30 inputs\n") and not list(tmp_path.iterdir())
 
 
-def test_wrong_ends_are_found(tmp_path, monkeypatch):
-    """The first argument of this run.py is what it does. The process dies last."""
-    (tmp_path / "run.py").write_text("import os, sys\ndef main():\n    exec(sys.argv[1])\n")
-    monkeypatch.setattr(fuzz, "ROOT", tmp_path)
-    worker = fuzz.Worker()
-    for code, said in (("print('{}')", None), ("print('x')", "no JSON"), ("print('NaN')", "no JSON"),
-                       ("sys.exit(1)", "exit code 1"), ("raise RuntimeError('deep inside')", "deep inside"),
-                       ("os.write(2, b'from C')", "from C"), ("raise ValueError('one line')", None),
-                       ("print('two\\nlines', file=sys.stderr); sys.exit(2)", "two"), ("os._exit(3)", "died with 3")):
-        wrong = worker.result(tmp_path, [code])[1]
-        assert wrong is None if said is None else said in wrong
-    worker.end()
+@pytest.mark.parametrize("code, said", [
+    ("print('{}')", None), ("raise ValueError('one line')", None), ("os._exit(3)", "exit code 3"),
+    ("print('x')", "no JSON"), ("print('NaN')", "no JSON"), ("sys.exit(1)", "exit code 1"),
+    ("raise RuntimeError('deep inside')", "deep inside"), ("print('{}'); os.write(2, b'from C')", "from C"),
+    ("print('two\\nlines', file=sys.stderr); sys.exit(2)", "two")])
+def test_wrong_ends_are_found(tmp_path, code, said):
+    wrong = fuzz.ask(lambda: exec(code, {"os": os, "sys": sys}), [], tmp_path)[1]
+    assert wrong is None if said is None else said in wrong
 
 
 def test_wrong_input_is_saved_with_its_number(tmp_path, monkeypatch):

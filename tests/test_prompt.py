@@ -6,7 +6,7 @@ from reprlib import repr as shown
 
 import pytest
 import torch
-from helpers import FIXTURES, TOY, writable_copy
+from helpers import FIXTURES, TOY
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -69,6 +69,8 @@ def test_refused_questions(processor):
     for question in ("", " \n"):
         with pytest.raises(ValueError, match="question is empty"):
             processor(video(1), question)
+    with pytest.raises(ValueError, match="1000 frames: a prompt holds at most 999"):
+        processor.prompt(video(1000), "x")
     with pytest.raises(ValueError, match="not valid UTF-8"):
         processor(video(1), "caf\udce9?")
 
@@ -96,21 +98,6 @@ def test_pixel_modes_and_range(processor):
     assert torch.allclose(red[:, 5, 5], torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
 
 
-def test_tokenizer_with_truncation_and_padding(processor, tmp_path):
-    writable_copy(TOY, tmp_path / "toy")
-    saved = json.loads((tmp_path / "toy" / "tokenizer.json").read_text())
-    saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
-    saved["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None,
-                        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
-    saved["post_processor"] = {
-        "type": "TemplateProcessing", "pair": [], "special_tokens": {START: {"id": START, "ids": [1],
-                                                                            "tokens": [START]}},
-        "single": [{"SpecialToken": {"id": START, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
-    (tmp_path / "toy" / "tokenizer.json").write_text(json.dumps(saved))
-    cutting = Processor.from_pretrained(tmp_path / "toy")
-    assert cutting(video(2), "What?").input_ids.equal(processor(video(2), "What?").input_ids)
-
-
 def test_decode(processor):
     ids = processor.tokenize([" red circle", END])
     assert processor.decode(ids) == "red circle"
@@ -121,11 +108,6 @@ def test_decode(processor):
                                       (105, "one hundred and five"), (999, "nine hundred and ninety-nine")])
 def test_number_words(n, words):
     assert number_words(n) == words
-
-
-def test_too_many_frames():
-    with pytest.raises(ValueError, match="1000 frames"):
-        number_words(1000)
 
 
 # ---- what a checkpoint's files say ----
@@ -186,8 +168,7 @@ def test_settings_of_transformers_5(folder):
     """One file with three sections. The settings for images do not count for a video."""
     saved = json.loads((folder / "preprocessor_config.json").read_text())
     images = {"image_mean": [0, 0, 0], "resample": 3, "size": None}
-    of_video = HUB | saved | {"do_sample_frames": False, "fps": 9, "num_frames": 9,
-                              "video_processor_type": "SmolVLMVideoProcessor", "default_to_square": True}
+    of_video = saved | {"fps": 9, "num_frames": 9, "video_processor_type": "SmolVLMVideoProcessor"}
     edit(folder / "processor_config.json", image_processor=images, video_processor=of_video)
     (folder / "preprocessor_config.json").unlink()
     assert settings(folder) == settings(TOY)
@@ -197,8 +178,6 @@ def test_settings_of_transformers_5(folder):
     assert settings(folder) == (64, 96, 16, 2, 4)
     edit(folder / "processor_config.json", video_processor=of_video | {"resample": 3})
     assert "processor_config.json, video_processor: resample = 3 is not implemented" in message(folder)
-    edit(folder / "processor_config.json", video_processor=[])
-    assert "processor_config.json, video_processor is [], not an object" in message(folder)
 
 
 def test_video_settings_before_image_settings(folder):
@@ -211,7 +190,6 @@ def test_video_settings_before_image_settings(folder):
 
 @pytest.mark.parametrize("values, says", [
     ({"image_mean": [0.48, 0.46, 0.41]}, "image_mean = [0.48, 0.46, 0.41] is not implemented"),
-    ({"image_std": 0.5}, "image_std = 0.5 is not implemented"),
     ({"do_normalize": False}, "do_normalize = False is not implemented"),
     ({"do_rescale": False}, "do_rescale = False is not implemented"),
     ({"do_resize": "no"}, "do_resize = 'no' is not implemented"),
@@ -221,13 +199,11 @@ def test_video_settings_before_image_settings(folder):
     ({"max_image_size": {"longest_edge": 4097}}, "max_image_size.longest_edge = 4097 must be"),
     ({"video_sampling": "64"}, "video_sampling.video_size.longest_edge = None must be"),
     ({"video_sampling": sampling(longest_edge="64")}, "video_sampling.video_size.longest_edge = '64' must be"),
-    ({"video_sampling": sampling(longest_edge=True)}, "video_sampling.video_size.longest_edge = True must be"),
     ({"video_sampling": sampling(fps=None)}, "video_sampling.fps = None must be"),
     ({"video_sampling": sampling(fps=1001)}, "video_sampling.fps = 1001 must be"),
     ({"video_sampling": sampling(fps=float("nan"))}, "video_sampling.fps = nan must be"),
     ({"video_sampling": sampling(max_frames=0)}, "video_sampling.max_frames = 0 must be"),
     ({"video_sampling": sampling(max_frames=1000)}, "video_sampling.max_frames = 1000 must be"),
-    ({"video_sampling": sampling(max_frames=4.0)}, "video_sampling.max_frames = 4.0 must be"),
     ({"video_sampling": ..., "fps": 1}, "num_frames = None must be"),
     ({"video_sampling": ..., "size": {"height": 64}}, "size.longest_edge = None must be")])
 def test_settings_that_are_refused(folder, values, says):
@@ -254,25 +230,20 @@ def sequence(name, *parts):
     return {"type": "Sequence", name: list(parts)}
 
 
-@pytest.mark.parametrize("name, part, kind", [
-    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "Precompiled"),
-    ("normalizer", sequence("normalizers", {"type": "NFC"}, {"type": "Prepend", "prepend": ""}), "Prepend"),
-    ("normalizer", {"type": ["NFC"]}, ["NFC"]), ("decoder", {"type": None}, None), ("pre_tokenizer", None, None),
-    ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "FixedLength"),
-    ("model", {"type": "WordLevel", "vocab": {}}, "WordLevel")])
-def test_tokenizer_parts_that_may_panic(folder, capfd, name, part, kind):
+@pytest.mark.parametrize("name, part, says", [
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "normalizer 'Precompiled'"),
+    ("normalizer", sequence("normalizers", {"type": "NFC"}, {"type": "Prepend"}), "normalizer 'Prepend'"),
+    ("normalizer", {"type": ["NFC"]}, "normalizer ['NFC']"), ("decoder", {"type": None}, "decoder None"),
+    ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "pre_tokenizer 'FixedLength'"),
+    ("pre_tokenizer", None, "pre_tokenizer None"), ("model", {"type": "WordLevel", "vocab": {}}, "model 'WordLevel'"),
+    ("model", {"type": "BPE", "dropout": 0.5}, "dropout = 0.5"),
+    ("model", {"type": "BPE", "end_of_word_suffix": "</w>"}, "end_of_word_suffix = '</w>'"),
+    ("model", {"type": "BPE", "continuing_subword_prefix": "##"}, "continuing_subword_prefix = '##'")])
+def test_parts_of_other_tokenizers(folder, capfd, name, part, says):
+    """With some of them, the library would panic."""
     edit(folder / "tokenizer.json", **{name: part})
-    text = message(folder)
-    assert f"tokenizer.json: {name} {shown(kind)} is not supported, only " in text
+    assert f"tokenizer.json: {says} is not supported" in message(folder)
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("field, value", [("dropout", 0.5), ("continuing_subword_prefix", "##"),
-                                          ("end_of_word_suffix", "</w>")])
-def test_tokenizer_with_word_marks(folder, field, value):
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    edit(folder / "tokenizer.json", model=model | {field: value})
-    assert f"tokenizer.json: {field} = {value!r} is not supported" in message(folder)
 
 
 def test_tokenizer_that_normalizes(folder, processor):
@@ -282,8 +253,19 @@ def test_tokenizer_that_normalizes(folder, processor):
     edit(folder / "tokenizer.json", normalizer=sequence("normalizers", *parts),
          pre_tokenizer=sequence("pretokenizers", split, *before))
     assert Processor.from_pretrained(folder).tokenize(["WHAT 12"]) == processor.tokenize(["what 12"])
-    edit(folder / "tokenizer.json", normalizer=parts[-1], pre_tokenizer=before[-1])
-    assert Processor.from_pretrained(folder).tokenize(["WHAT"]) == processor.tokenize(["what"])
+
+
+def test_truncation_padding_and_post_processor_are_off(folder, processor):
+    start = {"id": START, "ids": [1], "tokens": [START]}
+    edit(folder / "tokenizer.json",
+         truncation={"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0},
+         padding={"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                  "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+         post_processor={"type": "TemplateProcessing", "pair": [], "special_tokens": {START: start},
+                         "single": [{"SpecialToken": {"id": START, "type_id": 0}},
+                                    {"Sequence": {"id": "A", "type_id": 0}}]})
+    changed = Processor.from_pretrained(folder)
+    assert changed(video(2), "What?").input_ids.equal(processor(video(2), "What?").input_ids)
 
 
 @pytest.mark.parametrize("token", (START, END, IMAGE, FAKE, GLOBAL))

@@ -2,9 +2,8 @@
 
 import gc
 import io
-import logging
 import os
-import random
+import wave
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from minioutro import read_video
 from minioutro.support import media
-from minioutro.video import indices_shown, resize_longest_edge, sample_indices
+from minioutro.video import resize_longest_edge, sample_indices
 
 
 def picture(n, size=(48, 32)):
@@ -175,12 +174,6 @@ def test_part_begins_with_the_frame_on_the_screen(tmp_path):
     assert (part.duration, part.total_frames) == (4.0, 2)
 
 
-def test_frames_of_the_same_time_are_shown_together():
-    """Frames 1 and 2 both appear at 5 s, so both belong to a part that begins then."""
-    assert indices_shown([0.0, 5.0, 5.0, 15.0], 5, 15) == range(1, 3)
-    assert indices_shown([0.0, 5.0, 5.0, 15.0], 7, 15.1) == range(1, 4)
-
-
 def test_edit_list_cuts_frames_away(tmp_path):
     """The first ten frames lie before time 0 and are in the file only to be decoded."""
     write(tmp_path / "a.mp4", pts=[10 * k - 100 for k in range(40)],
@@ -190,12 +183,14 @@ def test_edit_list_cuts_frames_away(tmp_path):
     assert_shows(video, [10, 24, 39], [0.0, 1.4, 2.9])
 
 
-@pytest.mark.parametrize("name, codec, options", [("a.mp4", "libx264", {"bf": "3"}),
-                                                  ("a.avi", "mpeg4", {"bf": "2", "qscale": "2"})])
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.mp4", "libx264", {"bf": "3"}), ("a.mkv", "libx264", {"bf": "3", "all_keys": True}),
+    ("a.avi", "mpeg4", {"bf": "2", "qscale": "2"})])
 def test_b_frames_are_shown_in_order(tmp_path, name, codec, options):
-    """An avi has no presentation times: with B-frames, its packets state wrong ones."""
+    """The packets of B-frames come after later frames. An avi states no presentation times for them."""
     video = read_video(write(tmp_path / name, codec=codec, **options))
     assert [round(number(frame) / 6) for frame in video.frames] == [0, 13, 26, 39]
+    assert video.duration == pytest.approx(4.0, abs=0.2)
 
 
 # ---- long videos ----
@@ -474,50 +469,6 @@ def test_duration_of_the_last_frame(pts, durations, seconds, duration):
     assert media.timeline(pts, durations, stream) == (seconds, pytest.approx(duration))
 
 
-def clock(*packets):
-    """The pts and dts of packets (pts, dts, is a keyframe) after demux."""
-    made = []
-    for pts, dts, is_key in packets:
-        packet = av.Packet(b"x")
-        packet.pts, packet.dts, packet.is_keyframe = pts, dts, is_key
-        made.append(packet)
-    return [(packet.pts, packet.dts) for packet in media.demux(source(lambda _: iter(made)))]
-
-
-def source(demux):
-    return SimpleNamespace(container=SimpleNamespace(demux=demux))
-
-
-def test_clock_that_steps_back_goes_on():
-    """0 20 10 | 5 15 25 | 0 | 0 | -3: each part begins a median step, or 1, after the last one. No dts is left,
-    because FFmpeg seeks by it, on the file's own clock."""
-    joined = clock((0, -10, True), (20, 0, False), (10, 10, False),
-                   (5, -5, True), (15, 5, False), (25, 15, False),
-                   (0, 0, True), (0, -9, True), (-3, None, True))
-    assert joined == [(0, -10), (20, 0), (10, 10), (30, None), (40, None), (50, None),
-                      (60, None), (60, None), (61, None)]
-
-
-@pytest.mark.parametrize("packets", [
-    [(0, -20, True), (40, -10, False), (20, 0, False), (10, 10, False), (30, 20, False)],   # B-frames
-    [(0, -20, True), (40, -10, True), (20, 0, True), (10, 10, True), (30, 20, True)],       # called keyframes
-    [(0, 0, True), (10, 0, True), (None, None, True), (20, 10, True)]])
-def test_b_frames_are_not_a_step_back(packets):
-    """Frames that are shown later are stored first. In another recording, dts steps back as well."""
-    assert clock(*packets) == [(pts, dts) for pts, dts, _ in packets]
-
-
-def test_file_that_cannot_be_read_on():
-    """A clock at its end and a failure end it. PyAV's IndexError does not: a stream began late."""
-    assert clock((2 ** 63 - 1, 5, True), (0, 0, True), (9, 9, True)) == [(2 ** 63 - 1, 5)]
-    failures = [IndexError(), av.error.InvalidDataError(1, "no more")]
-
-    def demux(_):
-        yield av.Packet(b"x")
-        raise failures.pop(0)
-    assert len(list(media.demux(source(demux)))) == 2 and not failures
-
-
 @pytest.mark.parametrize("suffix, codec, start", [("ts", "libx264", 0), ("ts", "libx264", 15), ("mkv", "libx264", 15),
                                                   ("mkv", "mpeg4", 0)])
 def test_joined_recordings_follow_each_other(tmp_path, suffix, codec, start):
@@ -626,39 +577,11 @@ def test_texts_and_playlists_are_refused(tmp_path, name, text):
     assert "not a video or picture that can be read" in refused(tmp_path / name)
 
 
-@pytest.mark.parametrize("name, codec", [("a.wmv", "wmv2"), ("a.nut", "mpeg4"), ("a.mp4", "mpeg4"), ("a.mkv", "mpeg4")])
-def test_damaged_files_are_shown_or_refused(tmp_path, capfd, name, codec):
-    """A few bytes of each header are changed. Nothing is printed."""
-    dice = random.Random(0)
-    whole = write(tmp_path / name, n=5, codec=codec).read_bytes()
-    for _ in range(40):
-        data = bytearray(whole)
-        for place in dice.sample(range(min(900, len(data))), 8):
-            data[place] = dice.choice((0, 127, 128, 255))
-        (tmp_path / name).write_bytes(data)
-        try:
-            assert read_video(tmp_path / name).frames
-        except (ValueError, OSError) as error:
-            assert str(tmp_path / name) in str(error)
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize("kind", ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"))
 def test_half_a_picture_is_refused(tmp_path, kind):
     data = encode(picture(90), kind)
     (tmp_path / "a").write_bytes(data[:len(data) // 2])
     refused(tmp_path / "a")
-
-
-def test_logs_of_pillow_are_not_printed(tmp_path, monkeypatch, capfd):
-    """A TIFF with 46339 samples per pixel, which is tag 277, instead of 3."""
-    data = encode(Image.new("RGB", (8, 8)), "TIFF")
-    samples = bytes.fromhex("1501 0300 01000000")
-    assert data.count(samples + b"\x03\x00") == 1
-    (tmp_path / "a.tiff").write_bytes(data.replace(samples + b"\x03\x00", samples + b"\x03\xb5"))
-    monkeypatch.setattr(logging.root, "handlers", [])                       # as without pytest
-    refused(tmp_path / "a.tiff")
-    assert capfd.readouterr().err == ""
 
 
 def test_no_file_folder_or_pipe(tmp_path):
@@ -671,12 +594,9 @@ def test_no_file_folder_or_pipe(tmp_path):
 
 
 def test_sound_alone_or_broken_frames_alone(tmp_path):
-    with av.open(str(tmp_path / "sound.wav"), "w") as file:
-        stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame(format="s16", layout="mono", samples=800)
-        frame.planes[0].update(bytes(1600))
-        frame.sample_rate = 8000
-        file.mux(stream.encode(frame))
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 800, "NONE", ""))
+        file.writeframes(bytes(1600))
     assert "no video stream that can be decoded, only audio" in refused(tmp_path / "sound.wav")
     path = spoil(write(tmp_path / "a.mkv", n=5, codec="mpeg4", g="1"), 0, 5)
     assert "no frame of it can be decoded" in refused(path)

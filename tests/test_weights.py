@@ -52,13 +52,6 @@ def assert_loads_dev_c(source, golden):
 # ---- what is read ----
 
 
-def test_load_report(folder):
-    tensors = load_file(folder / "model.safetensors")
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    assert VideoLM.from_pretrained(folder).load_report == \
-        f"{len(tensors)} tensors, {numbers:,} parameters as float32; 0 missing, 0 unexpected, ignored: none"
-
-
 def test_sharded_weights(folder, golden):
     tensors, weight_map = load_file(folder / "model.safetensors"), {}
     for n in range(3):
@@ -141,6 +134,7 @@ HUB = {                                     # what the three configs say; the re
 
 @pytest.mark.parametrize("size", HUB)
 def test_hub_sizes(tmp_path, size):
+    """The 2.2B model's config leaves out both head counts; the others leave out sizes of the encoder."""
     text, vision, scale, n_tensors, n_parameters = HUB[size]
     text = {"model_type": "llama", "head_dim": 64, "vocab_size": 49280, "rms_norm_eps": 1e-5, **text}
     config = {"model_type": "smolvlm", "image_token_id": 49190, "scale_factor": scale,
@@ -198,9 +192,6 @@ def test_senseless_eos(folder, eos):
 def test_settings_that_change_greedy_answers(folder, setting, value):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 124, setting: value}))
     assert f"generation_config.json: {setting} = {value} is not implemented, only 1" in message(folder)
-    (folder / "generation_config.json").unlink()
-    edit_config(folder, "text_config", **{setting: value})
-    assert f"/config.json: {setting} = {value} is not implemented" in message(folder)
 
 
 # ---- what is refused ----
@@ -226,27 +217,18 @@ def test_values_that_are_refused(folder, section, field, value):
     assert "config.json" in text and f"{field} = {shown(value)} " in text and len(text) < 400
 
 
-@pytest.mark.parametrize("theta", [float("inf"), 10**400, 0, None, "10000"])
-def test_senseless_rope_theta(folder, theta):
-    edit_config(folder, "text_config", rope_parameters={"rope_theta": theta})
-    assert f"text_config: rope_theta = {shown(theta)} must be a number from" in message(folder)
-
-
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("rope, says", [
-    ({"rope_type": "yarn"}, "rope_type = 'yarn'"), ({"type": "yarn", "factor": 2.0}, "rope_type = 'yarn'"),
-    ({"rope_type": "yarn", "type": "default"}, "rope_type = 'yarn'"), ("linear", "rope_type = 'linear'"),
-    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5")])
-def test_scaled_positions(folder, name, rope, says):
+    ("linear", "rope_type = 'linear' is not"), ({"rope_type": "yarn"}, "rope_type = 'yarn' is not"),
+    ({"type": "yarn", "factor": 2.0}, "rope_type = 'yarn' is not"),
+    ({"rope_type": "yarn", "type": "default"}, "rope_type = 'yarn' is not"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not"),
+    ({"rope_theta": float("inf")}, "rope_theta = inf must be"), ({"rope_theta": None}, "rope_theta = None must be"),
+    ({"rope_theta": 0}, "rope_theta = 0 must be"), ({"rope_theta": "10000"}, "rope_theta = '10000' must be")])
+def test_positions_that_are_refused(folder, name, rope, says):
     edit_config(folder, "text_config", rope_parameters=...)
     edit_config(folder, "text_config", **{name: rope})
-    assert f"{says} is not implemented" in message(folder)
-
-
-@pytest.mark.parametrize("values", [{"vision_config": ...}, {"text_config": []}])
-def test_missing_section(folder, values):
-    edit_config(folder, None, **values)
-    assert f"has no section {next(iter(values))}" in message(folder)
+    assert says in message(folder)
 
 
 @pytest.mark.parametrize("section, field, value, says", [
@@ -256,8 +238,10 @@ def test_missing_section(folder, values):
     ("vision_config", "num_attention_heads", 5, "hidden_size = 32 is not a multiple of 5"),
     (None, "scale_factor", 4, "image_size // patch_size = 6 is not a multiple of 4"),
     ("vision_config", "patch_size", 49, "image_size // patch_size = 0 is not a multiple of 3"),
-    (None, "image_token_id", 128, "image_token_id = 128 is not one of the 128 tokens")])
-def test_values_that_do_not_fit_together(folder, section, field, value, says):
+    (None, "image_token_id", 128, "image_token_id = 128 is not one of the 128 tokens"),
+    (None, "vision_config", ..., "has no section vision_config"),
+    (None, "text_config", [], "has no section text_config")])
+def test_parts_that_do_not_fit_together(folder, section, field, value, says):
     edit_config(folder, section, **{field: value})
     assert says in message(folder)
 
@@ -270,9 +254,7 @@ def test_values_that_do_not_fit_together(folder, section, field, value, says):
     ("text_config", "num_key_value_heads", 6, "k_proj.weight (96, 48)"),
     ("text_config", "head_dim", 2**30, "q_proj.weight (6442450944, 48)"),
     ("text_config", "num_hidden_layers", 2**31 - 1, "have 3 layers"),
-    ("text_config", "num_hidden_layers", 2, "have 3 layers"),
-    ("vision_config", "num_hidden_layers", 100_000, "have 2 layers"),
-    ("vision_config", "hidden_size", 64, "patch_embedding.weight (64, 3, 8, 8)"),
+    ("vision_config", "num_hidden_layers", 1, "have 2 layers"),
     ("vision_config", "patch_size", 16, "patch_embedding.weight (32, 3, 16, 16)"),
     ("vision_config", "image_size", 96, "position_embedding.weight (144, 32)"),
     ("vision_config", "intermediate_size", 81, "fc1.weight (81, 32)"),
@@ -306,11 +288,6 @@ def test_wrong_tensors_are_named(folder):
     assert text.count("layers.1.self_attn") == text.count("layers.1.attention") == 5
 
 
-def test_size_of_a_missing_tensor(folder):
-    edit_tensors(folder, lambda tensors: tensors.pop("model.text_model.layers.0.mlp.gate_proj.weight"))
-    assert "layers.0.mlp.gate_proj.weight (120, 48), but the weights have no such tensor" in message(folder)
-
-
 def test_missing_or_damaged_files(folder):
     path = folder / "model.safetensors"
     for content in (path.read_bytes()[:-100], b"\xff" * 4096):
@@ -324,6 +301,7 @@ def test_missing_or_damaged_files(folder):
     assert "has no config.json" in message(folder)
     assert "is a file" in message(folder / "meta.json")
     assert "has no revision v1" in message(folder, revision="v1")
+    assert "neither a folder here nor the name of a repository" in message("no/such/folder")
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
@@ -420,11 +398,3 @@ def test_hub_failure_and_cache(hub, tmp_path, golden, error, cause):
 def test_hub_refusals(hub, kind, says):
     hub(http_error(kind, 404))
     assert message("owner/name", revision="v1").startswith(says)
-
-
-def test_offline(monkeypatch, tmp_path, hub, golden):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "cannot be fetched" in message("owner/name") and "offline mode" in message("owner/name")
-    cached(tmp_path)
-    assert_loads_dev_c("owner/name", golden)
-    assert "neither a folder here nor the name of a repository" in message("no/such/folder")
