@@ -1,4 +1,4 @@
-"""The web page, as far as Python can check it: what is in the file, and what is refused. tests/with_browser opens it."""
+"""The web page without a browser: what is in the file, and what is refused. tests/with_browser opens it."""
 
 import base64
 import gzip
@@ -178,7 +178,8 @@ def test_run_writes_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT))
     import run
     path = tmp_path / "new" / "sink.html"
-    monkeypatch.setattr(sys, "argv", ["run.py", "--page", str(path), "--max-new-tokens", "2", "--frames", "2", "--gamma", "2"])
+    options = ["--max-new-tokens", "2", "--frames", "2", "--gamma", "2"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "--page", str(path), *options])
     run.main()
     assert f"page      {path}: open it in a browser" in capsys.readouterr().out
     data = data_of(path.read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sink.html"
         write_page(path, model, processor, video, "What happens in this video?")
-        browser = Chromium(width=1440, height=1270)
+        browser = Chromium(width=1440, height=1510)
         try:
             browser.open(path, SIGHT)
             picture = Image.open(io.BytesIO(base64.b64decode(browser.screenshot())))

@@ -113,8 +113,10 @@ def test_steps_say_what_the_trace_says(browser, sink_page, traces, layer):
     assert value[0] == f"|v| = {number(length)}" and f"mean length of {number(output)}." in value[1]
     before, after = angles(trace, layer)
     gate = math.tanh(max(0, math.cos(math.radians(before))) / 0.1)
-    assert is_aligned[0] == f"{before:.0f}° → {after:.0f}°" and f"The gate is {gate:.2f} (0 is shut, 1 is open) and gamma is 3" in is_aligned[1]
-    before, after = (torch.rad2deg(trace[at + name][0, HEAD].clamp(-1, 1).acos()) for name in ("cosine", "cosine_aligned"))
+    assert is_aligned[0] == f"{before:.0f}° → {after:.0f}°"
+    assert f"The gate is {gate:.2f} (0 is shut, 1 is open) and gamma is 3" in is_aligned[1]
+    before, after = (torch.rad2deg(trace[at + name][0, HEAD].clamp(-1, 1).acos())
+                     for name in ("cosine", "cosine_aligned"))
     assert is_aligned[1].endswith(f"In all, {(before - after >= 0.5).sum()} of 276 tokens turn here.")
 
 
@@ -190,7 +192,8 @@ def test_clicks_choose(browser, sink_page):
     browser.open(sink_page, "#layer=2&head=0&token=275&run=outro")
     assert "head=3" in browser.click("#heads button:nth-of-type(4)")
     assert "run=baseline" in browser.click("#runs button:nth-of-type(1)")
-    assert browser.run("[...document.querySelectorAll('[aria-pressed=true]')].map(b => b.innerText)") == ["3", "Baseline"]
+    pressed = browser.run("[...document.querySelectorAll('[aria-pressed=true]')].map(b => b.innerText)")
+    assert pressed == ["3", "Baseline"]
     assert "token=0" in browser.click("#tokens span:nth-child(1)")
     image = browser.run("data.image")
     assert f"token={image[16 + 5]}&" in browser.click("#frames div:nth-child(2)", 1.5 / 4, 75 / 176 * 1.5 / 2)
@@ -265,8 +268,9 @@ def test_nothing_is_loaded_from_outside(browser, sink_page, tmp_path):
         server.settimeout(1)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
         copy = tmp_path / "copy.html"
-        copy.write_text(sink_page.read_text(encoding="utf-8").replace("\nstart();", f"""
-            const image = new Image(); image.src = "{url}a"; fetch("{url}b").catch(() => 0); start();"""), encoding="utf-8")
+        html = sink_page.read_text(encoding="utf-8")
+        copy.write_text(html.replace("\nstart();", f"""
+            const image = new Image(); image.src = "{url}a"; fetch("{url}b").catch(() => 0); start();"""), "utf-8")
         browser.open(copy)
         assert len(browser.problems) >= 2 and all("Content Security Policy" in text for text in browser.problems)
         with pytest.raises(TimeoutError):
