@@ -509,7 +509,8 @@ SEEDS = """\
 The toy above is one example. Another random seed gives another toy: the training is the same, but
 the first weights and the clips are drawn anew. Each row is one toy with the same {asked} questions.
 *right* is the baseline's share of right answers. OutRo has mended and spoilt as many answers as the
-row says, and *p* is the sign test over both. Seed {bundled} is the bundled toy.
+row says, and *p* is the sign test over both. Seed {bundled} is the bundled toy. The weights of the
+others are not part of the repository.
 
 {table}
 
