@@ -1,7 +1,7 @@
 """The four tables: each number against the functions of analysis.py, or by a second way."""
 
+import copy
 import json
-import shutil
 import sys
 import weakref
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TOY
-from safetensors.torch import load_file, save_file
 
 from minioutro import Cache, OutRo, Trace, model, read_video
 from minioutro.lab import analysis, sink_report
@@ -174,6 +173,14 @@ def test_two_heads_weights_at_a_time(toy, clip, monkeypatch):
     assert set(shapes) == {(1, 1, S, S)} and len(shapes) == 8 * 4
 
 
+def test_no_mlp_wrote_a_massive_embedding(golden):
+    """dev_c has no sink; its nearest token is one of the video, from the encoder."""
+    case = golden("dev_c")
+    found = analyse(case.model, case.input_ids[:1], case.model.encode(case.pixels[:1]))
+    assert (found["marked"], found["layer"], found["written by"]) == (False, 0, -1)
+    assert "written by the embedding" in report(found, ["x"] * case.input_ids.shape[1], "")
+
+
 # ---- the command ----
 
 
@@ -191,6 +198,18 @@ def call(monkeypatch, capfd):
     return call
 
 
+def test_json_of_zero_weights_has_null(call, toy, monkeypatch):
+    """All ratios are 0/0 then."""
+    zero = copy.deepcopy(toy[0])
+    for weight in zero.parameters():
+        weight.zero_()
+    zero.generate = lambda *_, **__: [5, 6, 7]
+    monkeypatch.setattr(sink_report, "load", lambda *_: (zero, toy[1]))
+    code, out, err = call(TOY / "clip.mp4", "?", "--frames", 1, "--json")
+    said = json.loads(out, parse_constant=pytest.fail)
+    assert (code, err) == (0, "") and said["who"][0]["ratio"] is None and said["loss"] > 0
+
+
 def test_command_prints_tables_or_json(call, clip):
     code, out, err = call()
     assert (code, err) == (0, "") and [line[0] for line in out.split("\n\n")] == ["T", "1", "2", "3", "4"]
@@ -203,14 +222,3 @@ def test_command_prints_tables_or_json(call, clip):
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert said["answer"] and said["tokens"] == len(said["answer_ids"]) and len(said["who"]) == 8
     assert said["question"] == "What shape is red?" and said["position"] == 0
-
-
-def test_json_of_zero_weights_has_null(call, tmp_path):
-    """All ratios are 0/0 then."""
-    folder = tmp_path / "zero"
-    shutil.copytree(TOY, folder, copy_function=shutil.copyfile)
-    weights = {name: 0 * weight for name, weight in load_file(TOY / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    code, out, err = call(TOY / "clip.mp4", "?", "--model", folder, "--frames", 1, "--json")
-    said = json.loads(out, parse_constant=pytest.fail)
-    assert (code, err) == (0, "") and said["who"][0]["ratio"] is None and said["loss"] > 0
