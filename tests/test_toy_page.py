@@ -89,19 +89,19 @@ def test_masking_an_unseen_token_keeps_the_answer(toy, clips):
 
 
 def test_measure_asks_both_sets_of_clips(monkeypatch):
-    monkeypatch.setattr(toy_page, "ASKED", 10)
+    monkeypatch.setattr(toy_page, "ASKED", 5)
     figures = toy_page.measure(TOY, explore=True)
     assert json.loads(json.dumps(figures)) == figures
     for clips in toy_page.CLIPS:
         found = figures[clips]
-        assert (found["questions"], found["videos"], found["asked"]) == (10, 1, "outro")
+        assert (found["questions"], found["videos"], found["asked"]) == (5, 1, "outro")
         assert {"baseline", "outro", "relax", "align", "outro gamma 2"} <= found["variants"].keys()
         assert all(rows.keys() == {"baseline", "outro"} for rows in found["tasks"].values())
     right = [figures[clips]["variants"]["baseline"]["right"] for clips in toy_page.CLIPS]
     assert right[0] > right[1]                                          # the noise was there
     assert figures["sink"]["prompts"] == 1
     text = toy_page.figures_as_text(figures)
-    assert "10 questions on 1 video" in text and "Of 1 answers" in text
+    assert "5 questions on 1 video" in text and "Of 1 answers" in text
 
 
 # ---- Sentences ----
