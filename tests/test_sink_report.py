@@ -1,14 +1,13 @@
 """The four tables: each number against the functions of analysis.py, or by a second way."""
 
 import json
-import shutil
 import sys
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOY
+from helpers import TOY, writable_copy
 from safetensors.torch import load_file, save_file
 
 from minioutro import Cache, OutRo, Trace, model, read_video
@@ -262,7 +261,7 @@ def test_command_prints_tables_or_json(call, clip):
 def test_json_of_zero_weights_has_null(call, tmp_path):
     """All ratios are 0/0 then."""
     folder = tmp_path / "zero"
-    shutil.copytree(TOY, folder, copy_function=shutil.copyfile)
+    writable_copy(TOY, folder)
     weights = {name: 0 * weight for name, weight in load_file(TOY / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     code, out, err = call(TOY / "clip.mp4", "?", "--model", folder, "--frames", 1, "--json")

@@ -140,7 +140,9 @@ def change_json(path, rng):
 
 
 def checkpoint_case(folder, rng):
-    model = shutil.copytree(TOY, folder / "model", ignore=shutil.ignore_patterns("*.mp4", "*.md"))
+    model = shutil.copytree(TOY, folder / "model", ignore=shutil.ignore_patterns("*.mp4", "*.md"),
+                            copy_function=shutil.copyfile)
+    model.chmod(0o755)          # that of a read-only checkout is read-only as well
     settings = sorted(model.glob("*.json"))
     for _ in range(rng.choice((1, 1, 2))):
         path, kind = rng.choice(settings), rng.randrange(12)

@@ -12,6 +12,7 @@ from operator import attrgetter
 
 import mutants
 from grade import HERE, ROOT, WITH_TESTS
+from helpers import writable_copy
 
 from minioutro import model
 
@@ -75,7 +76,7 @@ def test_a_hand_out_needs_four_files(tmp_path):
     project = tmp_path / "project"
     ignored = shutil.ignore_patterns("__pycache__", "pictures")
     for name in ("minioutro", "tests"):
-        shutil.copytree(ROOT / name, project / name, ignore=ignored)
+        writable_copy(ROOT / name, project / name, ignored)
     course = project / "tests" / "course"
     shutil.rmtree(course / "full")
     for path in course.glob("*.*"):
