@@ -172,6 +172,13 @@ def test_table_says_what_could_have_been_shown():
     assert "Nothing can be shown: of 4 answers, 3 changed." in text
 
 
+def test_table_of_many_kinds_shows_the_largest():
+    answers = [answer for n in range(60) for answer in pairs("1", "1", f"kind {n:02}", first=n)]
+    text = table_of_differences(summarise(answers + pairs("11", "11", "last", first=60)))
+    assert text.count(": 1 question\n") == 49 and "last: 2 questions" in text and "has 50 other rows" in text
+    assert "\nand 11 smaller kinds of question, which --json prints\n" in text
+
+
 def test_table_escapes_names():
     names = ["a\nb", "\x1b[31mred\x1b[2J", "\u202egnihton"]
     answers = [answer for n, name in enumerate(names) for answer in pairs("1", "1", name, first=n)]

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import TOY
+from helpers import TOY, writable_copy
 from safetensors.torch import load_file, save_file
 
 from minioutro import OutRo, load, read_video
@@ -250,7 +250,7 @@ def test_default_model(folder, call, monkeypatch, arguments, name):
 def test_a_model_is_told_by_its_weights(folder, call):
     """A copy elsewhere goes on; the same path with other weights does not."""
     model = folder / "model"
-    shutil.copytree(TOY, model, copy_function=shutil.copyfile)
+    writable_copy(TOY, model)
     ask_for = [folder / "q.jsonl", "--limit", 1, "--out", folder / "out"]
     assert call(*ask_for, "--model", TOY)[0] == 0
     data = (folder / "out").read_bytes()

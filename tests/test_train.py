@@ -243,7 +243,11 @@ def test_damaged_state_is_named(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"before_last_stage.pt is missing.*remove .*state.pt to train the toy again"):
         train_toy.train(tmp_path, train_toy.CONTROLS[0], random_seed=3)
+    (tmp_path / "before_last_stage.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"before_last_stage.pt cannot .*remove it and .*state.pt to train the toy again"):
+        train_toy.train(tmp_path, train_toy.CONTROLS[0], random_seed=3)
     shutil.rmtree(tmp_path / train_toy.CONTROLS[0].folder)
+    (tmp_path / "before_last_stage.pt").unlink()
     (tmp_path / "state.pt").unlink()
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -362,6 +362,13 @@ GEMMA3N = {**SMALL, "intermediate_size": [64] * 5, "layer_types": ["full_attenti
            "activation_sparsity_pattern": [0.0] * 5}
 GEMMA4 = {**SMALL, "layer_types": ["full_attention"] * 5, "vocab_size_per_layer_input": 128,
           "hidden_size_per_layer_input": 8, "global_head_dim": 8}
+SPARSE = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, vocab_size=128, n_routed_experts=4, n_group=1,
+              moe_intermediate_size=16, topk_group=1, kv_lora_rank=8, q_lora_rank=16, qk_rope_head_dim=8,
+              qk_nope_head_dim=8, v_head_dim=6, index_n_heads=2, index_head_dim=16)
+TWICE = dict(hidden_size=48, num_layers=4, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6,
+             ffn_hidden_size=64, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, head_dim=8,
+             v_head_dim=8, n_routed_experts=4, zero_expert_num=2, moe_topk=2, expert_ffn_hidden_size=16, vocab_size=128,
+             pad_token_id=0)
 
 
 def small(name, config, **sizes):
@@ -376,6 +383,8 @@ def small(name, config, **sizes):
     ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=16, n_layer=2, n_head=2), "it has no decoder with a list"),
     ("Gemma3nForCausalLM", "Gemma3nTextConfig", dict(num_kv_shared_layers=2, **GEMMA3N), "some of its lay"),
     ("Gemma4ForCausalLM", "Gemma4TextConfig", dict(num_kv_shared_layers=2, **GEMMA4), "some of its layers"),
+    ("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE, "each of its queries attends to a few chosen keys"),
+    ("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE, "each of its queries attends to a few chosen keys"),
 ])
 def test_refused_models(name, config, sizes, why):
     model = small(name, config, **sizes)
@@ -395,6 +404,12 @@ def test_layers_with_another_input():
     model = small("Gemma3nForCausalLM", "Gemma3nTextConfig", num_kv_shared_layers=0, **GEMMA3N)
     why = r"Gemma3nTextDecoderLayer: its input is \(4, 1, 3, 48\)"
     with attach(model, OutRo(), untested=True), pytest.raises(ValueError, match=why):
+        model(torch.tensor([[3, 4, 5]]))
+
+
+def test_layer_that_attends_twice():
+    model = small("LongcatFlashForCausalLM", "LongcatFlashConfig", **TWICE)
+    with attach(model, OutRo(), untested=True), pytest.raises(ValueError, match="its layer attends twice"):
         model(torch.tensor([[3, 4, 5]]))
 
 
