@@ -10,9 +10,9 @@ import torch
 from helpers import TOY, writable_copy
 from safetensors.torch import load_file, save_file
 
-from minioutro import OutRo, load, read_video
+from minioutro import OutRo, read_video
 from minioutro.lab import evaluate
-from minioutro.lab.evaluate import How, Share, ask, fingerprint, variants_of
+from minioutro.lab.evaluate import How, Share, ask, variants_of
 from minioutro.lab.questions import Record, with_choices
 from minioutro.support.cli import run_command
 from minioutro.weights import HUB_MODEL
@@ -90,20 +90,18 @@ def test_a_choice_is_scored_at_the_last_token(toy, folder):
 
 
 def test_each_video_is_encoded_once(toy, folder, monkeypatch):
+    """q3 asks about four seconds of a.mp4, which is a video of its own."""
     model, processor = toy
-    encoded, opened = [], []
+    encoded = []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda pixels: encoded.append(pixels.shape[1]) or encode(pixels))
-    monkeypatch.setattr(evaluate, "read_video", lambda path, *rest: opened.append(path.name) or read_video(
-        path, *rest))
     variants = variants_of(["relax"])
     found = list(ask(model, processor, RECORDS, variants, folder))
-    assert opened == ["a.mp4", "b.mp4", "a.mp4", "c.mp4"] and encoded == [8, 8, 4, 8]
+    assert encoded == [8, 8, 4, 8]
     assert Counter((line["id"], line["variant"]) for line in found) == Counter(
         (record.id, name) for record in RECORDS for name in variants)
     plain = {line["id"]: line for line in found if line["variant"] == "baseline"}
     assert [plain[f"q{n}"]["right"] for n in (1, 3, 5)] == [False, True, True]
-    assert plain["q3"]["answer"] == "ring" and not any(line["error"] or line["unparsed"] for line in found)
 
 
 def test_generated_choices(toy, folder, monkeypatch):
@@ -189,7 +187,8 @@ def test_processes_share_the_videos(folder, call, monkeypatch):
 
 
 @pytest.mark.parametrize("under_torchrun, rank, local_rank, share", [
-    (False, "1", "", Share()), (True, "1", "", Share(1, 4, 1)), (True, "1", "0", Share(1, 4, 0)), (True, "", "0", Share())])
+    (False, "1", "", Share()), (True, "1", "", Share(1, 4, 1)),
+    (True, "1", "0", Share(1, 4, 0)), (True, "", "0", Share())])
 def test_ranks_count_only_under_torchrun(monkeypatch, under_torchrun, rank, local_rank, share):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if under_torchrun:
@@ -261,7 +260,6 @@ def test_a_model_is_told_by_its_weights(folder, call):
     code, out, err = call(*ask_for, "--model", model)
     assert (code, out) == (2, "") and "is of another run, with weights" in err
     assert (folder / "out").read_bytes() == data
-    assert fingerprint(*load(TOY)) == fingerprint(*load(TOY)) != fingerprint(*load(model))
 
 
 # ---- reports ----

@@ -140,19 +140,7 @@ def test_effect_in_words(stored):
         "OutRo mends 1 of 2,000 answers and spoils 26 (p = 4.2e-07): with OutRo this toy is worse.")
 
 
-def test_seeds_in_words(stored):
-    figures = stored[BUNDLED_SEED]
-    toys = {"0": with_effect(figures, 6, 9), "1": with_effect(figures, 5, 5), "3": with_effect(figures, 1, 26)}
-    assert toy_page.seeds_in_words(toys, "ordinary") == (
-        "On ordinary clips OutRo spoils more answers than it mends in 2 of 3 toys, and mends more than it spoils "
-        "in 0. p is below 0.05 for seed 3.")
-    even = {"1": toys["1"]}
-    assert "in 0 of 1 toys" in toy_page.seeds_in_words(even, "noise") and "In none" in toy_page.seeds_in_words(
-        even, "noise")
-
-
-@pytest.mark.parametrize("changes, follows", [((-1, -2, -3), True), ((-3, -2, -1), True), ((-1, -3, -2), False),
-                                              ((-1, -1, -2), False)])
+@pytest.mark.parametrize("changes, follows", [((-1, -2, -3), True), ((-3, -2, -1), True), ((-1, -3, -2), False)])
 def test_a_measure_explains_only_if_it_orders_all_toys(stored, changes, follows):
     toys = {}
     for n, change in enumerate(changes):
@@ -200,7 +188,6 @@ def test_write_measures_only_what_is_new(tmp_path, monkeypatch, stored):
 @pytest.mark.parametrize("arguments, said", [
     (["--seed", "1", "toy_1"], "give --write, too"),
     (["--write", "--folder", "toy_1"], "--write is for the bundled toy"),
-    (["--write", "--seed", "0", "toy_1"], "--seed 0 toy_1: give the whole number, from 1 on"),
     (["--write", "--seed", "1", "nowhere"], "nowhere/model.safetensors: no such file"),
 ])
 def test_wrong_options_are_refused_first(arguments, said, monkeypatch):

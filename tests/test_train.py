@@ -55,7 +55,8 @@ def test_questions_agree_with_the_picture(count):
             assert ways == [answers[q] for q in (question,) if q in answers]
             assert answers[f"Does the {shape.form} move?"] == ("Yes" if ways else "No")
             back = (x0, y0) == pytest.approx((x2, y2))
-            assert answers.get(f"Does the {shape.form} turn back?") == ({True: "Yes", False: "No"}[back] if ways else None)
+            turns_back = {True: "Yes", False: "No"}[back] if ways else None
+            assert answers.get(f"Does the {shape.form} turn back?") == turns_back
             assert answers[f"What colour is the {shape.form}?"] == shape.colour
             does = f"moves {ways[0]}" + " and back" * back if ways else "stays still"
             assert f"a {shape.name} {does}" in clip.description().lower()
