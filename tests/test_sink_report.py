@@ -203,7 +203,7 @@ def test_json_of_zero_weights_has_null(call, toy, monkeypatch):
     zero = copy.deepcopy(toy[0])
     for weight in zero.parameters():
         weight.zero_()
-    zero.generate = lambda *_, **__: [5, 6, 7]
+    zero.generate = lambda *_, **__: [20, 21, 22]
     monkeypatch.setattr(sink_report, "load", lambda *_: (zero, toy[1]))
     code, out, err = call(TOY / "clip.mp4", "?", "--frames", 1, "--json")
     said = json.loads(out, parse_constant=pytest.fail)
