@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minioutro import Cache, OutRo
+from minioutro import Cache
 from minioutro.lab import analysis
 from minioutro.lab.analysis import Examples, logits_of, loss_of
 from minioutro.lab.sink_report import sources
@@ -156,19 +156,6 @@ def test_token_losses_by_hand(asked):
     right = torch.zeros(B, A, 11).scatter_(-1, alike.answer_ids[:, :, None], 50.0)
     assert analysis.token_losses(right, alike).max() < 1e-6
     assert asked.is_scored.sum(1).unique().numel() > 1
-
-
-def test_losses_in_one_call_and_in_two(toy, asked):
-    """Of the tokens before each of the answer's, in one call and in two; and the mean is of what counts."""
-    model, A = toy[0], asked.answer_ids.shape[1]
-    S, L = asked.both_ids.shape[1], model.config.text_config.num_hidden_layers
-    log_p = model(asked.both_ids, features=asked.features).log_softmax(-1)
-    for b, n in enumerate(asked.is_scored.sum(1).tolist()):
-        one_pass = -sum(log_p[b, S - A - 1 + i, asked.answer_ids[b, i]] for i in range(n)) / n
-        assert loss_of(model, asked)[b] == pytest.approx(one_pass.item(), abs=1e-4)
-    for how in ({"masks": [causal_mask(S, S)] * L}, {"outro": OutRo(relax=False, align=False)}):
-        assert torch.allclose(loss_of(model, asked, **how), loss_of(model, asked), atol=1e-4)
-    assert not torch.allclose(loss_of(model, asked, OutRo(gamma=30.0)), loss_of(model, asked), atol=1e-2)
 
 
 def test_image_token_masks(toy, asked):

@@ -10,7 +10,7 @@ import torch
 from helpers import TOY, writable_copy
 from safetensors.torch import load_file, save_file
 
-from minioutro import OutRo, read_video
+from minioutro import read_video
 from minioutro.lab import evaluate
 from minioutro.lab.evaluate import How, Share, ask, variants_of
 from minioutro.lab.questions import Record, with_choices
@@ -64,14 +64,6 @@ def answers(path):
 
 
 # ---- asking ----
-
-
-def test_variants():
-    assert variants_of() == {"baseline": None, "outro": OutRo()}
-    assert variants_of(["align", "relax"], [1.0, 3.0], temperature=0.2) == {
-        "baseline": None, "outro": OutRo(temperature=0.2), "relax": OutRo(align=False, temperature=0.2),
-        "align": OutRo(relax=False, temperature=0.2), "outro gamma 1": OutRo(gamma=1.0, temperature=0.2),
-        "align gamma 1": OutRo(relax=False, gamma=1.0, temperature=0.2)}
 
 
 def test_a_choice_is_scored_at_the_last_token(toy, folder):
@@ -267,14 +259,6 @@ def test_a_model_is_told_by_its_weights(folder, call):
 
 def line(n, variant, right, **more):
     return {"id": f"{n}", "variant": variant, "right": right, "settings": "seed 3; gamma 3", **more}
-
-
-def test_a_report_needs_only_what_was_answered(folder, call):
-    """Ten videos with a question each, of which OutRo mends eight and spoils one."""
-    rows = [line(n, name, right) for n in range(10) for name, right in (("baseline", n == 9), ("outro", n < 8))]
-    found = json.loads(call("--report", written(folder / "out", rows), "--json")[1])
-    assert (found["videos"], found["seed"], found["tasks"]) == (10, 3, {})
-    assert found["test"] == {"p": 20 / 512, "detectable": 0.7, "verdict": "better"}
 
 
 def test_reports_of_two_runs_are_not_mixed(folder, call):

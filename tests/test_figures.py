@@ -9,7 +9,7 @@ from PIL import Image, ImageFont
 
 from minioutro import OutRo, Video
 from minioutro.lab import figures
-from minioutro.lab.figures import BLUE, INK, MARK, PALE, PAPER, SMALL, WIDTH
+from minioutro.lab.figures import MARK, PAPER, SMALL, WIDTH
 
 
 def places(picture, colour):
@@ -17,15 +17,6 @@ def places(picture, colour):
     x = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
     x = x.view(picture.height, picture.width, 3).int()
     return (x == torch.tensor(colour)).all(-1).nonzero()
-
-
-def test_heat_keeps_a_single_peak():
-    """One of 5,000 columns is dark; of 100 pixels the one over it is."""
-    shade = torch.zeros(1, 5000)
-    shade[0, 1234] = 1.0
-    assert places(figures.heat(shade, 100, 3), INK).tolist() == [[y, 24] for y in range(3)]
-    assert figures.heat(torch.tensor([[0.0, 0.5, 7.0]]), 3, 1).tobytes() == bytes(
-        [*PALE, *(round((a + b) / 2) for a, b in zip(PALE, INK)), *INK])
 
 
 def test_shorten_measures_few_letters(monkeypatch):
@@ -62,27 +53,6 @@ def test_masks_opened_row_is_red():
     assert len(places(nothing, MARK)) == 0
 
 
-def test_ratios_at_layer_and_position():
-    ratios = torch.ones(4, 100)
-    ratios[2, 50], ratios[3, 99] = 5000.0, 40.0
-    red = places(figures.draw_ratios(ratios, ratios > 1000, 1000.0), MARK)
-    y, x = red.float().mean(0).tolist()
-    assert 14 + 2 * 20 < y < 14 + 3 * 20 and x == pytest.approx(66 + 50.5 * 8, abs=4)
-
-
-def test_attention_is_dark_at_its_weight():
-    """Head 1 of 2 attends to token 3 alone; the mean over heads gives it half."""
-    S = 10
-    weights = torch.stack([torch.eye(S), torch.eye(S)[3].expand(S, S)])
-    is_image, is_sink = torch.arange(S) > 7, torch.arange(S) == 3
-    picture = figures.draw_attention(weights, is_image, is_sink, 5, 1)
-    dark = places(picture.crop((74, 60, 444, 430)), INK)
-    assert (dark[:, 1] // 37).unique().tolist() == [3] and (dark[:, 0] // 37).unique().numel() == S
-    right = places(picture.crop((490, 60, 860, 430)), INK)                     # only 1/2 + 1/2 is dark
-    assert {(y // 37, x // 37) for y, x in right.tolist()} == {(3, 3)}
-    assert len(places(picture, BLUE)) and len(places(picture, MARK))
-
-
 def test_attention_on_frames_is_red_on_its_part():
     """Two frames of four tokens: positions 1-4 and 5-8; the last token looks at position 7."""
     weights = torch.zeros(1, 10, 10)
@@ -97,29 +67,6 @@ def test_attention_on_frames_is_red_on_its_part():
     assert red[:, 0].min() == 14 + 24 + 50                                          # third token: second row
     opened = torch.arange(10) == 0
     assert figures.draw_attention_on_frames(video, weights, is_image, opened, 0, 0).height > picture.height
-
-
-def test_cosines_average_what_counts():
-    """Half of the tokens have cosine 1 and are not counted, the others -1: the dot is at the bottom."""
-    cosines = torch.ones(2, 3, 4)
-    cosines[1, :, :2] = -1.0
-    counts = torch.zeros(2, 4, dtype=torch.bool)
-    counts[1, :2] = True
-    red = places(figures.draw_cosines(cosines, cosines, counts), MARK)
-    assert red[:, 0].min() > 240
-    assert not len(places(figures.draw_cosines(cosines, cosines, counts & False), MARK))
-
-
-def test_rotation_draws_formula_and_outputs():
-    """With gamma 0 the red curve is the diagonal; with 3 it lies below, where 80 degrees become 56."""
-    before = torch.tensor([[0.5]])
-    def height(gamma):                                              # of the curve at 80 degrees
-        picture = figures.draw_rotation(before, before, 3, OutRo(gamma=gamma))
-        at = places(picture.crop((74 + 141, 40, 74 + 143, 320)), MARK)
-        return 320 - (40 + at[:, 0].float().mean().item())
-    assert height(0.0) == pytest.approx(280 * 80 / 180, abs=3)
-    assert height(3.0) == pytest.approx(280 * 56 / 180, abs=3)
-    assert len(places(figures.draw_rotation(before, before, 3, OutRo()), BLUE)) > 5
 
 
 @pytest.mark.parametrize("n_frames, S, L, H, M", [(1, 5, 1, 1, 1), (64, 2000, 32, 2, 16)])

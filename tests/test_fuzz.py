@@ -23,22 +23,3 @@ def test_first_inputs_end_well(tmp_path):
 def test_wrong_ends_are_found(tmp_path, code, said):
     wrong = fuzz.ask(lambda: exec(code, {"os": os, "sys": sys}), [], tmp_path)[1]
     assert wrong is None if said is None else said in wrong
-
-
-def test_wrong_input_is_saved_with_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.01)
-    report, wrong = fuzz.fuzz(7, 3, 9, sys.maxsize, tmp_path / "finds")
-    assert "--seed 7 --first 3" in wrong and "no end within" in wrong and report.startswith("1 inputs")
-    assert (tmp_path / "finds" / "seed_7_input_3" / "arguments.json").exists()
-
-
-def test_same_seed_makes_the_same_inputs(tmp_path):
-    for number in range(12):
-        made = []
-        for name in ("one", "two"):
-            folder = tmp_path / f"{name}{number}"
-            folder.mkdir()
-            kind, arguments = fuzz.make(5, number, folder)
-            files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-            made.append((kind, arguments, files))
-        assert made[0] == made[1]

@@ -246,15 +246,6 @@ def test_parts_of_other_tokenizers(folder, capfd, name, part, says):
     assert capfd.readouterr() == ("", "")
 
 
-def test_tokenizer_that_normalizes(folder, processor):
-    parts = [{"type": kind} for kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")]
-    split = {"type": "Split", "pattern": {"Regex": "\\\\d"}, "behavior": "Isolated", "invert": False}
-    before = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
-    edit(folder / "tokenizer.json", normalizer=sequence("normalizers", *parts),
-         pre_tokenizer=sequence("pretokenizers", split, *before))
-    assert Processor.from_pretrained(folder).tokenize(["WHAT 12"]) == processor.tokenize(["what 12"])
-
-
 def test_truncation_padding_and_post_processor_are_off(folder, processor):
     start = {"id": START, "ids": [1], "tokens": [START]}
     edit(folder / "tokenizer.json",

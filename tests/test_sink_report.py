@@ -3,14 +3,13 @@
 import copy
 import json
 import sys
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TOY
 
-from minioutro import Cache, OutRo, Trace, model, read_video
+from minioutro import Cache, OutRo, Trace, read_video
 from minioutro.lab import analysis, sink_report
 from minioutro.lab.analysis import QUESTION, Examples, loss_of
 from minioutro.lab.sink_report import analyse, report, table, without_token
@@ -152,33 +151,6 @@ def test_marked_then_keeps_old_positions(golden):
     found = analyse(golden("dev_late").model, torch.cat([ids[:, :6], ids], dim=1))
     assert found["who"][4]["activation"] == [0, 6] and 4 in found["others"]
     assert cuts_of(found, 4)["marked then"] == [0, 6]
-
-
-def test_two_heads_weights_at_a_time(toy, clip, monkeypatch):
-    """The last one's while the next one's are computed. No trace and no view keeps those of a whole layer,
-    which would be gigabytes for a long prompt."""
-    ids, features, found = clip
-    shapes, storages, attention = [], weakref.WeakSet(), model.attention
-
-    def one_head(q, k, v, may_attend):
-        out, weights = attention(q, k, v, may_attend)
-        shapes.append(tuple(weights.shape))
-        storages.add(weights.untyped_storage())
-        assert len(storages) <= 2
-        return out, weights
-    monkeypatch.setattr(sink_report, "attention", one_head)
-    monkeypatch.setattr(model, "attention", None)               # what a layer calls to trace its weights
-    assert analyse(toy[0], ids, features) == found
-    S = ids.shape[1]
-    assert set(shapes) == {(1, 1, S, S)} and len(shapes) == 8 * 4
-
-
-def test_no_mlp_wrote_a_massive_embedding(golden):
-    """dev_c has no sink; its nearest token is one of the video, from the encoder."""
-    case = golden("dev_c")
-    found = analyse(case.model, case.input_ids[:1], case.model.encode(case.pixels[:1]))
-    assert (found["marked"], found["layer"], found["written by"]) == (False, 0, -1)
-    assert "written by the embedding" in report(found, ["x"] * case.input_ids.shape[1], "")
 
 
 # ---- the command ----

@@ -74,20 +74,6 @@ def test_page_holds_for_three_clips(toy, clips, stored):
 # ---- Measuring ----
 
 
-def test_masking_an_unseen_token_keeps_the_answer(toy, clips):
-    """Nobody sees the last token; of the last words of five questions, at least one is needed."""
-    model, processor = toy
-    prompt, features = asked(model, processor, clips[0], clips[1][0])
-    S, answer = prompt.shape[1], model.generate(prompt, features=features)
-    assert toy_page.answer_stays_without(model, prompt, features, [S + len(answer) - 2]).tolist() == [True]
-    stays = []
-    for record in clips[1][:5]:
-        prompt, features = asked(model, processor, clips[0], record)
-        S = prompt.shape[1]
-        stays += toy_page.answer_stays_without(model, prompt, features, list(range(S - 10, S))).tolist()
-    assert not all(stays)
-
-
 def test_measure_asks_both_sets_of_clips(monkeypatch):
     monkeypatch.setattr(toy_page, "ASKED", 5)
     figures = toy_page.measure(TOY, explore=True)
@@ -183,13 +169,3 @@ def test_write_measures_only_what_is_new(tmp_path, monkeypatch, stored):
     out.write_text("{}")
     with pytest.raises(ValueError, match="figures.json is not a file of this command's figures; remove it"):
         run_main(monkeypatch, "--write", "--out", out)
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (["--seed", "1", "toy_1"], "give --write, too"),
-    (["--write", "--folder", "toy_1"], "--write is for the bundled toy"),
-    (["--write", "--seed", "1", "nowhere"], "nowhere/model.safetensors: no such file"),
-])
-def test_wrong_options_are_refused_first(arguments, said, monkeypatch):
-    with pytest.raises((ValueError, OSError), match=said):
-        run_main(monkeypatch, *arguments)

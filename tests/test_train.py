@@ -11,10 +11,10 @@ from helpers import FIXTURES, TOY, assert_close
 from PIL import ImageChops, ImageStat
 from safetensors.torch import load_file
 
-from minioutro import OutRo, Processor, Trace, VideoLM, read_video
+from minioutro import OutRo, Processor, VideoLM, read_video
 from minioutro.lab import train_toy
-from minioutro.lab.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip, Question, Shape
-from minioutro.lab.train_toy import MOTIONS, NOT_ASKED, Stage, draw_batch
+from minioutro.lab.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip
+from minioutro.lab.train_toy import NOT_ASKED, Stage, draw_batch
 
 build_tokenizer = functools.cache(train_toy.build_tokenizer)
 
@@ -98,15 +98,6 @@ def test_names_of_cells():
         assert names[opposite] == (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED, NOT_ASKED)
 
 
-def test_unseen_motion_is_not_asked():
-    shape = Shape("red", "ring", "right", turns=True, appears=0.0, start=(16, 32), distance=32, radius=8)
-    right, left = train_toy.MOTIONS.index("right"), train_toy.MOTIONS.index("left")
-    assert train_toy.motion(shape, 18, None) == NOT_ASKED                               # the first frames
-    assert [train_toy.motion(shape, *pair) for pair in ((18, 0), (63, 45), (41, 23))] == [right, left, NOT_ASKED]
-    late = Shape("red", "ring", "right", turns=False, appears=3.0, start=(16, 32), distance=32, radius=8)
-    assert train_toy.motion(late, 36, 18) == NOT_ASKED and train_toy.motion(late, 45, 27) == right
-
-
 def test_packed_questions_are_read_alone():
     """The packed batch gives each answer the logits that the ordinary model gives that question alone."""
     model, processor = VideoLM.from_pretrained(TOY), Processor.from_pretrained(TOY)
@@ -122,20 +113,6 @@ def test_packed_questions_are_read_alone():
             expected.append(target[target != NOT_ASKED])
     assert torch.allclose(logits, torch.cat(alone), atol=1e-3)
     assert targets.equal(torch.cat(expected))
-
-
-def test_words_have_to_name_their_shape(toy):
-    """In questions and answers, by hand: a red ring in column 10 of 16, row 2, that goes down and back."""
-    processor, ring = toy[1], Shape("red", "ring", "down", True, 0.0, start=(40, 8), distance=9, radius=7)
-    names = (*train_toy.names_of(ring, 0), *train_toy.deeds_of(ring, moment=None))
-    assert names == (SHAPES.index("ring"), list(COLOURS).index("red"), 10, 2, MOTIONS.index("down"), 1, 0)
-    assert train_toy.deeds_of(ring, moment=3) == (NOT_ASKED,) * 3
-    questions = [Question("shape", "What shape is red?", "ring"), Question("is there", "Is anything blue?", "No")]
-    row = train_toy.make_row(processor, [1, 2], questions, {"red": names, "ring": names})
-    words = [(processor.tokenizer.decode([token]), of) for token, of in zip(row.input_ids, row.words)
-             if of != (NOT_ASKED,) * 7]
-    nothing = train_toy.NOTHING + (NOT_ASKED,) * 3
-    assert words == [(" red", names), (" ring", names), (" blue", nothing)]
 
 
 def test_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
@@ -172,47 +149,11 @@ def test_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     assert not all(weights["whole"][0][name].equal(weights["whole"][1][name]) for name in weights["whole"][0])
 
 
-def test_when_stages_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_toy, "STAGES", (Stage(1, 1, 1, 0), Stage(3, 1, 1, 3), Stage(2, 1, 1, 3)))
-    monkeypatch.setattr(train_toy, "SAVE_EVERY", 2)
-    for learned, steps in ((0.0, [1, 2, 2]), (1.1, [1, 3, 2])):
-        monkeypatch.setattr(train_toy, "LEARNED", learned)
-        with torch.enable_grad():
-            train_toy.train(tmp_path / str(learned), train_toy.TOY, random_seed=3)
-        lines = [line.split(":")[0] for line in (tmp_path / str(learned) / "log.txt").read_text().splitlines()]
-        ends = [sum(steps[:n]) for n in (1, 2, 3)]
-        assert {f"step {end}, stage {n}" for n, end in enumerate(ends)} <= set(lines)
-        assert lines[-1] == f"step {ends[-1]}, stage 2"
-
-
 def test_unlearned_kinds_come_twice():
     clip, rng = Clip(UNSEEN, 3), random.Random(0)
     kinds = {question.kind for question in clip.questions(20)}
     drawn = train_toy.draw_questions(clip, 20, 2 * len(kinds) - 1, rng, learned={"count"})
     assert Counter(question.kind for question in drawn) == {kind: 1 if kind == "count" else 2 for kind in kinds}
-
-
-def test_controls_leave_out_price_or_seed(tmp_path, monkeypatch):
-    """After a few dear steps: with the price less attention elsewhere, without the seed no massive token."""
-    monkeypatch.setattr(train_toy, "STAGES", (Stage(1, 1, 1, 2), Stage(25, 1, 1, 2)))
-    monkeypatch.setattr(train_toy, "PRICE", 20.0)
-    monkeypatch.setattr(train_toy, "ADAM_RATE", 0.05)                   # that of step n is n/50 of it, and less
-    ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
-    runs = (train_toy.TOY, *train_toy.CONTROLS)
-    assert [(run.price, run.seed) for run in runs] == [(True, True), (False, True), (True, False)]
-    for run in runs:
-        with torch.enable_grad():
-            train_toy.train(tmp_path, run, random_seed=3)
-        trace = Trace(weights_of=range(8))
-        VideoLM.from_pretrained(tmp_path / run.folder)(ids, trace=trace)
-        to_first[run] = torch.stack([trace[f"layers.{l}.weights"][0, [0, 2], 1:, 0] for l in range(2, 8)]).mean()
-        ratio[run] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
-    behind = train_toy.SEED_LAYER + 1
-    toy, no_price, no_seed = runs
-    assert min(to_first[toy], to_first[no_seed]) > to_first[no_price] + 0.05
-    for run in (toy, no_price):
-        assert ratio[run][behind][0] > 1000 > max(ratio[run][behind][1:].max(), ratio[run][behind - 1].max())
-    assert max(r.max() for r in ratio[no_seed]) < 1000
 
 
 def test_toys_sink_is_its_first_token(toy):

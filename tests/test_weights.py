@@ -84,16 +84,6 @@ def test_dtypes(folder, stored, asked):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_while_reading(folder, monkeypatch, dtype):
-    """What was read and converted leaves memory when its file is closed, so the file is opened for each tensor."""
-    opened, safe_open = [], weights.safe_open
-    monkeypatch.setattr(weights, "safe_open", lambda *args: opened.append(args) or safe_open(*args))
-    n_tensors = len(VideoLM.from_pretrained(folder, dtype=dtype).state_dict())
-    for_header, for_tensors = 1, 1 if dtype == torch.float32 else n_tensors
-    assert len(opened) == for_header + for_tensors
-
-
 def test_tied_head(tmp_path, golden):
     folder, g = writable_copy(FIXTURES / "dev_a", tmp_path / "dev_a"), golden("dev_a")
     assert "lm_head.weight" not in g.model.state_dict()
@@ -158,13 +148,6 @@ def test_rope_theta_spellings(folder, theta, fields):
     """rope_scaling counts before rope_parameters, as in transformers."""
     edit_config(folder, "text_config", **fields)
     assert read_config(folder).text_config.rope_theta == theta
-
-
-def test_null_head_sizes(folder):
-    """null: hidden_size / num_attention_heads, which is not dev_c's 16."""
-    edit_config(folder, "text_config", head_dim=None, num_attention_heads=3, num_key_value_heads=None)
-    text = read_config(folder).text_config
-    assert (text.head_dim, text.num_key_value_heads) == (16, 3)
 
 
 @pytest.mark.parametrize("generation, text, top, expected", [

@@ -7,13 +7,11 @@ import torch
 import transformers
 from helpers import assert_close
 from tiny import PLANTED, TEXT, TINY, text
-from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, StaticCache
+from transformers import AttentionInterface, DynamicCache, GenerationConfig, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minioutro import OutRo
-from minioutro import model as model_module
 from minioutro.lab.attach import attach
 from minioutro.model import align_with_sink
 
@@ -226,23 +224,6 @@ def test_second_turns_of_two_caches(llama):
         assert all(a.equal(b) for a, b in zip(own, alone, strict=True))
 
 
-def test_new_prompt_begins_anew(llama):
-    with attach(llama.model, OutRo()) as seen:
-        answer(llama, llama.prompt(LONG))
-        assert seen.is_sink and seen.opened
-        assert answer(llama, llama.prompt([1, 2, 3])) and not (seen.is_sink or seen.opened or seen.v_sink)
-        assert answer(llama, llama.prompt(SHORT)) and seen.opened[4].shape == (1, 5)
-
-
-def test_emptied_static_cache(llama):
-    cache, inputs = StaticCache(config=llama.model.config, max_cache_len=32), llama.prompt(SHORT)
-    with attach(llama.model, OutRo()) as seen:
-        first = llama.model(**llama.prompt(LONG), past_key_values=cache).logits
-        cache.reset()
-        assert_close(llama.model(**inputs, past_key_values=cache).logits, llama.model(**inputs).logits)
-        assert list(seen.opened) == [4] and first.shape[1] == len(LONG)
-
-
 def test_padding_on_the_right():
     """As 0 and 1 a token, or as a mask of the user's own, added or boolean. Kernels round apart: float64."""
     llama = TINY["Llama"]()
@@ -293,27 +274,6 @@ def test_padding_is_not_searched(llama):
     assert all(tokens.equal(seen.is_sink[l][0]) for l, tokens in together.items())
 
 
-def test_compiled_model(llama, monkeypatch):
-    """Also one that was compiled, and has run, before the block, and with other constants in a second."""
-    inputs, model = llama.prompt(LONG, SHORT), text("Llama", num_hidden_layers=6).model
-    find_sinks, compiling = model_module.find_sinks, []
-    monkeypatch.setattr(model_module, "find_sinks", lambda *args: (
-        compiling.append(torch.compiler.is_compiling()), find_sinks(*args))[1])
-
-    def run():
-        logits = [model(**inputs, use_cache=False).logits]          # a cache would be compiled for each layer
-        for outro in (OutRo(), OutRo(align=False)):
-            with attach(model, outro) as seen:
-                logits.append(model(**inputs, use_cache=False).logits)
-            assert list(seen.opened) == [3]
-        return logits
-    expected = run()
-    model.compile(backend="eager")
-    for ours, theirs in zip(run(), expected, strict=True):
-        assert_close(ours, theirs, 1e-5)
-    assert not torch.allclose(expected[1], expected[2], atol=1e-3) and compiling and not any(compiling)
-
-
 def test_hybrid_layers(recwarn):
     """Qwen3-Next: attention in every fourth layer, 3, 7 and 11 of 15; rows would be opened in 0, 2, 4, ..."""
     case = text("Qwen3Next", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
@@ -327,27 +287,6 @@ def test_hybrid_layers(recwarn):
     with attach(case.model, OutRo(relax_every=7), untested=True) as seen:
         case.model(**inputs)
     assert list(seen.opened) == [7] and not [w for w in recwarn if "no row" in str(w.message)]
-
-
-def test_two_models_at_once(llama, tiny):
-    inputs, a, b = llama.prompt(LONG), llama.model, tiny("Qwen2").model
-    with attach(a, OutRo()):
-        of_a = a(**inputs).logits
-    with attach(b, OutRo(relax=False)):
-        of_b = b(**inputs).logits
-    with attach(a, OutRo()) as in_a, attach(b, OutRo(relax=False)) as in_b:
-        assert a(**inputs).logits.equal(of_a) and b(**inputs).logits.equal(of_b)
-    assert in_a.opened and in_b.is_sink and not in_b.opened
-
-
-def test_another_model_of_the_same_config(llama):
-    other = transformers.LlamaForCausalLM(llama.model.config).eval()
-    plain, inputs = other(**llama.prompt(LONG)).logits, llama.prompt(LONG)
-    with attach(llama.model, OutRo()) as seen:
-        expected = llama.model(**inputs).logits
-        found = dict(seen.is_sink)
-        assert_close(other(**llama.prompt(LONG)).logits, plain, 1e-5)
-        assert found == seen.is_sink and llama.model(**inputs).logits.equal(expected)
 
 
 # ---- what is refused ----
@@ -392,12 +331,6 @@ def test_refused_models(name, config, sizes, why):
     with pytest.raises(ValueError, match=f"in {name}: {why}.*minioutro.lab.README.md says"), attach(model, OutRo()):
         pass
     assert state(model) == before
-
-
-def test_wrapped_model(llama):
-    for holder in (nn.Sequential(llama.model), torch.compile(llama.model, backend="eager")):
-        with pytest.raises(ValueError, match=f"{type(holder).__name__}: it is no model of transformers, but"):
-            attach(holder, OutRo()).__enter__()
 
 
 def test_layers_with_another_input():
@@ -452,22 +385,6 @@ def test_cache_filled_elsewhere(llama):
         for cache in caches:
             with pytest.raises(ValueError, match="begin with an empty cache"):
                 model(step, past_key_values=cache)
-
-
-def test_missing_mask(llama, monkeypatch):
-    with attach(llama.model, OutRo()):
-        monkeypatch.delitem(AttentionMaskInterface._global_mapping, llama.model.config._attn_implementation)
-        with pytest.raises(ValueError, match="LlamaAttention: it gets no mask"):
-            llama.model(**llama.prompt(LONG))
-        monkeypatch.undo()
-
-
-def test_attention_that_cannot_be_chosen(llama, monkeypatch):
-    monkeypatch.setattr(type(llama.model.model), "_can_set_attn_implementation", lambda *_: False)
-    before = state(llama.model)
-    with pytest.raises(ValueError, match="its attention is no function"), attach(llama.model, OutRo()):
-        pass
-    assert state(llama.model) == before
 
 
 # ---- what would be wrong without a word ----
