@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as shown  # a value in an error message: cut if it is long or deep
 
-from minioutro.weights import HUB_MODEL
-
 # ---- 1. The command line ------------------------------------------------------------------------
 
 
@@ -67,7 +65,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=not_empty, metavar="DIR_OR_REPO",
         help="folder of a checkpoint, or repository of the hub "
-             f"(default: {HUB_MODEL}; for the toy's own clips the bundled toy)")
+             "(default: SmolVLM2-256M-Video-Instruct; for the toy's own clips the bundled toy)")
     add("--revision", help="branch, tag or commit of the repository (default: the newest)")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
