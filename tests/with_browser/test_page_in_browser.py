@@ -106,7 +106,7 @@ def test_steps_say_what_the_trace_says(browser, sink_page, traces, layer):
     assert is_aligned[0] == f"{before[TOKEN]:.0f}° → {after[TOKEN]:.0f}°"
     gate = math.tanh(max(0, trace[at + "cosine"][0, HEAD, TOKEN].item()) / 0.1)
     assert f"The gate is {gate:.2f} (0 is shut, 1 is open) and gamma is 3" in is_aligned[1]
-    assert is_aligned[1].endswith(f"In all, {(before - after >= 0.5).sum()} of 276 tokens turn here.")
+    assert is_aligned[1].endswith(f"In head {HEAD} of this layer, {(before - after >= 0.5).sum()} of 276 tokens turn.")
 
 
 def test_baseline_and_outro_differ_where_they_should(browser, sink_page):
