@@ -4,8 +4,10 @@ A checkpoint is a folder with config.json, generation_config.json (optional) and
 model.safetensors or several files named by model.safetensors.index.json. It lies on this machine or
 on the Hugging Face hub, from where only the files that are needed are fetched, once.
 
-Nothing in these files is trusted. What would be computed differently is refused by name, and every
-size in config.json is compared with the weights before anything is built (support/checks.py).
+These files are not trusted (support/checks.py). Settings that would be computed differently are
+refused by name. Sizes of tensors in config.json are compared with the weights before anything is
+built. Numbers that no tensor shows, such as eps and theta, have to make sense, and are then taken
+as they stand.
 """
 
 import json

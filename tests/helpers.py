@@ -45,8 +45,9 @@ def check(condition, sentence: str) -> None:
         raise AssertionError(sentence)
 
 
-def writable_copy(source: Path, to: Path) -> Path:
+def writable_copy(source: Path, to: Path, ignore=None) -> Path:
     """A copy that a test may change, also where the project itself is read-only."""
-    shutil.copytree(source, to, copy_function=shutil.copyfile)
-    to.chmod(0o755)
+    shutil.copytree(source, to, ignore=ignore, copy_function=shutil.copyfile)
+    for folder in (to, *to.rglob("*/")):
+        folder.chmod(0o755)
     return to

@@ -5,28 +5,9 @@ import math
 import pytest
 import torch
 
-from minioutro import Cache, OutRo
-from minioutro.lab.analysis import (
-    Examples,
-    attention_mass,
-    detectors,
-    examples,
-    heads_by_sink_attention,
-    image_token_masks,
-    logits_of,
-    loss_of,
-    nop_or_broadcast,
-    overlap,
-    phi,
-    probe,
-    sink_dimensions,
-    sink_share,
-    token_losses,
-    value_split,
-    with_zeros,
-    without_head,
-    without_row,
-)
+from minioutro import Cache
+from minioutro.lab import analysis
+from minioutro.lab.analysis import Examples, logits_of, loss_of
 from minioutro.lab.sink_report import sources
 from minioutro.model import causal_mask
 
@@ -36,7 +17,7 @@ SELFISH = torch.eye(3)
 
 @pytest.fixture(scope="module")
 def asked(toy):
-    return examples(*toy, n=3)
+    return analysis.examples(*toy, n=3)
 
 
 # ---- Q1 ----
@@ -45,27 +26,23 @@ def asked(toy):
 def test_attention_mass_and_sink_share_by_hand():
     """Key 0 draws 1 + 0.5 + 0.2 of three queries, key 1 draws 1.2 of two, key 2 draws 0.1 of one."""
     weights = torch.stack([WEIGHTS, SELFISH])[None]
-    assert torch.allclose(attention_mass(weights)[0, 0], torch.tensor([1.7 / 3, 0.6, 0.1]))
-    assert torch.allclose(attention_mass(weights)[0, 1], torch.tensor([1 / 3, 1 / 2, 1.0]))
-    assert sink_share(attention_mass(weights)).tolist() == [[1.0, 1.0, 0.5]]
-    assert sink_share(attention_mass(weights), threshold=0.5).tolist() == [[0.5, 0.5, 0.5]]
+    assert torch.allclose(analysis.attention_mass(weights)[0, 0], torch.tensor([1.7 / 3, 0.6, 0.1]))
+    assert torch.allclose(analysis.attention_mass(weights)[0, 1], torch.tensor([1 / 3, 1 / 2, 1.0]))
+    assert analysis.sink_share(analysis.attention_mass(weights)).tolist() == [[1.0, 1.0, 0.5]]
+    assert analysis.sink_share(analysis.attention_mass(weights), threshold=0.5).tolist() == [[0.5, 0.5, 0.5]]
 
 
-def test_phi_by_hand():
+def test_phi_and_sink_dimensions_by_hand():
     """Of (3, 0, -4, 0) the mean square is 25 / 4. One huge coordinate gives sqrt(C): 20 at C = 400."""
     hidden = torch.tensor([[[3.0, 0.0, -4.0, 0.0]]])
-    assert phi(hidden, torch.tensor([0, 2])).item() == pytest.approx(4 / 2.5)
-    assert phi(hidden, torch.tensor([0])).item() == pytest.approx(3 / 2.5)
-    for C in (64, 399, 401):
-        massive = torch.zeros(1, 1, C)
-        massive[0, 0, 5] = -1e4
-        assert phi(massive, torch.tensor([5])).item() == pytest.approx(math.sqrt(C))
-        assert (phi(massive, torch.tensor([5])) > 20).item() == (C > 400)
-
-
-def test_sink_dimensions():
+    assert analysis.phi(hidden, torch.tensor([0, 2])).item() == pytest.approx(4 / 2.5)
+    assert analysis.phi(hidden, torch.tensor([0])).item() == pytest.approx(3 / 2.5)
+    massive = torch.zeros(1, 1, 64)
+    massive[0, 0, 5] = -1e4
+    assert analysis.phi(massive, torch.tensor([5])).item() == pytest.approx(8)
     hidden = torch.tensor([[[1.0, 7.0, 8.0], [0.0, 0.0, 0.0]], [[-9.0, 1.0, 2.0], [5.0, 6.0, 7.0]]])
-    assert sink_dimensions(hidden, 2).tolist() == [0, 2] and sink_dimensions(hidden, 1).tolist() == [0]
+    assert analysis.sink_dimensions(hidden, 2).tolist() == [0, 2]
+    assert analysis.sink_dimensions(hidden, 1).tolist() == [0]
 
 
 def test_detectors_and_their_overlap():
@@ -73,25 +50,18 @@ def test_detectors_and_their_overlap():
     hidden = torch.tensor([[[1.0, 5000.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 0.0]]])
     drawing = torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0], [0.0, 0.8, 0.2]])
     weights = torch.stack([drawing, torch.zeros(3, 3)])[None]           # one head of two: that is half
-    found = detectors(hidden, attention_mass(weights), torch.tensor([1]))
+    found = analysis.detectors(hidden, analysis.attention_mass(weights), torch.tensor([1]))
     assert {name: is_sink[0].tolist() for name, is_sink in found.items()} == {
         "activation": [True, False, False], "attention": [True, True, False],
         "dimensions": [True, True, True], "phi > 20": [False, False, False]}
-    assert overlap(found["activation"], found["dimensions"]) == pytest.approx(1 / 3)
-    assert overlap(found["attention"], found["activation"]) == 0.5
-    assert overlap(*found.values()) == 0 and overlap(*list(found.values())[:3]) == pytest.approx(1 / 3)
-    assert overlap(found["phi > 20"], found["phi > 20"]) == 0
+    assert analysis.overlap(found["activation"], found["dimensions"]) == pytest.approx(1 / 3)
+    assert analysis.overlap(found["attention"], found["activation"]) == 0.5
+    assert analysis.overlap(*found.values()) == 0
+    assert analysis.overlap(*list(found.values())[:3]) == pytest.approx(1 / 3)
+    assert analysis.overlap(found["phi > 20"], found["phi > 20"]) == 0
 
 
 # ---- Q2 ----
-
-
-def test_heads_by_sink_attention():
-    trace = {"layers.2.weights": torch.stack([SELFISH, WEIGHTS])[None],
-             "layers.4.weights": torch.stack([WEIGHTS / 2, WEIGHTS * 2])[None]}
-    assert [(l, h) for _, l, h in heads_by_sink_attention(trace, (2, 4), 0)] == \
-        [(4, 1), (2, 1), (2, 0), (4, 0)]
-    assert heads_by_sink_attention(trace, (2,), 1)[0] == (pytest.approx(0.6), 2, 1)
 
 
 def test_a_head_is_removed_from_a_copy_alone(toy, asked):
@@ -100,7 +70,7 @@ def test_a_head_is_removed_from_a_copy_alone(toy, asked):
     name = "model.text_model.layers.3.self_attn.o_proj.weight"
     D, H = model.config.text_config.head_dim, model.config.text_config.num_attention_heads
     before = model.get_parameter(name).clone()
-    changed = without_head(model, 3, 1)
+    changed = analysis.without_head(model, 3, 1)
     difference = (changed.get_parameter(name) - before).abs().sum(0).view(H, D)
     assert difference.any(1).tolist() == [h == 1 for h in range(H)]
     assert not changed.get_parameter(name)[:, D:2 * D].any()
@@ -109,13 +79,13 @@ def test_a_head_is_removed_from_a_copy_alone(toy, asked):
                zip(changed.named_parameters(), model.named_parameters()) if other != name)
     assert not loss_of(changed, asked).equal(loss_of(model, asked))
     for h in range(H):
-        changed = without_head(changed, 3, h)
-    assert loss_of(changed, asked).equal(loss_of(with_zeros(model, name, ...), asked))
+        changed = analysis.without_head(changed, 3, h)
+    assert loss_of(changed, asked).equal(loss_of(analysis.with_zeros(model, name, ...), asked))
 
 
 def test_without_row_silences_one_layer(toy, asked):
     """Its MLP then adds nothing to that coordinate, of any token; what it adds to others stays."""
-    for changed, silent in ((toy[0], False), (without_row(toy[0], 1, 5), True)):
+    for changed, silent in ((toy[0], False), (analysis.without_row(toy[0], 1, 5), True)):
         trace = {}
         changed.hidden_states(asked.input_ids, features=asked.features, trace=trace)
         added = sources(changed, trace, [0, 7, 100])[2]                 # of the MLP of layer 1
@@ -141,19 +111,14 @@ def test_zero_k_equals_one_pass(toy, asked):
     logits = model(asked.both_ids, features=asked.features, cache=ZeroKey())
     edited = logits_of(model, asked, zero_keys=(range(2, L), 0, 3))
     assert torch.allclose(edited, logits[:, -asked.is_scored.shape[1] - 1:-1], atol=1e-3)
-    edited = loss_of(model, asked, zero_keys=(range(2, L), 0, 3))
-    baseline = loss_of(model, asked)
-    assert not torch.allclose(edited, baseline, atol=1e-4)
-    middle = asked.input_ids.shape[1] // 2                          # an image token; none are edited
-    for position in (0, middle):
-        assert torch.allclose(loss_of(model, asked, zero_keys=((), position, 3)), baseline, atol=1e-4)
+    assert not torch.allclose(edited, logits_of(model, asked), atol=1e-2)
 
 
 def test_value_split_by_hand():
     """Sink values 10 and 20, the other 1: the last query has 0.2 * 10 + 0.7 * 20 of sinks, 0.1 of it.
     The second key-value head holds ten times that, for heads 2 and 3."""
     v = torch.tensor([[10.0, 20.0, 1.0], [100.0, 200.0, 10.0]]).view(1, 2, 3, 1)
-    of_sink, of_others = value_split(WEIGHTS.expand(1, 4, 3, 3), v, torch.tensor([[True, True, False]]))
+    of_sink, of_others = analysis.value_split(WEIGHTS.expand(1, 4, 3, 3), v, torch.tensor([[True, True, False]]))
     for h, times in enumerate((1, 1, 10, 10)):
         assert torch.allclose(of_sink[0, h, :, 0], times * torch.tensor([10.0, 15.0, 16.0]))
         assert torch.allclose(of_others[0, h, :, 0], times * torch.tensor([0.0, 0.0, 0.1]))
@@ -163,9 +128,9 @@ def test_nop_or_broadcast_by_hand():
     """Head 0 varies by 3 along the sink's value and by 4 across it: 9 of 25. Head 1 only along it."""
     v = torch.tensor([[[[2.0, 0.0], [0.0, 4.0], [0.0, 8.0]]]])
     out = torch.tensor([[[[3.0, 4.0], [-3.0, -4.0]], [[6.0, 1.0], [0.0, 1.0]]]])
-    ratio, share = nop_or_broadcast(out, v, v[:, :, 0])
+    ratio, share = analysis.nop_or_broadcast(out, v, v[:, :, 0])
     assert ratio.tolist() == [[0.5]] and share.tolist() == [[pytest.approx(9 / 25), pytest.approx(1.0)]]
-    assert nop_or_broadcast(torch.ones(1, 2, 3, 2), v, v[:, :, 0])[1].tolist() == [[0.0, 0.0]]
+    assert analysis.nop_or_broadcast(torch.ones(1, 2, 3, 2), v, v[:, :, 0])[1].tolist() == [[0.0, 0.0]]
 
 
 def test_probe_reads_or_guesses():
@@ -174,11 +139,9 @@ def test_probe_reads_or_guesses():
     noise = torch.randn(60, 5, generator=generator)
     read = noise.clone()
     read[:, 3] += torch.tensor([10.0 * (label == "red") for label in labels])
-    assert probe(read, labels, 30) == 1.0
-    assert probe(torch.full((60, 5), 7.0), labels, 30) == pytest.approx(2 / 3)          # always blue
-    tiny = 1e4 + 1e-5 * read.double()                          # a difference below the rounding of float32
-    assert probe(tiny, labels, 30) == pytest.approx(2 / 3)
-    assert probe(read, ["blue"] * 30 + labels[:30], 30) == pytest.approx(2 / 3)         # red not learnt
+    assert analysis.probe(read, labels, 30) == 1.0
+    assert analysis.probe(torch.full((60, 5), 7.0), labels, 30) == pytest.approx(2 / 3)          # always blue
+    assert analysis.probe(read, ["blue"] * 30 + labels[:30], 30) == pytest.approx(2 / 3)         # red not learnt
 
 
 # ---- losses and masks ----
@@ -188,31 +151,18 @@ def test_token_losses_by_hand(asked):
     """Uniform logits cost log V a token; an answer's padding costs nothing."""
     B, A = asked.answer_ids.shape
     alike = Examples(asked.input_ids, asked.features, asked.answer_ids % 11, asked.is_scored)
-    losses = token_losses(torch.zeros(B, A, 11), alike)
+    losses = analysis.token_losses(torch.zeros(B, A, 11), alike)
     assert torch.allclose(losses, math.log(11) * asked.is_scored)
     right = torch.zeros(B, A, 11).scatter_(-1, alike.answer_ids[:, :, None], 50.0)
-    assert token_losses(right, alike).max() < 1e-6
+    assert analysis.token_losses(right, alike).max() < 1e-6
     assert asked.is_scored.sum(1).unique().numel() > 1
-
-
-def test_losses_in_one_call_and_in_two(toy, asked):
-    """Of the tokens before each of the answer's, in one call and in two; and the mean is of what counts."""
-    model, A = toy[0], asked.answer_ids.shape[1]
-    S, L = asked.both_ids.shape[1], model.config.text_config.num_hidden_layers
-    log_p = model(asked.both_ids, features=asked.features).log_softmax(-1)
-    for b, n in enumerate(asked.is_scored.sum(1).tolist()):
-        one_pass = -sum(log_p[b, S - A - 1 + i, asked.answer_ids[b, i]] for i in range(n)) / n
-        assert loss_of(model, asked)[b] == pytest.approx(one_pass.item(), abs=1e-4)
-    for how in ({"masks": [causal_mask(S, S)] * L}, {"outro": OutRo(relax=False, align=False)}):
-        assert torch.allclose(loss_of(model, asked, **how), loss_of(model, asked), atol=1e-4)
-    assert not torch.allclose(loss_of(model, asked, OutRo(gamma=30.0)), loss_of(model, asked), atol=1e-2)
 
 
 def test_image_token_masks(toy, asked):
     model = toy[0]
     S, is_image = asked.both_ids.shape[1], asked.both_ids == model.config.image_token_id
     scores = torch.rand(asked.input_ids.shape, generator=torch.Generator().manual_seed(1))
-    masks = image_token_masks(model, asked, scores, l=2, share=0.25)
+    masks = analysis.image_token_masks(model, asked, scores, l=2, share=0.25)
     causal = causal_mask(S, S)
     assert all(mask is masks[0] for mask in masks[:3]) and masks[0].equal(causal) and len(masks) == 8
     for b in range(3):
@@ -222,13 +172,3 @@ def test_image_token_masks(toy, asked):
             assert frame[last[frame]].tolist() == sorted(best)
         assert last[~is_image[b]].all() and masks[7][b].diagonal().all()
         assert not masks[7][b][~causal].any()
-
-
-def test_changes_are_made_one_at_a_time(toy, asked):
-    masks = [causal_mask(asked.both_ids.shape[1], asked.both_ids.shape[1])] * 8
-    for two in ({"outro": OutRo(), "masks": masks}, {"outro": OutRo(), "zero_keys": (range(8), 0, 1)},
-                {"masks": masks, "zero_keys": (range(8), 0, 1)}):
-        with pytest.raises(ValueError, match="one change each"):
-            loss_of(toy[0], asked, **two)
-    with pytest.raises(ValueError, match="leave cache out"):
-        logits_of(toy[0], asked, masks=masks, cache=Cache())

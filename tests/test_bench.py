@@ -18,12 +18,3 @@ def test_every_row_about_the_model_can_be_printed(tmp_path, monkeypatch, capsys)
     assert rows == ["vision encoder, 8 frames", "prefill, 234 tokens", "decoding, 3 tokens", "OutRo, prefill",
                     "OutRo, decoding", "OutRo, whole answer", "prefill, 9 frames, 196 tokens",
                     "OutRo, prefill, 9 frames"]
-
-
-def test_two_ways_are_timed_in_turn():
-    """One call each that is not counted, then so many of each."""
-    calls = []
-    results = bench.in_turn(2, {"a": lambda: calls.append("a"), "b": bench.timed(lambda: calls.append("b"))})
-    assert calls == ["a", "b"] * 3 and results["a"] == [None, None]
-    assert len(results["b"]) == 2 and min(results["b"]) > 0
-    assert bench.spread([2.0, 1.0, 4.0]) == "2.000 (1.000-4.000)"

@@ -55,16 +55,6 @@ def test_reader_who_leaves(name, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_in_a_narrow_ascii_terminal(name, monkeypatch):
-    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(sys, "stdout", stdout)
-    monkeypatch.setenv("COLUMNS", "20")
-    assert start(name, "--help") == 0
-    stdout.flush()
-    assert b"--help" in stdout.buffer.getvalue()
-
-
 def run_main(main):
     """Exit code of a command with this main function."""
     try:
@@ -126,10 +116,6 @@ def test_progress_is_for_a_person(monkeypatch, capfd):
     assert list(cli.progress([1, 2], "frames")) == [1, 2]
     out, err = capfd.readouterr()
     assert out == "" and "frames:" in err
-
-
-def test_escaped():
-    assert cli.escaped("naïve 日本\u202e\ud800\n") == r"naïve 日本\u202e\ud800\n"
 
 
 def test_files_are_written_whole(tmp_path):

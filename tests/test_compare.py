@@ -1,13 +1,11 @@
 """Answers compared in pairs: the test, the interval, the one verdict, and what the table says."""
 
-import json
 import random
+import statistics
 
 import pytest
 
 from minioutro.lab.compare import (
-    compare_answers,
-    decide,
     detectable,
     interval,
     sign_test,
@@ -32,59 +30,38 @@ def pairs(baseline, outro, task="", first=0, **more):
 # ---- the test and the interval ----
 
 
-def test_sign_test_by_hand():
-    """Of 3 changes all in one way: 2 of 8 outcomes. Of 6, at most one in the other: 2 * (1 + 6) of 64."""
-    assert sign_test(5, 5) == sign_test(0, 0) == 1
-    assert sign_test(0, 3) == sign_test(3, 0) == 2 / 8
-    assert sign_test(1, 5) == 14 / 64
-
-
 @pytest.mark.parametrize("gained, lost, p", [
-    (3, 21, 0.0002771615982055664), (45, 62, 0.12151242187624432), (8, 1, 0.0390625), (45, 73, 0.01260262870692145),
-    (6, 9, 0.6072387695312499), (20, 3, 0.00048828125), (4800, 5200, 6.593515598672343e-05)])
-def test_sign_test_as_scipy(gained, lost, p):
-    """SciPy 1.x: binomtest(gained, gained + lost).pvalue."""
+    (5, 5, 1), (0, 0, 1), (0, 3, 2 / 8), (1, 5, 14 / 64),
+    (45, 62, 0.12151242187624432), (4800, 5200, 6.593515598672343e-05)])
+def test_sign_test(gained, lost, p):
+    """By hand: of 3 changes all in one way, 2 of 8 outcomes; of 6, at most one in the other, 2 * (1 + 6) of 64.
+
+    The last two are of SciPy: binomtest(gained, gained + lost).pvalue.
+    """
     assert sign_test(gained, lost) == pytest.approx(p, rel=1e-9)
     assert sign_test(lost, gained) == sign_test(gained, lost)
 
 
-def test_detectable_by_hand():
-    """Of 9 changes, 8 against 1 has p = 20/512 and 7 against 2 has 92/512; of 6, 6 against 0 has 2/64."""
-    assert detectable(100, 9) == 7 / 100 and detectable(50, 6) == 6 / 50
-
-
-@pytest.mark.parametrize("changes", [7, 20, 51, 10_000])
+@pytest.mark.parametrize("changes", [6, 7, 20, 51, 10_000])
 def test_detectable_is_the_smallest(changes):
+    """5 to 0 has p = 2/32, so that fewer than 6 changes can show nothing."""
     least = round(20_000 * detectable(20_000, changes))
     p = [sign_test((changes + d) // 2, (changes - d) // 2) for d in (least, least - 2)]
     assert p[0] < 0.05 <= p[1]
+    assert [detectable(100, few) for few in range(6)] == [None] * 6
 
 
-def test_detectable_needs_six_changes():
-    assert [detectable(100, changes) for changes in range(6)] == [None] * 6
-    assert sign_test(5, 0) == 2 / 32 > 0.05 > sign_test(6, 0)
-
-
-def test_interval_equals_a_second_writing():
-    """With numbers drawn by another generator, so within what 10,000 draws leave open."""
+def test_interval_draws_videos():
+    """It is wider than one over questions, because answers about one video lean the same way."""
     rng = random.Random(1)
-    videos = [f"v{rng.randrange(40)}" for _ in range(300)]
-    lean = {f"v{n}": rng.choice((-1, 0, 0, 1, 1)) for n in range(40)}
-    changes = [lean[video] if rng.random() < 0.4 else 0 for video in videos]
-    of_video = [[c for c, video in zip(changes, videos) if video == v] for v in sorted(set(videos))]
-    means = []
-    for _ in range(4000):
-        drawn = sum(rng.choices(of_video, k=len(of_video)), [])
-        means.append(sum(drawn) / len(drawn))
-    means.sort()
+    lean = [rng.choice((-1, 0, 0, 1, 1)) for _ in range(40)]
+    videos = [n for n in range(40) for _ in range(8)]
+    changes = [lean[n] for n in videos]
     low, high = interval(changes, videos, seed=0)
-    assert (low, high) == pytest.approx((means[100], means[3900]), abs=0.005)
+    sigma = statistics.pstdev(lean) / 40**0.5                               # of a mean over 40 videos
+    mean = statistics.mean(lean)
+    assert (low, high) == pytest.approx((mean - 1.96 * sigma, mean + 1.96 * sigma), abs=0.02)
     assert interval(changes, videos, seed=0) == [low, high] != interval(changes, videos, seed=1)
-    one_each = interval(changes, [f"{n}" for n in range(300)], seed=0)       # as if videos did not matter
-    assert one_each[1] - one_each[0] < 0.9 * (high - low)
-
-
-def test_interval_without_doubt_and_of_one_video():
     assert interval([1] * 6, list("aabbcc"), 0) == [1.0, 1.0]
     assert interval([1, 0], ["a", "a"], 0) == interval([], [], 0) == [-1.0, 1.0]
 
@@ -120,15 +97,6 @@ def test_summary_of_nothing_is_refused():
         summarise([line("x", "outro", True)])
 
 
-def test_summary_is_json_where_every_question_failed():
-    """No difference is there then: null, never NaN."""
-    answers = [line(n, name, False, task="t", error="broken") for n in range(7) for name in ("baseline", "outro")]
-    found = summarise(answers)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["variants"]["outro"]["difference"] is None and found["test"]["verdict"] == "cannot be shown"
-    assert "all: 0 questions, 7 errors" in table_of_differences(found)
-
-
 # ---- the one verdict ----
 
 
@@ -142,10 +110,8 @@ def test_verdict(baseline, outro, decided):
 
 def test_verdict_needs_several_videos():
     """Nine gains are significant by the sign test, but if all are of one video they say little."""
-    questions = [{"baseline": line(n, "baseline", False), "outro": line(n, "outro", True)} for n in range(9)]
-    test = decide(compare_answers(questions, ["baseline", "outro"], 0)["outro"])
-    assert test["p"] < 0.05 and test["verdict"] == "not shown"
-    found = summarise([answer for question in questions for answer in question.values()])
+    found = summarise([line(n, name, name == "outro") for n in range(9) for name in ("baseline", "outro")])
+    assert found["test"]["p"] < 0.05 and found["test"]["verdict"] == "not shown"
     assert "because the interval over videos contains 0" in verdict(found)
 
 
@@ -158,14 +124,9 @@ def test_only_the_row_that_was_asked_is_tested():
     assert "better," not in text and "  outro *" in text and "  relax *" not in text
     found = summarise(pairs("0" * 9, "0" * 9, relax="1" * 9), asked="relax")
     assert (found["asked"], found["test"]["verdict"]) == ("relax", "better")
-
-
-def test_no_verdict_without_the_row_that_was_asked():
     found = summarise([{**answer, "variant": answer["variant"].replace("outro", "relax")}
                        for answer in pairs("0" * 9, "1" * 9)])
-    assert (found["asked"], found["test"]) == (None, None)
-    text = table_of_differences(found)
-    assert "No row is tested" in text and "The table has 1 other row, not tested" in text
+    assert (found["asked"], found["test"]) == (None, None) and "No row is tested" in table_of_differences(found)
 
 
 # ---- the table ----
@@ -192,17 +153,11 @@ def test_table():
         "A row with fewer than 6 changed answers can show nothing."]
 
 
-def test_table_says_what_could_have_been_shown():
-    text = table_of_differences(summarise(pairs("0" * 12 + "1" * 8, "1" * 12 + "0" * 8)))
-    assert ("Sign test over 20 changed answers: p = 0.5.\nNo difference is shown. With 20 changed answers, only a "
-            "difference of\n50.00 points or more could have been shown.") in text and "other row" not in text
-
-
-def test_table_of_few_questions_says_that_nothing_can_be_shown():
-    """Not that 150 points could be."""
-    text = table_of_differences(summarise(pairs("0000", "1110", "t")))
-    assert text.count("fewer than 6 questions") == 2 and "%" in text and "points" not in text
-    assert "Nothing can be shown: of 4 answers, 3 changed." in text
+def test_table_of_many_kinds_shows_the_largest():
+    answers = [answer for n in range(60) for answer in pairs("1", "1", f"kind {n:02}", first=n)]
+    text = table_of_differences(summarise(answers + pairs("11", "11", "last", first=60)))
+    assert text.count(": 1 question\n") == 49 and "last: 2 questions" in text and "has 50 other rows" in text
+    assert "\nand 11 smaller kinds of question, which --json prints\n" in text
 
 
 def test_table_escapes_names():

@@ -7,13 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import TOY
+from helpers import TOY, writable_copy
 from safetensors.torch import load_file, save_file
 
-from minioutro import OutRo, load, read_video
+from minioutro import read_video
 from minioutro.lab import evaluate
-from minioutro.lab.compare import summarise
-from minioutro.lab.evaluate import How, Share, answer, ask, fingerprint, variants_of
+from minioutro.lab.evaluate import How, Share, ask, variants_of
 from minioutro.lab.questions import Record, with_choices
 from minioutro.support.cli import run_command
 from minioutro.weights import HUB_MODEL
@@ -67,14 +66,6 @@ def answers(path):
 # ---- asking ----
 
 
-def test_variants():
-    assert variants_of() == {"baseline": None, "outro": OutRo()}
-    assert variants_of(["align", "relax"], [1.0, 3.0], temperature=0.2) == {
-        "baseline": None, "outro": OutRo(temperature=0.2), "relax": OutRo(align=False, temperature=0.2),
-        "align": OutRo(relax=False, temperature=0.2), "outro gamma 1": OutRo(gamma=1.0, temperature=0.2),
-        "align gamma 1": OutRo(relax=False, gamma=1.0, temperature=0.2)}
-
-
 def test_a_choice_is_scored_at_the_last_token(toy, folder):
     """The same from a whole forward pass, pixels and all, with a softmax written out; other places differ."""
     model, processor = toy
@@ -91,20 +82,18 @@ def test_a_choice_is_scored_at_the_last_token(toy, folder):
 
 
 def test_each_video_is_encoded_once(toy, folder, monkeypatch):
+    """q3 asks about four seconds of a.mp4, which is a video of its own."""
     model, processor = toy
-    encoded, opened = [], []
+    encoded = []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda pixels: encoded.append(pixels.shape[1]) or encode(pixels))
-    monkeypatch.setattr(evaluate, "read_video", lambda path, *rest: opened.append(path.name) or read_video(
-        path, *rest))
     variants = variants_of(["relax"])
     found = list(ask(model, processor, RECORDS, variants, folder))
-    assert opened == ["a.mp4", "b.mp4", "a.mp4", "c.mp4"] and encoded == [8, 8, 4, 8]
+    assert encoded == [8, 8, 4, 8]
     assert Counter((line["id"], line["variant"]) for line in found) == Counter(
         (record.id, name) for record in RECORDS for name in variants)
     plain = {line["id"]: line for line in found if line["variant"] == "baseline"}
     assert [plain[f"q{n}"]["right"] for n in (1, 3, 5)] == [False, True, True]
-    assert plain["q3"]["answer"] == "ring" and not any(line["error"] or line["unparsed"] for line in found)
 
 
 def test_generated_choices(toy, folder, monkeypatch):
@@ -121,19 +110,8 @@ def test_generated_choices(toy, folder, monkeypatch):
     assert [id for id, line in found.items() if line["unparsed"]] == ["q4"]
 
 
-def test_right_is_judged_by_position(toy, monkeypatch):
-    """Also for choices that are equal, which no file may have."""
-    model, processor = toy
-    video = read_video(TOY / "clip.mp4")
-    features = model.encode(processor(video, "?").pixel_values)
-    record = Record("q", "a.mp4", "Which?", ("ring", "ring", "ring"), "ring", "")
-    for position in range(3):
-        scores = -torch.eye(3)[(position + 1) % 3] - 2 * torch.eye(3)[(position + 2) % 3]
-        monkeypatch.setattr(evaluate, "score_choices", lambda *_: scores)
-        assert answer(model, processor, record, video, features, None)["right"] == (position == 0)
-
-
-def test_a_video_that_does_not_fit_into_memory_is_an_error(toy, folder, monkeypatch):
+def test_a_question_that_fails_is_an_error(toy, folder, monkeypatch):
+    """Its video may not fit into memory, or its scores may not be finite. The others are answered."""
     model, processor = toy
     encode = model.encode
 
@@ -145,16 +123,9 @@ def test_a_video_that_does_not_fit_into_memory_is_an_error(toy, folder, monkeypa
     errors = {line["id"]: line["error"] for line in ask(model, processor, RECORDS, {"baseline": None}, folder)}
     assert errors.pop("q3") is None and {*errors.values()} == {"CUDA out of memory. Tried to allocate"}
 
-
-def test_numbers_that_are_not_finite_are_an_error(toy, folder):
-    model, processor = toy
-    table = model.lm_head.weight
-    try:
-        model.lm_head.weight = torch.nn.Parameter(table * float("nan"), requires_grad=False)
-        lines = list(ask(model, processor, RECORDS[:2], {"baseline": None}, folder))
-    finally:
-        model.lm_head.weight = table
-    assert ["no finite numbers" in line["error"] for line in lines] == [True, True] and not lines[0]["right"]
+    monkeypatch.setattr(model, "encode", lambda pixels: encode(pixels) * float("nan"))
+    line, = ask(model, processor, RECORDS[:1], {"baseline": None}, folder)
+    assert "no finite numbers" in line["error"] and not line["right"]
 
 
 # ---- one run ----
@@ -169,7 +140,7 @@ def test_an_interrupted_run_goes_on(folder, call, monkeypatch):
     assert {"id", "variant", "answer", "right", "settings"} <= answers(folder / "whole")[0].keys()
     asked = []
     monkeypatch.setattr(evaluate, "ask", lambda *args: (asked.append(line) or line for line in ask(*args)))
-    for cut in (3, data.index(b"\n") + 1, len(data) // 2, len(data)):
+    for cut in (3, len(data) // 2, len(data)):
         (folder / "part").write_bytes(data[:cut])
         asked.clear()
         assert call(*ask_for, "--out", folder / "part") == (0, whole, err)
@@ -207,22 +178,21 @@ def test_processes_share_the_videos(folder, call, monkeypatch):
     assert sorted(found["tasks"]) == ["colour", "free", "moves"] and (found["seed"], found["asked"]) == (4, "outro")
 
 
-def test_ranks_count_only_under_torchrun(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": ""}.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("under_torchrun, rank, local_rank, share", [
+    (False, "1", "", Share()), (True, "1", "", Share(1, 4, 1)),
+    (True, "1", "0", Share(1, 4, 0)), (True, "", "0", Share())])
+def test_ranks_count_only_under_torchrun(monkeypatch, under_torchrun, rank, local_rank, share):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert Share.of_environment() == Share()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert Share.of_environment() == Share(1, 4, 1)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert Share.of_environment() == Share(1, 4, 0)
-    monkeypatch.setenv("RANK", "")
-    assert Share.of_environment() == Share()
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for name, value in {"RANK": rank, "WORLD_SIZE": "4", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    assert Share.of_environment() == share
 
 
 def test_a_share_of_many_videos():
-    """Of 50,000, at once: to look each up in a list would take minutes."""
-    records = [RECORDS[0]._replace(id=f"{n}", video=f"{n // 2}") for n in range(100_000)]
+    """Of 20,000, at once: to look each up in a list would take minutes."""
+    records = [RECORDS[0]._replace(id=f"{n}", video=f"{n // 2}") for n in range(40_000)]
     shares = [Share(rank, 3).records(records) for rank in range(3)]
     assert sorted(record.id for share in shares for record in share) == sorted(record.id for record in records)
     assert len({record.video for record in shares[0]} & {record.video for record in shares[1]}) == 0
@@ -242,7 +212,6 @@ def test_a_bad_video_is_an_error_of_its_questions(folder, call):
     assert "File name too long" in err
     errors = {line["video"]: line["error"] or "" for line in answers(folder / "out")}
     assert errors["c.mp4"].endswith("c.mp4: no such file; check the path") and not errors["a.mp4"]
-    assert call(*ask_for)[1] == out and len(answers(folder / "out")) == 14
     (folder / "elsewhere").rename(folder / "c.mp4")
     found = json.loads(call(*ask_for)[1])
     assert (found["errors"], found["variants"]["outro"]["n"]) == (3, 4)
@@ -272,7 +241,7 @@ def test_default_model(folder, call, monkeypatch, arguments, name):
 def test_a_model_is_told_by_its_weights(folder, call):
     """A copy elsewhere goes on; the same path with other weights does not."""
     model = folder / "model"
-    shutil.copytree(TOY, model, copy_function=shutil.copyfile)
+    writable_copy(TOY, model)
     ask_for = [folder / "q.jsonl", "--limit", 1, "--out", folder / "out"]
     assert call(*ask_for, "--model", TOY)[0] == 0
     data = (folder / "out").read_bytes()
@@ -283,7 +252,6 @@ def test_a_model_is_told_by_its_weights(folder, call):
     code, out, err = call(*ask_for, "--model", model)
     assert (code, out) == (2, "") and "is of another run, with weights" in err
     assert (folder / "out").read_bytes() == data
-    assert fingerprint(*load(TOY)) == fingerprint(*load(TOY)) != fingerprint(*load(model))
 
 
 # ---- reports ----
@@ -291,17 +259,6 @@ def test_a_model_is_told_by_its_weights(folder, call):
 
 def line(n, variant, right, **more):
     return {"id": f"{n}", "variant": variant, "right": right, "settings": "seed 3; gamma 3", **more}
-
-
-def test_a_report_needs_only_what_was_answered(folder, call):
-    """Ten videos with a question each, of which OutRo mends eight and spoils one."""
-    rows = [line(n, name, right) for n in range(10) for name, right in (("baseline", n == 9), ("outro", n < 8))]
-    found = json.loads(call("--report", written(folder / "out", rows), "--json")[1])
-    row = found["variants"]["outro"]
-    assert (found["videos"], found["seed"], found["tasks"]) == (10, 3, {})
-    assert (row["gained"], row["lost"], row["difference"]) == (8, 1, 0.7)
-    assert found["test"] == {"p": 20 / 512, "detectable": 0.7, "verdict": "better"}
-    assert found == json.loads(json.dumps(summarise(evaluate.read_answers(folder / "out"), 3)))
 
 
 def test_reports_of_two_runs_are_not_mixed(folder, call):
@@ -322,39 +279,30 @@ def test_reports_of_two_runs_are_not_mixed(folder, call):
 
 @pytest.mark.parametrize("arguments, said", [
     ([], "give one of these: a file of questions, --toy N, or --report FILE"),
-    (["q.jsonl", "--toy", "3"], "give one of these"),
     (["none.jsonl"], "none.jsonl: no such file"),
-    (["q.jsonl", "--format", "vqa"], "argument --format: invalid choice: 'vqa'"),
     (["q.jsonl", "--videos", "empty"], "empty has no a.mp4"),
     (["q.jsonl", "--variants", "relax,open"], "--variants 'open' is none of baseline, outro, relax, align"),
     (["q.jsonl", "--gamma", "3,x"], "argument --gamma: 'x' is not a number"),
-    (["q.jsonl", "--gamma", "-1"], "argument --gamma: '-1' is not from 0"),
     (["q.jsonl", "--model", "no/toy/here"], "no/toy/here is neither a folder here"),
     (["q.jsonl", "--out", "notes.txt"], "notes.txt: line 1 is not JSON"),
     (["q.jsonl", "--out", "q.jsonl"], "q.jsonl is not a file of answers"),
-    (["q.jsonl", "--out", "word.txt"], "word.txt is not a file of answers"),
-    (["q.jsonl", "--out", "five.txt"], "five.txt is not a file of answers"),
     (["q.jsonl", "--out", "empty"], "empty is a folder"),
     (["q.jsonl", "--out", "pipe"], "pipe is a pipe or a device"),
     (["q.jsonl", "--out", "/dev/full"], "/dev/full is a pipe or a device"),
     (["q.jsonl", "--out", "nowhere/out"], "there is no folder nowhere"),
     (["q.jsonl", "--out", "old", "--gamma", "2"], "old is of another run, with variants baseline,outro instead of"),
     (["--report", "none"], "none: no such file"),
-    (["--report", "old", "none"], "none: no such file"),
     (["--report", "pipe"], "pipe is a pipe or a device"),
     (["--report", "words"], "words: right of the question '1' is 'yes'; correct it"),
     (["--report", "void"], "no question has an answer"),
-    (["q.jsonl", "--frames", "0"], "argument --frames: '0' is not from 1 to"),
-    (["--toy", "0"], "argument --toy: '0' is not from 1 to"),
     (["--toy", "5", "--noise", "256"], "argument --noise: '256' is not from 0 to 255"),
-    (["q.jsonl", "--fps", "nan"], "argument --fps: 'nan' is not from"),
 ])
 def test_errors_are_one_line_and_nothing_is_lost(folder, call, monkeypatch, arguments, said):
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
     os.mkfifo(folder / "pipe")
-    for name, text in {"notes.txt": "a list\n", "word.txt": "a list", "five.txt": "5\n", "void": ""}.items():
-        (folder / name).write_text(text)
+    (folder / "notes.txt").write_text("a list\n")
+    (folder / "void").touch()
     written(folder / "words", [line(1, "baseline", "yes")])
     if "old" in arguments:
         same = ("q.jsonl", "--model", TOY, "--limit", 1)

@@ -14,14 +14,7 @@ from helpers import ROOT, TOY
 
 from minioutro import OutRo, Trace, Video, read_video
 from minioutro.lab import page
-from minioutro.lab.page import (
-    TEMPLATE,
-    as_bytes,
-    by_interest,
-    check_page,
-    packed_weights,
-    write_page,
-)
+from minioutro.lab.page import TEMPLATE, as_bytes, by_interest, check_page, packed_weights, write_page
 
 QUESTION = "What happens in this video?"
 NASTY = "</script><b>bold</b><!-- <script> \u202eright to left\u202c \U0001f600 \\u003c {{DATA}} What?"
@@ -79,12 +72,7 @@ def test_page_asks_nothing_of_the_network(html):
     assert policy.startswith("default-src 'none'; img-src data:;") and "connect-src" not in policy
     assert "http" not in html.replace("http-equiv", "") and "@import" not in html and "url(" not in html
     assert len(html) < 2_000_000
-
-
-def test_template_can_be_read_by_a_student():
-    lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 600 and max(map(len, lines)) <= 100
-    code = re.sub(r"//.*", "", "\n".join(lines))
+    code = re.sub(r"//.*", "", TEMPLATE.read_text(encoding="utf-8"))
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", code)
 
 
@@ -97,38 +85,20 @@ def test_texts_cannot_become_markup(html, toy, clip, tmp_path):
     assert data["question"] == data["answers"]["baseline"] == NASTY and data["answers"]["outro"] == "<i>"
 
 
-@pytest.mark.parametrize("n_frames", [26, 64])
-def test_long_prompt_is_refused_with_the_frames_that_fit(toy, clip, n_frames):
+def test_long_prompt_is_refused_with_the_frames_that_fit(toy, clip, tmp_path):
     model, processor = toy
+
     def video(n):
         return Video([clip.frames[0]] * n, [float(i) for i in range(n)], 64.0, 64)
-    with pytest.raises(ValueError, match=f"tokens with {n_frames} frames.*holds 800;.*try --frames") as error:
-        check_page("x.html", processor, video(n_frames), QUESTION)
+    with pytest.raises(ValueError, match="tokens with 64 frames.*holds 800;.*try --frames") as error:
+        check_page("x.html", processor, video(64), QUESTION)
     fitting = int(str(error.value).split()[-1])
     check_page("x.html", processor, video(fitting), QUESTION)
     with pytest.raises(ValueError):
         check_page("x.html", processor, video(fitting + 1), QUESTION)
     with pytest.raises(ValueError, match="shorten the question"):
-        check_page("x.html", processor, video(2), "word " * 900)
-
-
-def test_refused_page_computes_and_writes_nothing(toy, clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "run_of", None)
-    with pytest.raises(ValueError, match="holds 800"):
-        write_page(tmp_path / "sink.html", *toy, clip, "word " * 900)
+        write_page(tmp_path / "sink.html", model, processor, video(2), "word " * 900)
     assert not list(tmp_path.iterdir())
-
-
-def test_failed_page_leaves_the_old_one(toy, clip, tmp_path, monkeypatch):
-    (tmp_path / "sink.html").write_text("old")
-    def half_written(half, *_, **__):
-        half.write_bytes(b"half")
-        raise OSError("disk full")
-    monkeypatch.setattr(page.Path, "write_text", half_written)
-    with pytest.raises(OSError, match="disk full"):
-        write_page(tmp_path / "sink.html", *toy, clip, QUESTION, answers={"baseline": "", "outro": ""})
-    assert [path.name for path in tmp_path.iterdir()] == ["sink.html"]
-    assert (tmp_path / "sink.html").read_bytes() == b"old"
 
 
 def test_page_goes_only_where_a_file_can_be_written(toy, clip, tmp_path):
@@ -184,7 +154,3 @@ def test_run_writes_the_page(tmp_path, monkeypatch, capsys):
     assert f"page      {path}: open it in a browser" in capsys.readouterr().out
     data = data_of(path.read_text(encoding="utf-8"))
     assert len(data["frames"]) == 2 and data["outro"]["gamma"] == 2 and data["question"] == QUESTION
-    monkeypatch.setattr(sys, "argv", ["run.py", "--page", str(tmp_path), "--max-new-tokens", "2"])
-    with pytest.raises(ValueError, match="is a folder"):
-        run.main()
-    assert capsys.readouterr().out == ""

@@ -96,20 +96,11 @@ def test_format_is_given(tmp_path):
     assert read_questions(path)[0] == read_questions(path, "avhbench")[0]
     with pytest.raises(ValueError, match="record 1: it has no 'options'"):
         read_questions(path, "video-mme")
-    with pytest.raises(ValueError, match="its format is vqa, with the keys label, task"):
-        read_questions(path, "vqa")
     with pytest.raises(ValueError, match="is an object of videos"):
         read_questions(path, "worldsense")
-
-
-def test_notes(tmp_path):
-    """Captions are counted, and what the model cannot hear is said."""
     notes = []
-    read_questions(written(tmp_path, "a.json", [AV, {**AV, "task": "AV Captioning"}]), notes=notes)
-    assert notes == ["captions left out: 1",
-                     "two of avhbench's three tasks ask about sound, which the model cannot hear"]
-    read_questions(written(tmp_path, "b.jsonl", lines(OURS)), notes=notes)
-    assert len(notes) == 2
+    read_questions(path, notes=notes)
+    assert notes == ["two of avhbench's three tasks ask about sound, which the model cannot hear"]
 
 
 # ---- what is refused ----
@@ -117,45 +108,29 @@ def test_notes(tmp_path):
 
 @pytest.mark.parametrize("name, content, said", [
     ("a.jsonl", "", "has no questions"),
-    ("a.json", [], "has no questions"),
     ("a.json", [{**AV, "task": "AV Captioning"}], "has no questions with answers"),
     ("a.json", [{"foo": 1, "bar": 2}], "its format is unknown, with the keys bar, foo; known formats are"),
     ("a.jsonl", lines(OURS, OURS)[:-9], "line 2 is not JSON"),
     ("a.parquet", "PAR1", "read_parquet(...).to_json("),
-    ("a.jsonl", lines(OURS, {"id": "seven", "video": "a", "question": "?"}), "record 2: it has no 'answer'"),
     ("a.jsonl", lines(without(OURS, "id"), OURS), "record 1: it has no 'id'"),
-    ("a.jsonl", lines({**OURS, "video": None}), "record 1: it has no 'video'"),
     ("a.jsonl", lines({**OURS, "video": 7.0}), "record 1: its 'video' is 7.0, with a decimal point"),
     ("a.jsonl", lines({**OURS, "video": " "}), "record 1: its 'video' is empty"),
     ("a.jsonl", lines({**OURS, "answer": float("nan")}), "record 1: its 'answer' is empty"),
-    ("a.jsonl", lines({**OURS, "answer": float("inf")}), "record 1: its 'answer' is inf, not a text"),
     ("a.jsonl", lines({**OURS, "answer": True}), "record 1: its 'answer' is True, not a text or a number"),
-    ("a.jsonl", lines({**OURS, "question": ["Why?"]}), "record 1: its 'question' is ['Why?'], not a text"),
     ("a.jsonl", lines({**OURS, "options": ["red", "blue"]}), "record 1: its key 'options' is unknown"),
     ("a.jsonl", lines(OURS, {**OURS, "id": 1}), "record 2: its id '1' is there twice"),
     ("a.jsonl", lines({**OURS, "start": "soon"}), "record 1: its 'start' is 'soon', not a number of seconds"),
-    ("a.jsonl", lines({**OURS, "end": "nan"}), "record 1: its 'end' is 'nan', not a number of seconds"),
-    ("a.jsonl", lines({**OURS, "start": True}), "record 1: its 'start' is True, not a text or a number"),
     ("a.jsonl", lines({**OURS, "start": 2, "end": 2}), "record 1: its end, 2 s, does not come after"),
     ("a.csv", "id,video,question,answer\n1,a,b\n", "record 1: it has fewer cells"),
-    ("a.csv", "id,video,question,answer\n1,a,b,c,d\n", "record 1: it has more cells"),
-    ("a.json", [{**AV, "label": ""}], "record 1: its 'label' is empty"),
     ("a.json", [{**AV, "label": "maybe"}], "record 1: its answer 'maybe' is none of the choices ('Yes', 'No')"),
     ("a.json", {"v1": {"task0": SENSE}, "v2": {"question0": SENSE}}, "video 'v2' has {'question0'"),
     ("a.json", {"v1": {"task0": SENSE, "task1": None}}, "video 'v1' has 'task1', which is None"),
-    ("a.json", {"v1": {"task0": SENSE, "more": {}}}, "video 'v1' has 'more', which is {}"),
-    ("a.json", {"v1": {"task0": without(SENSE, "answer")}}, "record 1: it has no 'answer'"),
     ("a.json", {"id": {"0": 1}, "video": {"0": "a"}, "question": {"0": "?"}, "answer": {"0": "x"}},
      "is the object {'0': 'x'}, not a text or a number; pandas writes a row for each record with orient='records'"),
     ("a.json", {key: {"0": value} for key, value in MME.items()}, "with orient='records'"),
 ])
 def test_a_wrong_file_is_refused(tmp_path, name, content, said):
     assert said in refusal(tmp_path, name, content)
-
-
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json: no such file"):
-        read_questions(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("row, keys", [
@@ -165,21 +140,17 @@ def test_a_missing_field_is_named(tmp_path, row, keys):
     for key in keys.split():
         rest = without(row, key)
         text = refusal(tmp_path, "a.json", [row, {**rest, "id": "2"} if row is OURS else rest])
-        assert f"record 2: it has no '{key}'" in text and f"with the keys {sorted(rest)[0]}" in text
+        assert f"record 2: it has no '{key}'" in text
 
 
 @pytest.mark.parametrize("options, said", [
     (["red", None, "blue"], "option 2 of its 'choices' is empty"),
     (["red", " ", "blue"], "option 2 of its 'choices' is empty"),
-    (["red", float("nan"), "blue"], "option 2 of its 'choices' is empty"),
     (["A. red", "B.", "C. blue"], "option 2 of its 'choices' is empty"),
     (["blue", "blue ", "red"], "of which two are equal"),
-    (["A. blue", "B. blue"], "of which two are equal"),
     (["blue"], "are ['blue'], not a list of 2 to 26"),
-    ("blue", "are 'blue', not a list"),
     ({"A": "red", "B": "blue"}, "'choices' is the object"),
     ([["red"], "blue"], "option 1 of its 'choices' is ['red'], not a text"),
-    ([True, "blue"], "option 1 of its 'choices' is True, not a text"),
     ([f"{n}" for n in range(27)], "not a list of 2 to 26")])
 def test_wrong_options_are_refused(tmp_path, options, said):
     text = refusal(tmp_path, "a.jsonl", lines(OURS, {**OURS, "id": "2", "choices": options}))
@@ -187,10 +158,8 @@ def test_wrong_options_are_refused(tmp_path, options, said):
 
 
 @pytest.mark.parametrize("row, answer, said", [
-    (OURS, "green", "its answer 'green' is none of the choices ('red', 'blue')"),
-    (OURS, 1, "its answer '1' is none of"),
+    (OURS, 1, "its answer '1' is none of the choices ('red', 'blue')"),
     ({**OURS, "choices": ["b", "a"]}, "A", "is the letter of one choice and the text of another"),
-    ({**OURS, "choices": ["A. B", "B. A"]}, "B", "is the letter of one choice and the text of another"),
     (MME, "E", "its answer 'E' is none of the choices"),
     (MME, "B. 3", "its answer 'B. 3' is none of the choices")])
 def test_a_wrong_answer_is_refused(tmp_path, row, answer, said):
@@ -214,12 +183,10 @@ def test_letters_in_front_of_options(tmp_path, options, choices):
             assert (record.choices, record.answer) == (choices, choices[position])
 
 
-def test_an_answer_is_first_of_all_a_text_in_our_format(tmp_path):
-    """In the others it is first of all a letter."""
-    record, = read_questions(written(tmp_path, "a.json", [{**OURS, "choices": ["B", "A"], "answer": "B"}]))
-    assert record.answer == "B"
-    record, = read_questions(written(tmp_path, "a.json", [{**MME, "options": ["B", "A"], "answer": "B"}]))
-    assert record.answer == "A"
+@pytest.mark.parametrize("row, key, answer", [(OURS, "choices", "B"), (MME, "options", "A")])
+def test_an_answer_is_a_text_in_our_format_and_a_letter_in_others(tmp_path, row, key, answer):
+    record, = read_questions(written(tmp_path, "a.json", [{**row, key: ["B", "A"], "answer": "B"}]))
+    assert record.answer == answer
 
 
 def test_requests():
@@ -234,14 +201,15 @@ def test_requests():
 @pytest.mark.parametrize("text, position", [
     ("B", 1), ("B.", 1), ("B) whatever", 1), ("(B)", 1), ("B: a boat", 1), ("B. A boat", 1), ("B. B", 1),
     ("C. Vitamin A", 2), ("A boat.", 1), ("the  BOAT", 1), (" C\n", 2), ("vitamin a", 2),
-    ("D", None), ("b", None), ("", None), ("The answer is B", None), ("a", None), ("B.C.", None),
+    ("D", None), ("b", None), ("", None), ("The answer is B", None), ("a", None),
     ("a boat and a car", None), ("B or C", None), ("A, B", None), ("(A) or (B)", None), ("A) B) C)", None),
     ("A. a car B. a boat C. Vitamin A", None), ("A. a car\nB. a boat", None), ("A. and B", None), ("B. C", None)])
 def test_chosen_letter(text, position):
     assert chosen(text, ("a car", "a boat", "Vitamin A")) == position
 
 
-def test_chosen_text_that_looks_lettered():
+def test_chosen_text_that_looks_lettered_or_is_plain():
+    assert plain(" The red  Ring. ") == plain("a red ring") == "red ring" and plain("an") != plain("the")
     assert chosen("A. Huxley", ("B. Braun", "A. Huxley")) == 1
     assert chosen("A", ("B", "A")) == 0                     # the request asks for a letter
     assert chosen("B.C.", ("B.C.", "A.D.")) == 0
@@ -253,11 +221,6 @@ def test_chosen_text_that_looks_lettered():
     ("yesterday", None), ("Yes or no", None), ("yes/no", None)])
 def test_chosen_yes_or_no(text, position):
     assert chosen(text, ("Yes", "No")) == position
-
-
-def test_plain():
-    assert plain(" The red  Ring. ") == plain("a red ring") == "red ring"
-    assert plain("A") == "a" and plain("red, blue!") == "red, blue" and plain("an") != plain("the")
 
 
 def test_first_tokens(toy):

@@ -1,24 +1,26 @@
-"""The command line: what it prints, what it writes, and what it says to whom it cannot help."""
+"""run.py: what it prints, what it writes, and what it says to whom it cannot help. See also test_cli.py."""
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FIXTURES, ROOT, TOY, writable_copy
+from helpers import ROOT, TOY, writable_copy
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minioutro import OutRo, model
+from minioutro import OutRo
+from minioutro.lab import figures
 from minioutro.support.cli import run_command
 
 sys.path.insert(0, str(ROOT))
 import run  # noqa: E402
+
+CLIP = TOY / "clip.mp4"
+SHORT = ("--frames", 2, "--max-new-tokens", 1)
 
 
 @pytest.fixture
@@ -37,6 +39,12 @@ def call(monkeypatch, capfd, tmp_path):
     return call
 
 
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the toy that a test may spoil."""
+    return writable_copy(TOY, tmp_path / "model")
+
+
 # ---- what it prints ----
 
 
@@ -52,13 +60,12 @@ def test_json(call):
 
 
 def test_switches(call):
-    off = call("--no-relax", "--no-align", "--json", "--max-new-tokens", 4)[1]
-    off = json.loads(off)
+    off = json.loads(call("--no-relax", "--no-align", "--json", "--frames", 2, "--max-new-tokens", 4)[1])
     assert off["sinks"] and not any(sink["opened"] for sink in off["sinks"])
     assert off["cosine"][0] == off["cosine"][1]
     assert off["baseline"]["token_ids"] == off["outro"]["token_ids"]
-    weak, strong = (json.loads(call("--gamma", g, "--json")[1])["cosine"][1] for g in (0.1, 9))
-    assert weak < strong
+    weak, strong = (json.loads(call("--gamma", gamma, "--json", *SHORT)[1]) for gamma in (0.1, 9))
+    assert weak["cosine"][1] < strong["cosine"][1]
 
 
 def sink(layer, position, ratio, opened=False):
@@ -82,16 +89,20 @@ def test_mask_of_first_opened_layer():
     title, *rows = run.mask_lines(sinks, ["a", "b", "c"], OutRo())
     assert title == "rows opened in layers 2, 4; 3 of 3 positions in the mask of layer 2:"
     assert rows == ["■ · ·     ■ ■ ■   <- 0 'a' opened", "■ ■ ·     ■ ■ ·   <- 1 'b'", "■ ■ ■     ■ ■ ■   <- 2 'c'"]
-    title = run.mask_lines(sinks[:1], ["a", "b", "c"], OutRo())[0]
-    assert title == "rows opened in layer 2; 3 of 3 positions:"
 
 
 def test_no_sink_found(call):
-    out = call("--median-multiple", 1e7, "--abs-threshold", 1e8)[1]
+    """The thresholds that it advises make the nearest token a sink."""
+    out = call("--median-multiple", 1e7, "--abs-threshold", 1e8, *SHORT)[1]
     assert "the highest ratio is" in out and "causal in every layer" in out and "nothing was aligned" in out
     flags = out.split("to call it a sink: ")[1].splitlines()[0].split()
     assert flags[::2] == ["--median-multiple", "--abs-threshold"]
-    assert "position 0 '<|im_start|>'" in call(*flags)[1].split("sinks")[1].split("mask")[0]
+    assert "position 0 '<|im_start|>'" in call(*flags, *SHORT)[1].split("sinks")[1].split("mask")[0]
+
+
+def test_every_token_a_sink(call):
+    code, out, err = call("--median-multiple", 0, "--abs-threshold", 0, *SHORT)
+    assert (code, err) == (0, "") and "every token is a sink, so nothing was aligned" in out
 
 
 def test_answer_with_characters_across_tokens(capsys):
@@ -101,8 +112,19 @@ def test_answer_with_characters_across_tokens(capsys):
     assert capsys.readouterr().out == "outro     é ü\n" and said["text"] == "é\nü"
 
 
+def test_terminal_escapes(call, tmp_path):
+    shutil.copy(CLIP, tmp_path / "a\x1b[31m\n.mp4")
+    code, out, _ = call("a\x1b[31m\n.mp4", "what\x1b]0;x\x07\nis it?", "--model", TOY, *SHORT)
+    assert code == 0 and "\x1b" not in out and "\x07" not in out
+    assert r"a\x1b[31m\n.mp4: 2 of" in out and r"question  what\x1b]0;x\x07\nis it?" in out
+    assert_refused(call("b\x1b[31m\n.mp4"), r"b\x1b[31m .mp4: no such file")
+
+
+# ---- pictures ----
+
+
 def test_figures(call, tmp_path):
-    code, out, _ = call("--figures", tmp_path / "new" / "folder", "--max-new-tokens", 1)
+    code, out, _ = call("--figures", tmp_path / "new" / "folder", *SHORT)
     pictures = {path.name: Image.open(path) for path in (tmp_path / "new" / "folder").iterdir()}
     assert code == 0 and sorted(pictures) == ["attention.png", "attention_frames.png", "cosine.png",
                                               "frames.png", "masks.png", "rotation.png", "run.png",
@@ -116,76 +138,22 @@ def test_figures(call, tmp_path):
 
 
 def test_figures_without_sinks(call, tmp_path):
-    code, out, err = call("--figures", tmp_path / "pictures", "--median-multiple", 1e7, "--frames", 1)
+    code, out, err = call("--figures", tmp_path / "pictures", "--median-multiple", 1e7, *SHORT)
     assert (code, err) == (0, "") and len(list((tmp_path / "pictures").iterdir())) == 8
 
 
-def test_figures_of_weights_that_are_not_finite(call, tmp_path, monkeypatch):
-    """As half precision may give them where the fused kernel, which gave the answer, does not."""
-    explicit = model.attention
-
-    def attention(*args):
-        out, weights = explicit(*args)
-        return out, weights * math.nan
-    monkeypatch.setattr(model, "attention", attention)
-    code, _, err = call("--figures", "pictures", "--max-new-tokens", 1)
-    assert code == 2 and err.count("\n") == 1 and "not finite as float32" in err
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_names_every_flag(call):
-    code, out, _ = call("--help")
-    assert code == 0
-    for flag in ("--model", "--revision", "--device", "--dtype", "--frames", "--fps", "--max-new-tokens",
-                 "--gamma", "--temperature", "--no-relax", "--no-align", "--median-multiple",
-                 "--abs-threshold", "--figures", "--json"):
-        assert flag in out
-
-
-# ---- other terminals and other readers; test_cli.py has what all commands share ----
-
-
-ASCII = {**os.environ, "PYTHONIOENCODING": "ascii"}
-QUICK = [sys.executable, str(ROOT / "run.py"), "--max-new-tokens", "1", "--frames", "1"]
-
-
-def test_json_is_utf8():
-    done = subprocess.run([*QUICK, "--json", TOY / "clip.mp4", "été 🙂", "--model", TOY], capture_output=True,
-                          env=ASCII)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert json.loads(done.stdout.decode("utf-8"))["question"] == "été 🙂" and "été 🙂".encode() in done.stdout
-
-
-def test_ascii_and_closed_stdout():
-    narrow = subprocess.run(QUICK, capture_output=True, env=ASCII)
-    assert (narrow.returncode, narrow.stderr) == (0, b"") and b"? ?" in narrow.stdout
-    closed = subprocess.run(QUICK, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
-    assert (closed.returncode, closed.stderr) == (0, b"")
-
-
-def test_terminal_escapes(call, tmp_path):
-    shutil.copy(TOY / "clip.mp4", tmp_path / "a\x1b[31m\n.mp4")
-    code, out, _ = call("a\x1b[31m\n.mp4", "what\x1b]0;x\x07\nis it?", "--model", TOY, "--max-new-tokens", 1)
-    assert code == 0 and "\x1b" not in out and "\x07" not in out
-    assert r"a\x1b[31m\n.mp4: 8 of" in out and r"question  what\x1b]0;x\x07\nis it?" in out
-    assert_refused(call("b\x1b[31m\n.mp4"), r"b\x1b[31m .mp4: no such file")
-    assert_refused(call("--nonsense\x1b"), r"--nonsense\x1b")
-
-
-@pytest.mark.parametrize("trouble, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)])
-def test_figures_are_written_whole(call, tmp_path, monkeypatch, trouble, code):
-    assert call("--figures", "pictures", "--max-new-tokens", 1)[0] == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
-
+def test_figures_are_written_whole(tmp_path, monkeypatch):
     def save(image, path):
         Path(path).write_bytes(b"half of a picture")
-        raise trouble
+        raise KeyboardInterrupt
+    (tmp_path / "a.png").write_bytes(b"old")
     monkeypatch.setattr(Image.Image, "save", save)
-    assert call("--figures", "pictures", "--max-new-tokens", 1)[0] == code
-    assert {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        figures.save({"a": Image.new("RGB", (8, 8))}, tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-# ---- errors of the user ----
+# ---- errors of the user: those of videos and of checkpoints are in test_video.py and test_weights.py ----
 
 
 def assert_refused(result, *parts):
@@ -195,99 +163,61 @@ def assert_refused(result, *parts):
         assert str(part) in err, err
 
 
-def test_video_errors(call, tmp_path):
-    assert_refused(call("none.mp4"), "none.mp4", "no such file")
-    assert_refused(call(tmp_path), tmp_path, "is a folder")
-    (tmp_path / "empty.mp4").touch()
-    assert_refused(call("empty.mp4"), "empty.mp4 is empty")
-    (tmp_path / "text.mp4").write_text("hello " * 99)
-    assert_refused(call("text.mp4"), "text.mp4 is not a video")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.mp4", "text.mp4"]
+@pytest.mark.parametrize("flag, value", [
+    ("--frames", "0"), ("--frames", "many"), ("--frames", "9" * 400), ("--fps", "-1"), ("--fps", "inf"),
+    ("--temperature", "0"), ("--gamma", "nan"), ("--max-new-tokens", "0"), ("--median-multiple", "-1"),
+    ("--dtype", "int8")])
+def test_senseless_numbers(call, flag, value):
+    assert_refused(call(flag, value), flag, value[:20], "--help")
 
 
-def test_flag_errors(call, tmp_path):
-    clip = TOY / "clip.mp4"
-    assert_refused(call(clip, "", "--model", TOY), "question is empty")
-    assert_refused(call(clip, " \n", "--model", TOY), "question is empty")
-    for flag, value in (("--frames", "0"), ("--frames", "many"), ("--frames", "9" * 400),
-                        ("--fps", "-1"), ("--fps", "inf"),
-                        ("--temperature", "0"), ("--gamma", "nan"), ("--max-new-tokens", "0"),
-                        ("--median-multiple", "-1"), ("--dtype", "int8")):
-        assert_refused(call(flag, value), flag, value[:20], "--help")
-    assert_refused(call("--nonsense"), "--nonsense")
+def test_flag_errors(call):
+    assert_refused(call(CLIP, " \n", "--model", TOY), "question is empty")
     assert_refused(call("", "what?"), "argument video: the name is empty")
-    (tmp_path / "taken").touch()
-    assert_refused(call("--figures", "taken"), "--figures taken", "is not a writable folder")
-    assert_refused(call("--figures", "taken/sub"), "--figures taken/sub", "is not a writable folder")
     assert_refused(call("--figures", "/proc/self/new"), "--figures /proc/self/new", "is not a writable folder")
-
-
-def test_missing_device(call):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     missing = next(device for device, is_there in there.items() if not is_there)    # no machine has both
     assert_refused(call("--device", missing), f"device {missing}: there is none here", "leave it out")
 
 
-def test_checkpoint_errors(call, tmp_path, monkeypatch):
-    clip = TOY / "clip.mp4"
-    (tmp_path / "nothing").mkdir()
-    assert_refused(call(clip, "?", "--model", "nothing"), "nothing has no config.json")
-    model = writable_copy(TOY, tmp_path / "model")
-    whole = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(whole[:-9])
-    assert_refused(call(clip, "?", "--model", model), "model.safetensors is damaged")
-    (model / "model.safetensors").unlink()
-    assert_refused(call(clip, "?", "--model", model), "model.safetensors is missing")
-    shutil.copyfile(FIXTURES / "dev_a" / "model.safetensors", model / "model.safetensors")
-    assert_refused(call(clip, "?", "--model", model), "vocab_size = 455", "have (128, 48)")
-    config = json.loads((model / "config.json").read_text())
-    mixed = writable_copy(TOY, tmp_path / "mixed")
-    (mixed / "config.json").write_text(json.dumps({**config, "image_token_id": 7}))
-    assert_refused(call(clip, "?", "--model", mixed), "id of <image>", "from one checkpoint")
-    shutil.copyfile(TOY / "config.json", mixed / "config.json")
-    (mixed / "processor_config.json").write_text('{"image_seq_len": 17}')
-    assert_refused(call(clip, "?", "--model", mixed), "tokens a frame", "17", "16")
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
-    assert_refused(call(clip, "?", "--model", model), "model_type = 'llava' is not supported")
-    (model / "config.json").unlink()
-    assert_refused(call(clip, "?", "--model", model), "has no config.json")
+def edit(path, section=None, **values):
+    content = json.loads(path.read_text())
+    target = content if section is None else content[section]
+    target.update(values)
+    path.write_text(json.dumps(content))
+
+
+def test_files_of_two_checkpoints(call, checkpoint):
+    edit(checkpoint / "config.json", image_token_id=7)
+    assert_refused(call(CLIP, "?", "--model", checkpoint), "id of <image>", "from one checkpoint")
+    shutil.copyfile(TOY / "config.json", checkpoint / "config.json")
+    edit(checkpoint / "processor_config.json", image_seq_len=17)
+    assert_refused(call(CLIP, "?", "--model", checkpoint), "tokens a frame", "17", "16")
 
 
 def test_hub_cannot_be_reached(call, monkeypatch, tmp_path):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert_refused(call(TOY / "clip.mp4"), run.HUB_MODEL, "cannot be fetched", "copy its files into a folder")
+    assert_refused(call(CLIP), run.HUB_MODEL, "cannot be fetched", "copy its files into a folder")
     assert not (tmp_path / "cache").exists()
 
 
-def test_logits_that_are_not_finite(call, tmp_path):
-    model = writable_copy(TOY, tmp_path / "model")
-    tensors = load_file(model / "model.safetensors")
+def test_logits_that_are_not_finite(call, checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
     tensors["model.text_model.norm.weight"][3] = math.nan
-    save_file(tensors, model / "model.safetensors")
-    code, _, err = call(TOY / "clip.mp4", "?", "--model", model)
+    save_file(tensors, checkpoint / "model.safetensors")
+    code, _, err = call(CLIP, "?", "--model", checkpoint, *SHORT)
     assert code == 2 and err.count("\n") == 1 and "no finite numbers as float32" in err
 
 
-def test_every_token_a_sink(call):
-    code, out, err = call("--median-multiple", 0, "--abs-threshold", 0)
-    assert (code, err) == (0, "") and "every token is a sink, so nothing was aligned" in out
-    assert json.loads(call("--median-multiple", 0, "--abs-threshold", 0, "--json")[1])["cosine"] is None
-
-
-def test_prompt_that_does_not_fit(call, tmp_path):
-    model = writable_copy(TOY, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-
-    def refused(context):
-        config["text_config"]["max_position_embeddings"] = context
-        (model / "config.json").write_text(json.dumps(config))
-        return call(TOY / "clip.mp4", "What happens in this video?", "--model", model)
-    total = int(call("--max-new-tokens", 1)[1].split(" text = ")[1].split()[0])
-    assert_refused(refused(total - 1), f"{total} tokens with 8 frames", f"holds {total - 1}", "--frames 7")
-    assert_refused(refused(30), f"{total} tokens", "shorten the question")
-    assert refused(total)[0] == 0
-    config["text_config"]["max_position_embeddings"] = total - 1
-    (model / "config.json").write_text(json.dumps(config))
-    assert call(TOY / "clip.mp4", "What happens in this video?", "--model", model, "--frames", 7)[0] == 0
+def test_prompt_that_does_not_fit(call, checkpoint):
+    """A prompt may be as long as the model's context. If it is longer, the number of frames that fit is told."""
+    asked = (CLIP, "What happens?", "--model", checkpoint, "--max-new-tokens", 1)
+    total = int(call(*asked)[1].split(" text = ")[1].split()[0])
+    for context, parts in ((total - 1, (f"{total} tokens with 8 frames", f"holds {total - 1}", "--frames 7")),
+                           (30, (f"{total} tokens", "shorten the question"))):
+        edit(checkpoint / "config.json", "text_config", max_position_embeddings=context)
+        assert_refused(call(*asked), *parts)
+    edit(checkpoint / "config.json", "text_config", max_position_embeddings=total)
+    assert call(*asked)[0] == 0

@@ -74,34 +74,20 @@ def test_page_holds_for_three_clips(toy, clips, stored):
 # ---- Measuring ----
 
 
-def test_masking_an_unseen_token_keeps_the_answer(toy, clips):
-    """Nobody sees the last token; of the last words of five questions, at least one is needed."""
-    model, processor = toy
-    prompt, features = asked(model, processor, clips[0], clips[1][0])
-    S, answer = prompt.shape[1], model.generate(prompt, features=features)
-    assert toy_page.answer_stays_without(model, prompt, features, [S + len(answer) - 2]).tolist() == [True]
-    stays = []
-    for record in clips[1][:5]:
-        prompt, features = asked(model, processor, clips[0], record)
-        S = prompt.shape[1]
-        stays += toy_page.answer_stays_without(model, prompt, features, list(range(S - 10, S))).tolist()
-    assert not all(stays)
-
-
 def test_measure_asks_both_sets_of_clips(monkeypatch):
-    monkeypatch.setattr(toy_page, "ASKED", 10)
+    monkeypatch.setattr(toy_page, "ASKED", 5)
     figures = toy_page.measure(TOY, explore=True)
     assert json.loads(json.dumps(figures)) == figures
     for clips in toy_page.CLIPS:
         found = figures[clips]
-        assert (found["questions"], found["videos"], found["asked"]) == (10, 1, "outro")
+        assert (found["questions"], found["videos"], found["asked"]) == (5, 1, "outro")
         assert {"baseline", "outro", "relax", "align", "outro gamma 2"} <= found["variants"].keys()
         assert all(rows.keys() == {"baseline", "outro"} for rows in found["tasks"].values())
     right = [figures[clips]["variants"]["baseline"]["right"] for clips in toy_page.CLIPS]
     assert right[0] > right[1]                                          # the noise was there
     assert figures["sink"]["prompts"] == 1
     text = toy_page.figures_as_text(figures)
-    assert "10 questions on 1 video" in text and "Of 1 answers" in text
+    assert "5 questions on 1 video" in text and "Of 1 answers" in text
 
 
 # ---- Sentences ----
@@ -140,19 +126,7 @@ def test_effect_in_words(stored):
         "OutRo mends 1 of 2,000 answers and spoils 26 (p = 4.2e-07): with OutRo this toy is worse.")
 
 
-def test_seeds_in_words(stored):
-    figures = stored[BUNDLED_SEED]
-    toys = {"0": with_effect(figures, 6, 9), "1": with_effect(figures, 5, 5), "3": with_effect(figures, 1, 26)}
-    assert toy_page.seeds_in_words(toys, "ordinary") == (
-        "On ordinary clips OutRo spoils more answers than it mends in 2 of 3 toys, and mends more than it spoils "
-        "in 0. p is below 0.05 for seed 3.")
-    even = {"1": toys["1"]}
-    assert "in 0 of 1 toys" in toy_page.seeds_in_words(even, "noise") and "In none" in toy_page.seeds_in_words(
-        even, "noise")
-
-
-@pytest.mark.parametrize("changes, follows", [((-1, -2, -3), True), ((-3, -2, -1), True), ((-1, -3, -2), False),
-                                              ((-1, -1, -2), False)])
+@pytest.mark.parametrize("changes, follows", [((-1, -2, -3), True), ((-3, -2, -1), True), ((-1, -3, -2), False)])
 def test_a_measure_explains_only_if_it_orders_all_toys(stored, changes, follows):
     toys = {}
     for n, change in enumerate(changes):
@@ -195,14 +169,3 @@ def test_write_measures_only_what_is_new(tmp_path, monkeypatch, stored):
     out.write_text("{}")
     with pytest.raises(ValueError, match="figures.json is not a file of this command's figures; remove it"):
         run_main(monkeypatch, "--write", "--out", out)
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (["--seed", "1", "toy_1"], "give --write, too"),
-    (["--write", "--folder", "toy_1"], "--write is for the bundled toy"),
-    (["--write", "--seed", "0", "toy_1"], "--seed 0 toy_1: give the whole number, from 1 on"),
-    (["--write", "--seed", "1", "nowhere"], "nowhere/model.safetensors: no such file"),
-])
-def test_wrong_options_are_refused_first(arguments, said, monkeypatch):
-    with pytest.raises((ValueError, OSError), match=said):
-        run_main(monkeypatch, *arguments)

@@ -1,25 +1,28 @@
 """The toy world and its training: what is asked has the right answer, and a run can be repeated."""
 
+import functools
 import random
 import shutil
-import threading
 from collections import Counter
 
 import pytest
 import torch
 from helpers import FIXTURES, TOY, assert_close
+from PIL import ImageChops, ImageStat
 from safetensors.torch import load_file
 
-from minioutro import OutRo, Processor, Trace, VideoLM, read_video
+from minioutro import OutRo, Processor, VideoLM, read_video
 from minioutro.lab import train_toy
-from minioutro.lab.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip, Question, Shape
-from minioutro.lab.train_toy import MOTIONS, NOT_ASKED, Stage, draw_batch
-from minioutro.support.cli import run_command
+from minioutro.lab.shapes import COLOURS, FPS, HARD_NOISE, SHAPES, SIZE, UNSEEN, Clip
+from minioutro.lab.train_toy import NOT_ASKED, Stage, draw_batch
+
+build_tokenizer = functools.cache(train_toy.build_tokenizer)
 
 
 @pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    monkeypatch.setattr(train_toy, "HELD_OUT", 2)
+def quick_training(monkeypatch):
+    monkeypatch.setattr(train_toy, "HELD_OUT", 1)
+    monkeypatch.setattr(train_toy, "build_tokenizer", build_tokenizer)
 
 
 def colour_at(clip, index, x, y):
@@ -32,7 +35,7 @@ def colour_at(clip, index, x, y):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_questions_agree_with_the_picture(count):
     """Each shape's pixels, followed through the frames, tell what the answers say."""
-    for seed in range(UNSEEN, UNSEEN + 30):
+    for seed in range(UNSEEN, UNSEEN + 12):
         clip = Clip(seed, count)
         answers = {question.text: question.answer for question in clip.questions()}
         assert answers["How many shapes are there?"] == ("one", "two", "three")[count - 1]
@@ -52,25 +55,36 @@ def test_questions_agree_with_the_picture(count):
             assert ways == [answers[q] for q in (question,) if q in answers]
             assert answers[f"Does the {shape.form} move?"] == ("Yes" if ways else "No")
             back = (x0, y0) == pytest.approx((x2, y2))
-            assert answers.get(f"Does the {shape.form} turn back?") == ({True: "Yes", False: "No"}[back] if ways else None)
+            turns_back = {True: "Yes", False: "No"}[back] if ways else None
+            assert answers.get(f"Does the {shape.form} turn back?") == turns_back
             assert answers[f"What colour is the {shape.form}?"] == shape.colour
-            assert answers[f"What shape is {shape.colour}?"] == shape.form
             does = f"moves {ways[0]}" + " and back" * back if ways else "stays still"
             assert f"a {shape.name} {does}" in clip.description().lower()
         assert late == [answers[q] for q in ("Which shape appears later?",) if q in answers]
 
 
+def test_clip_survives_its_mp4(tmp_path):
+    """The file is the same each time, and its frames are the clip's."""
+    for name in "ab":
+        Clip(UNSEEN, 2).write(tmp_path / f"{name}.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    for path, clip in ((tmp_path / "a.mp4", Clip(UNSEEN, 2)), (TOY / "clip.mp4", train_toy.EXAMPLE)):
+        video = read_video(path)
+        assert (len(video.frames), video.total_frames, video.duration) == (8, 64, 8.0)
+        for frame, index in zip(video.frames, (0, 9, 18, 27, 36, 45, 54, 63)):
+            difference = ImageStat.Stat(ImageChops.difference(frame, clip.frame(index)))
+            assert max(difference.mean) < 8
+
+
 def test_noise_changes_nothing_else():
-    """In the mean over a frame the noise of 0 to 255 pulls towards 127.5, in its share."""
     clip, noisy = Clip(UNSEEN + 1, 2), Clip(UNSEEN + 1, 2, noise=HARD_NOISE)
-    assert noisy.shapes == clip.shapes and noisy.questions() == clip.questions() and noisy.noise == HARD_NOISE
-    plain, half = (sum(Clip(UNSEEN + 1, 2, noise=n).frame(9).convert("L").tobytes()) / SIZE**2 for n in (0, 127.5))
-    assert half == pytest.approx((plain + 127.5) / 2, abs=3)
+    assert noisy.shapes == clip.shapes and noisy.questions() == clip.questions()
+    assert noisy.frame(9) != clip.frame(9)
 
 
 def test_names_of_cells():
     """One shape, one frame: the token at its centre has its name, one far away has none."""
-    for seed in range(40):
+    for seed in range(10):
         clip = Clip(seed, 1)
         shape = clip.shapes[0]
         x, y = shape.centre(20 / FPS)
@@ -82,47 +96,6 @@ def test_names_of_cells():
         assert way == train_toy.MOTIONS.index(shape.direction)
         opposite = 4 * (0 if y > SIZE / 2 else 3) + (0 if x > SIZE / 2 else 3)
         assert names[opposite] == (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED, NOT_ASKED)
-
-
-def test_unseen_motion_is_not_asked():
-    shape = Shape("red", "ring", "right", turns=True, appears=0.0, start=(16, 32), distance=32, radius=8)
-    right, left = train_toy.MOTIONS.index("right"), train_toy.MOTIONS.index("left")
-    assert train_toy.motion(shape, 18, None) == NOT_ASKED                               # the first frames
-    assert [train_toy.motion(shape, *pair) for pair in ((18, 0), (63, 45), (41, 23))] == [right, left, NOT_ASKED]
-    late = Shape("red", "ring", "right", turns=False, appears=3.0, start=(16, 32), distance=32, radius=8)
-    assert train_toy.motion(late, 36, 18) == NOT_ASKED and train_toy.motion(late, 45, 27) == right
-
-
-def test_clip_file_is_the_same_on_a_busy_machine(tmp_path):
-    done = threading.Event()
-
-    def be_busy():
-        while not done.is_set():
-            sum(range(10_000))
-    busy = threading.Thread(target=be_busy)
-    busy.start()
-    try:
-        for n in range(3):
-            Clip(UNSEEN + 2, 3).write(tmp_path / f"{n}.mp4")
-    finally:
-        done.set()
-        busy.join()
-    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
-
-
-def assert_frames_are_those_of(video, clip):
-    assert (len(video.frames), video.total_frames, video.duration) == (8, 64, 8.0)
-    for frame, index in zip(video.frames, (0, 9, 18, 27, 36, 45, 54, 63)):
-        pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
-                  for image in (frame, clip.frame(index))]
-        assert (pixels[0] - pixels[1]).abs().mean() < 8
-
-
-def test_clip_survives_its_mp4(tmp_path):
-    Clip(UNSEEN, 2).write(tmp_path / "clip.mp4")
-    assert_frames_are_those_of(read_video(tmp_path / "clip.mp4"), Clip(UNSEEN, 2))
-    assert_frames_are_those_of(read_video(TOY / "clip.mp4"), train_toy.EXAMPLE)
-    assert train_toy.EXAMPLE.seed >= UNSEEN
 
 
 def test_packed_questions_are_read_alone():
@@ -140,20 +113,6 @@ def test_packed_questions_are_read_alone():
             expected.append(target[target != NOT_ASKED])
     assert torch.allclose(logits, torch.cat(alone), atol=1e-3)
     assert targets.equal(torch.cat(expected))
-
-
-def test_words_have_to_name_their_shape(toy):
-    """In questions and answers, by hand: a red ring in column 10 of 16, row 2, that goes down and back."""
-    processor, ring = toy[1], Shape("red", "ring", "down", True, 0.0, start=(40, 8), distance=9, radius=7)
-    names = (*train_toy.names_of(ring, 0), *train_toy.deeds_of(ring, moment=None))
-    assert names == (SHAPES.index("ring"), list(COLOURS).index("red"), 10, 2, MOTIONS.index("down"), 1, 0)
-    assert train_toy.deeds_of(ring, moment=3) == (NOT_ASKED,) * 3
-    questions = [Question("shape", "What shape is red?", "ring"), Question("is there", "Is anything blue?", "No")]
-    row = train_toy.make_row(processor, [1, 2], questions, {"red": names, "ring": names})
-    words = [(processor.tokenizer.decode([token]), of) for token, of in zip(row.input_ids, row.words)
-             if of != (NOT_ASKED,) * 7]
-    nothing = train_toy.NOTHING + (NOT_ASKED,) * 3
-    assert words == [(" red", names), (" ring", names), (" blue", nothing)]
 
 
 def test_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
@@ -190,67 +149,11 @@ def test_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     assert not all(weights["whole"][0][name].equal(weights["whole"][1][name]) for name in weights["whole"][0])
 
 
-def test_when_stages_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_toy, "STAGES", (Stage(3, 1, 1, 0), Stage(6, 1, 2, 5), Stage(4, 1, 2, 5)))
-    monkeypatch.setattr(train_toy, "SAVE_EVERY", 2)
-    for learned, steps in ((0.0, [3, 2, 4]), (1.1, [3, 6, 4])):
-        monkeypatch.setattr(train_toy, "LEARNED", learned)
-        with torch.enable_grad():
-            train_toy.train(tmp_path / str(learned), train_toy.TOY, random_seed=3)
-        lines = [line.split(":")[0] for line in (tmp_path / str(learned) / "log.txt").read_text().splitlines()]
-        ends = [sum(steps[:n]) for n in (1, 2, 3)]
-        assert {f"step {end}, stage {n}" for n, end in enumerate(ends)} <= set(lines)
-        assert lines[-1] == f"step {ends[-1]}, stage 2"
-
-
 def test_unlearned_kinds_come_twice():
     clip, rng = Clip(UNSEEN, 3), random.Random(0)
     kinds = {question.kind for question in clip.questions(20)}
     drawn = train_toy.draw_questions(clip, 20, 2 * len(kinds) - 1, rng, learned={"count"})
     assert Counter(question.kind for question in drawn) == {kind: 1 if kind == "count" else 2 for kind in kinds}
-
-
-def test_right_answers_by_kind(toy, tmp_path):
-    model, processor = toy
-    learner = train_toy.Learner(model.config)
-    learner.model = model
-    stage = Stage(steps=1, frames=1, clips=3, questions=15, shapes=(2, 3))
-    asked, right = Counter(), Counter()
-    for n in range(train_toy.HELD_OUT):
-        batch = draw_batch(processor, stage, f"held out {n}")
-        for b, kinds in enumerate(batch.kinds):
-            for question, kind in enumerate(kinds, start=1):
-                keep = (batch.question[b] == 0) | (batch.question[b] == question)
-                target = batch.targets[b, keep]
-                likeliest = model(batch.input_ids[b:b + 1, keep], batch.pixel_values[b:b + 1])[0].argmax(-1)
-                asked[kind] += 1
-                right[kind] += ((likeliest == target) | (target == NOT_ASKED)).all().item()
-    found = learner.right_by_kind(processor, stage, "cpu")
-    assert found == {kind: right[kind] / asked[kind] for kind in asked}
-    assert 0 < sum(right.values()) < sum(asked.values())
-
-
-def test_controls_leave_out_price_or_seed(tmp_path, monkeypatch):
-    """After a few dear steps: with the price less attention elsewhere, without the seed no massive token."""
-    monkeypatch.setattr(train_toy, "STAGES", (Stage(1, 1, 1, 2), Stage(25, 1, 1, 2)))
-    monkeypatch.setattr(train_toy, "PRICE", 20.0)
-    monkeypatch.setattr(train_toy, "ADAM_RATE", 0.05)                   # that of step n is n/50 of it, and less
-    ids, to_first, ratio = torch.arange(1, 30)[None], {}, {}
-    runs = (train_toy.TOY, *train_toy.CONTROLS)
-    assert [(run.price, run.seed) for run in runs] == [(True, True), (False, True), (True, False)]
-    for run in runs:
-        with torch.enable_grad():
-            train_toy.train(tmp_path, run, random_seed=3)
-        trace = Trace(weights_of=range(8))
-        VideoLM.from_pretrained(tmp_path / run.folder)(ids, trace=trace)
-        to_first[run] = torch.stack([trace[f"layers.{l}.weights"][0, [0, 2], 1:, 0] for l in range(2, 8)]).mean()
-        ratio[run] = [trace[f"layers.{l}.ratio"][0] for l in range(8)]
-    behind = train_toy.SEED_LAYER + 1
-    toy, no_price, no_seed = runs
-    assert min(to_first[toy], to_first[no_seed]) > to_first[no_price] + 0.05
-    for run in (toy, no_price):
-        assert ratio[run][behind][0] > 1000 > max(ratio[run][behind][1:].max(), ratio[run][behind - 1].max())
-    assert max(r.max() for r in ratio[no_seed]) < 1000
 
 
 def test_toys_sink_is_its_first_token(toy):
@@ -274,24 +177,6 @@ def test_toy_equals_transformers(toy):
     assert [model.generate(inputs.input_ids, inputs.pixel_values)] == golden["answer"].tolist()
 
 
-def check_no_device(device):
-    if device != "cpu":
-        raise ValueError(f"device {device}: there is none here")
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (["--folder", ""], "--folder"), (["--threads", "0"], "--threads"), (["--threads", "-1"], "--threads"),
-    (["--seed", "9" * 400], "--seed"), (["--device", "mps"], "device mps: there is none here"),
-])
-def test_wrong_options_are_one_line(arguments, said, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train_toy.py", *arguments])
-    monkeypatch.setattr(train_toy, "check_device", check_no_device)
-    with pytest.raises(SystemExit) as stopped:
-        run_command(train_toy.main, "train_toy.py")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
-
-
 def test_damaged_state_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(train_toy, "STAGES", (Stage(1, 1, 1, 0),))
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 half of a file")
@@ -300,7 +185,11 @@ def test_damaged_state_is_named(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"before_last_stage.pt is missing.*remove .*state.pt to train the toy again"):
         train_toy.train(tmp_path, train_toy.CONTROLS[0], random_seed=3)
+    (tmp_path / "before_last_stage.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"before_last_stage.pt cannot .*remove it and .*state.pt to train the toy again"):
+        train_toy.train(tmp_path, train_toy.CONTROLS[0], random_seed=3)
     shutil.rmtree(tmp_path / train_toy.CONTROLS[0].folder)
+    (tmp_path / "before_last_stage.pt").unlink()
     (tmp_path / "state.pt").unlink()
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -1,26 +1,23 @@
 """Which frames of a video are shown, and when. All videos and pictures are made here, also the broken ones."""
 
-import gc
 import io
-import logging
 import os
-import random
-import threading
+import wave
 from fractions import Fraction
 from types import SimpleNamespace
 
 import av
 import pytest
 from av.stream import Disposition
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from minioutro import read_video
 from minioutro.support import media
-from minioutro.video import indices_shown, resize_longest_edge, sample_indices
+from minioutro.video import resize_longest_edge, sample_indices
 
 
 def picture(n, size=(48, 32)):
-    """Frame n: its brightness is its number, and its left edge is red, so that turning it is seen."""
+    """Frame n: its brightness is its number, and its left edge is red."""
     image = Image.new("RGB", size, (n, n, n))
     image.paste((255, 0, 0), (0, 0, 8, size[1]))
     return image
@@ -32,12 +29,13 @@ def number(image):
 
 
 def write(path, n=40, fps=10, pts=None, codec="libx264", muxer=None, brightness=lambda k: 6 * k,
-          all_keys=False, matrix=None, draw=picture, **options):
+          all_keys=False, matrix=None, draw=picture, title="", **options):
     """Write a video of n frames, the k-th with brightness 6 k.
 
     pts: in hundredths of a second. all_keys: mark every frame as a keyframe. matrix: the display matrix.
     """
     with av.open(str(path), "w", options=muxer) as file:
+        file.metadata["title"] = title
         stream = file.add_stream(codec, rate=fps, options={"crf": "5", **options})
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, 100)
@@ -64,26 +62,19 @@ def encode(image, kind, **options):
     return data.getvalue()
 
 
-def mux(path, streams):
-    """Write packets without an encoder; of each stream: codec, disposition, settings, packets."""
+def mux(path, *streams, width=48, height=32):
+    """Write packets without an encoder; of each stream: codec, disposition, packets."""
     with av.open(str(path), "w") as file:
-        opened = [file.add_mux_stream(codec, rate=10, **settings) for codec, _, settings, _ in streams]
-        for stream, (_, disposition, _, packets) in zip(opened, streams):
+        opened = [file.add_mux_stream(codec, rate=10, width=width, height=height) for codec, _, _ in streams]
+        for stream, (_, disposition, _) in zip(opened, streams):
             stream.disposition = disposition
-        for stream, (_, _, _, packets) in zip(opened, streams):
+        for stream, (_, _, packets) in zip(opened, streams):
             for k, data in enumerate(packets):
                 packet = av.Packet(data)
                 packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 10), k, k
                 packet.is_keyframe = True
                 file.mux(packet)
     return path
-
-
-SMALL = {"width": 48, "height": 32}
-
-
-def jpegs(n, size=(48, 32), count=2):
-    return count * [encode(Image.new("RGB", size, (n, n, n)), "JPEG")]
 
 
 def assert_shows(video, indices, seconds):
@@ -105,34 +96,25 @@ def refused(path) -> str:
 def test_sampling_by_hand():
     """4 s at 10 fps: 4 frames, the first and the last among them: 0, 13, 26, 39.
 
-    120 s at 25 fps last longer than 64 frames, so the first and the last second are left out.
+    120 s at 25 fps last longer than 64 frames, so the first and the last second are left out. Where these are all,
+    none is left out: frame 1 of 3 in 2.5 s is the first after one second, and the last before the last second.
+    122 / 14 * 7 is 61, but in floating point, in this order, 60.999...
     """
     assert sample_indices(40, 10.0, 4.0) == [0, 13, 26, 39]
     assert sample_indices(1, 25.0, 0.04) == [0]
-    assert sample_indices(3, 25.0, 0.12, fps=25.0) == [0, 1, 2]
     long = sample_indices(3000, 25.0, 120.0)
     assert (len(long), long[0], long[-1]) == (64, 25, 2975)
-    assert sample_indices(5, 10.0, 10.0) == [0, 1, 2, 3, 4]         # never more than there are
     assert sample_indices(5, 10.0, 0.5, fps=10 ** 9, max_frames=10 ** 9) == [0, 1, 2, 3, 4]
-    assert sample_indices(100, 10.0, 2.0, max_frames=1) == [0]
     assert sample_indices(100, 10.0, 10.0, max_frames=1) == [10]
     assert sample_indices(100, 10.0, 10.0, max_frames=2, fps=4.0) == [0, 99]        # 8 s are not more than 8
     assert sample_indices(101, 10.0, 10.1, max_frames=2, fps=4.0) == [10, 91]
-
-
-def test_sampling_in_rare_cases():
-    """Where two seconds are all, none is left out: frame 1 of 3 in 2.5 s is the first after one second and the
-    last before the last second. 122 / 14 * 7 is 61, but in floating point, in this order, 60.999..."""
     assert sample_indices(3, 1.2, 2.5, fps=0.1, max_frames=1) == [0]
     assert sample_indices(10, 25.0, 100.0, max_frames=4) == [0, 3, 6, 9]            # the header is wrong
-    assert sample_indices(10, 0.0, 100.0, max_frames=4) == [0, 3, 6, 9]
-    assert sample_indices(123, 123 / 15, 15.0)[7] == 60                 # as numpy, which cuts
-    assert sample_indices(62, 62 / 8, 8.0)[-2:] == [52, 61]             # 61 / 7 * 7 is 60.999... as well
+    assert sample_indices(123, 123 / 15, 15.0)[7] == 60                             # as numpy, which cuts
 
 
-@pytest.mark.parametrize("wrong", [
-    dict(fps=0), dict(fps=float("inf")), dict(fps=float("nan")), dict(fps=10 ** 400), dict(fps=10 ** 9 + 1),
-    dict(max_frames=0), dict(max_frames=10 ** 400), dict(max_frames=10 ** 9 + 1)])
+@pytest.mark.parametrize("wrong", [dict(fps=0), dict(fps=float("inf")), dict(fps=float("nan")), dict(fps=10 ** 400),
+                                   dict(max_frames=0), dict(max_frames=10 ** 9 + 1)])
 def test_sampling_refuses_nonsense(wrong):
     with pytest.raises(ValueError, match="positive"):
         sample_indices(10, 10.0, 1.0, **wrong)
@@ -162,50 +144,33 @@ def test_variable_rate_is_sampled_by_number(tmp_path):
 # ---- parts ----
 
 
-def grey(n):
-    return Image.new("RGB", (48, 32), (n, n, n))
-
-
 @pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
 def test_part_is_sampled_as_a_file(tmp_path, name):
     """From 1.3 s up to 3.3 s of 4 s: 20 frames, 13 to 32. Two of them are shown, with the part's own times."""
     if name == "a.gif":
-        animate(tmp_path / name, [grey(6 * k) for k in range(40)], duration=100)
+        animate(tmp_path / name, [picture(6 * k) for k in range(40)], duration=100)
     else:
         write(tmp_path / name)
     part = read_video(tmp_path / name, start=1.3, end=3.3)
     assert_shows(part, [13, 32], [0.0, 1.9])
     assert (part.duration, part.total_frames) == (pytest.approx(2.0), 20)
-    assert_shows(read_video(tmp_path / name, start=3.0), [30], [0.0])
     assert_shows(read_video(tmp_path / name, end=2.0, max_frames=3), [0, 19], [0.0, 1.9])
     assert_shows(read_video(tmp_path / name, start=-1.0, end=99.0), [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
-    for start, end in ((4.0, None), (2.0, 2.0), (3.0, 1.0), (-2.0, -1.0), (None, 0.0), (None, float("nan"))):
+    for start, end in ((4.0, None), (3.0, 1.0), (-2.0, -1.0), (None, 0.0), (None, float("nan"))):
         with pytest.raises(ValueError, match=f"{name} lasts 4.0 s.* from start {start} to end {end}"):
             read_video(tmp_path / name, start=start, end=end)
 
 
-@pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
-def test_part_begins_with_the_frame_on_the_screen(tmp_path, name):
-    """4 frames of 5 s each, in a video and in an animation."""
-    if name == "a.gif":
-        animate(tmp_path / name, [grey(6 * k) for k in range(4)], duration=5000)
-    else:
-        write(tmp_path / name, n=4, pts=[500 * k for k in range(4)])
+def test_part_begins_with_the_frame_on_the_screen(tmp_path):
+    """4 frames of 5 s each."""
+    path = write(tmp_path / "a.mkv", n=4, pts=[0, 500, 1000, 1500])
     for start, end, index in ((2, 4, 0), (12, 14, 2), (5, 5.001, 1), (4.999, 5, 0), (19.99, 99, 3)):
-        part = read_video(tmp_path / name, start=start, end=end)
+        part = read_video(path, start=start, end=end)
         assert_shows(part, [index], [0.0])
         assert part.duration == pytest.approx(min(end, 20) - start) and part.total_frames == 1
-    part = read_video(tmp_path / name, start=7, end=11, fps=9)          # from the middle of frame 1 into frame 2
+    part = read_video(path, start=7, end=11, fps=9)                 # from the middle of frame 1 into frame 2
     assert_shows(part, [1, 2], [0.0, 3.0])
     assert (part.duration, part.total_frames) == (4.0, 2)
-
-
-def test_indices_shown_by_hand():
-    """Frames 1 and 2 have the same time: both belong to a part that begins then."""
-    seconds = [0.0, 5.0, 5.0, 15.0]
-    for start, end, shown in ((0, 99, range(0, 4)), (4.9, 5, range(0, 1)), (5, 15, range(1, 3)),
-                              (7, 15.1, range(1, 4)), (99, 100, range(3, 4))):
-        assert indices_shown(seconds, start, end) == shown
 
 
 def test_edit_list_cuts_frames_away(tmp_path):
@@ -217,12 +182,14 @@ def test_edit_list_cuts_frames_away(tmp_path):
     assert_shows(video, [10, 24, 39], [0.0, 1.4, 2.9])
 
 
-@pytest.mark.parametrize("name, codec, options", [("a.mp4", "libx264", {"bf": "3"}),
-                                                  ("a.avi", "mpeg4", {"bf": "2", "qscale": "2"})])
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.mp4", "libx264", {"bf": "3"}), ("a.mkv", "libx264", {"bf": "3", "all_keys": True}),
+    ("a.avi", "mpeg4", {"bf": "2", "qscale": "2"})])
 def test_b_frames_are_shown_in_order(tmp_path, name, codec, options):
-    """An avi has no presentation times: with B-frames, its packets state wrong ones."""
+    """The packets of B-frames come after later frames. An avi states no presentation times for them."""
     video = read_video(write(tmp_path / name, codec=codec, **options))
     assert [round(number(frame) / 6) for frame in video.frames] == [0, 13, 26, 39]
+    assert video.duration == pytest.approx(4.0, abs=0.2)
 
 
 # ---- long videos ----
@@ -230,242 +197,155 @@ def test_b_frames_are_shown_in_order(tmp_path, name, codec, options):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How many frames each pass over a video has decoded."""
-    decode, open_video, passes = media.decode, media.open_video, []
+    """How many frames were decoded, each time that decoding began."""
+    decode, counts = media.decode, []
 
     def counting(stream):
+        counts.append(0)
         for frame in decode(stream):
-            passes[-1] += 1
+            counts[-1] += 1
             yield frame
-
-    def opening(path):
-        passes.append(0)
-        return open_video(path)
     monkeypatch.setattr(media, "decode", counting)
-    monkeypatch.setattr(media, "open_video", opening)
-    return passes
+    return counts
 
 
-def long_video(path, n=1600, g="25", **options):
-    """A keyframe every 25 frames; brightness counts to 40 and starts again."""
-    return write(path, n=n, fps=25, brightness=lambda k: 6 * (k % 40), g=g, **options)
+def long_video(path, **options):
+    """52 s with a keyframe every 10 frames; brightness counts to 40 and starts again."""
+    return write(path, n=1300, fps=25, brightness=lambda k: 6 * (k % 40), g="10", preset="ultrafast", **options)
 
 
-@pytest.mark.parametrize("name, options", [("a.mp4", {"bf": "3", "b_strategy": "0"}), ("a.mkv", {}),
-                                           ("a.mp4", {"bf": "3", "x264-params": "open-gop=1"})])
+def assert_shows_three_frames(video):
+    """The frame at 1 s, the one in the middle, and the one a second before the end: 25, 650 and 1275."""
+    assert_shows(video, [25 % 40, 650 % 40, 1275 % 40], [1.0, 26.0, 51.0])
+
+
+@pytest.mark.parametrize("name, options", [("a.mkv", {}), ("a.mp4", {"bf": "3", "x264-params": "open-gop=1"})])
 def test_long_video_is_not_decoded_whole(tmp_path, decoded, name, options):
-    """First frame, middle and last, each at most 25 frames after a keyframe."""
-    video = read_video(long_video(tmp_path / name, **options), max_frames=3)
-    assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
-    assert len(decoded) == 2 and decoded[0] == 0 and decoded[1] < 100       # packets, then these frames
+    """Each frame is decoded from the keyframe before it. So is a late part: 1250 to 1299, two of them."""
+    assert_shows_three_frames(read_video(long_video(tmp_path / name, **options), max_frames=3))
+    assert 3 <= sum(decoded) < 100
+    decoded.clear()
+    assert_shows(read_video(tmp_path / name, start=50.0), [1250 % 40, 1299 % 40], [0.0, 1.96])
+    assert 2 <= sum(decoded) < 100
 
 
-def test_late_part_is_reached_by_seeking(tmp_path, decoded):
-    """From 61 s on, frames 1525 to 1599: three of them."""
-    video = read_video(long_video(tmp_path / "a.mkv"), start=61.0)
-    assert_shows(video, [k % 40 for k in (1525, 1562, 1599)], [0.0, 1.48, 2.96])
-    assert len(decoded) == 2 and decoded[1] < 100
+@pytest.mark.parametrize("name, options", [
+    ("a.ts", {"bf": "3"}), ("a.mp4", {"codec": "mpeg4", "qscale": "2", "all_keys": True})])
+def test_seeking_that_fails(tmp_path, decoded, name, options):
+    """In a transport stream, seeking ends after the keyframe. In the other file frames are only called keyframes.
+    Then all frames up to the last one are decoded."""
+    assert_shows_three_frames(read_video(long_video(tmp_path / name, **options), max_frames=3))
+    assert decoded[-1] == 1276
 
 
-def test_seeking_that_fails_or_saves_little(tmp_path, decoded):
-    """In a transport stream, seeking ends after the keyframe. With few keyframes, or in a short video, it is
-    not worth it. Then all frames up to the last one are decoded."""
-    video = read_video(long_video(tmp_path / "a.ts"), max_frames=3)
-    assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
-    assert decoded[-1] > 1500 and sum(decoded) < 1600
-    for video in (dict(g="400"), dict(n=900)):
-        decoded.clear()
-        read_video(long_video(tmp_path / "a.mp4", **video), max_frames=3)
-        assert len(decoded) == 2 and decoded[-1] > 800
-
-
-def test_false_keyframe_is_not_believed(tmp_path, decoded):
-    """A frame that is only called a keyframe depends on others, so everything is decoded."""
-    video = read_video(long_video(tmp_path / "a.mp4", codec="mpeg4", qscale="2", all_keys=True), max_frames=3)
-    assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
-    assert len(decoded) == 3 and decoded[-1] > 1500             # packets, a failed attempt, all
-
-
-def test_seeking_that_fails_late_is_finished_in_order(tmp_path, decoded, monkeypatch):
-    """Two of three frames are found by seeking. For the third, all frames up to it are decoded."""
-    path, seeks = long_video(tmp_path / "a.mkv"), media.Clip.seek
-    monkeypatch.setattr(media.Clip, "seek", lambda self, stream, indices: seeks(self, stream, indices[:2]))
-    video = read_video(path, max_frames=3)
-    assert_shows(video, [k % 40 for k in (25, 800, 1575)], [1.0, 32.0, 63.0])
-    assert len(decoded) == 3 and decoded[1] < 60 and decoded[2] == 1576
-
-
-# ---- memory and threads ----
-
-
-def test_scaling_overlaps_with_decoding():
-    """The next item is fetched while one is worked on: here it waits until that has begun."""
-    begun = [threading.Event() for _ in range(5)]
-
-    def items():
-        for n in range(5):
-            assert n == 0 or begun[n - 1].wait(60)
-            yield n
-
-    def square(n):
-        begun[n].set()
-        return n * n
-    assert list(media.in_background(square, items())) == [0, 1, 4, 9, 16]
-    assert list(media.in_background(square, [])) == []
-
-
-def test_whole_frames_do_not_pile_up(tmp_path, monkeypatch):
-    """When a frame becomes an image, all but the last two images before it have been scaled."""
-    made, scaled, upright = [], [], media.upright
-
-    def making(frame):
-        assert len(scaled) >= len(made) - 2
-        made.append(1)
-        return upright(frame)
-
-    def scaling(image, longest_edge):
-        scaled.append(1)
-        return resize_longest_edge(image, longest_edge)
-    monkeypatch.setattr(media, "upright", making)
-    monkeypatch.setattr("minioutro.video.resize_longest_edge", scaling)
-    video = read_video(write(tmp_path / "a.mp4"), fps=10.0, longest_edge=30)
-    assert_shows(video, list(range(40)), [k / 10 for k in range(40)])
-    assert len(made) == len(scaled) == 40
-
-
-def test_decoded_frames_are_freed(tmp_path):
-    """Without the garbage collector: a frame of 1280 x 720 has 1.4 MB."""
-    write(tmp_path / "a.mp4", matrix=[0, 1, 0, 1, 0, 0, 0, 0, 1])
-    gc.collect()
-    gc.disable()
-    try:
-        assert len(read_video(tmp_path / "a.mp4", fps=10.0).frames) == 40
-        assert not [thing for thing in gc.get_objects() if type(thing) is av.VideoFrame]
-    finally:
-        gc.enable()
+# ---- memory ----
 
 
 # ---- size, rotation and colour ----
 
 
 def test_frames_are_scaled_as_by_the_processor(tmp_path):
-    write(tmp_path / "a.mp4")
+    write(tmp_path / "a.mp4", n=10)
     whole, small = (read_video(tmp_path / "a.mp4", longest_edge=edge) for edge in (None, 30))
     assert small.frames[0].size == (30, 20)
     for frame, scaled in zip(whole.frames, small.frames):
         assert scaled.tobytes() == resize_longest_edge(frame, 30).tobytes()
 
 
-@pytest.mark.parametrize("size, edge, expected", [
-    ((80, 60), 32, (32, 24)), ((60, 81), 32, (24, 32)), ((97, 33), 32, (32, 10)), ((50, 50), 32, (32, 32)),
-    ((100, 63), 32, (32, 20)), ((100, 60), 32, (32, 20)), ((10, 5), 32, (32, 16)), ((900, 20), 32, (32, 1))])
-def test_shorter_side_is_cut_and_made_even(size, edge, expected):
+@pytest.mark.parametrize("size, expected", [((80, 60), (32, 24)), ((60, 81), (24, 32)), ((97, 33), (32, 10)),
+                                            ((100, 60), (32, 20)), ((10, 5), (32, 16)), ((900, 20), (32, 1))])
+def test_shorter_side_is_cut_and_made_even(size, expected):
     """100 x 60 to 32: int(32 / 1.67) = 19, which is odd, so 20. A second call changes nothing."""
-    once = resize_longest_edge(Image.new("RGB", size), edge)
+    once = resize_longest_edge(Image.new("RGB", size), 32)
     assert once.size == expected
-    assert expected[1] == 1 or resize_longest_edge(once, edge) is once
-
-
-# EXIF's orientation, and the display matrix that says the same: where right and down are shown
-ORIENTATIONS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
-                5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
+    assert expected[1] == 1 or resize_longest_edge(once, 32) is once
 
 
 def cornered(_=None):
-    """A picture of which no two of the eight views are the same."""
-    image = picture(200)
-    image.paste((0, 0, 255), (0, 0, 24, 16))
+    """A green picture with a blue corner at its top left, and a red one below it."""
+    image = Image.new("RGB", (48, 32), "green")
+    image.paste("blue", (0, 0, 24, 16))
+    image.paste("red", (0, 16, 24, 32))
     return image
 
 
-def oriented(orientation):
+def corners(image):
+    """The colours of the corners, by their first letters: the upper left, upper right, lower left, lower right."""
+    right, bottom = image.width - 7, image.height - 7
+    pixels = [image.getpixel(place) for place in ((6, 6), (right, 6), (6, bottom), (right, bottom))]
+    return "".join("RGB"[pixel.index(max(pixel))] for pixel in pixels)
+
+
+# EXIF's orientation: the display matrix that says the same (where right and down are shown), and what is seen
+VIEWS = {1: ((1, 0, 0, 1), "BGRG"), 2: ((-1, 0, 0, 1), "GBGR"), 3: ((-1, 0, 0, -1), "GRGB"), 4: ((1, 0, 0, -1), "RGBG"),
+         5: ((0, 1, 1, 0), "BRGG"), 6: ((0, 1, -1, 0), "RBGG"), 7: ((0, -1, -1, 0), "GGRB"), 8: ((0, -1, 1, 0), "GGBR")}
+
+
+@pytest.mark.parametrize("matrix, seen", [
+    *VIEWS.values(), ((0, 0, 0, 0), "BGRG"), ((0.9, 0.3, -0.3, 0.9), "BGRG"), ((-0.3, 0.9, -0.9, -0.3), "RBGG"),
+    ((0.7, 0.7, -0.7, 0.7), "BGRG"), ((-0.9, 0.4, -0.4, -0.9), "GRGB")])
+def test_videos_are_upright(tmp_path, matrix, seen):
+    """Odd angles are turned to the nearest quarter. A matrix of zeros is found in damaged files."""
+    a, b, c, d = (round(65536 * entry) for entry in matrix)
+    video = read_video(write(tmp_path / "a.mp4", n=1, matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30], draw=cornered))
+    assert corners(video.frames[0]) == seen
+
+
+@pytest.mark.parametrize("orientation", VIEWS)
+def test_exif_is_heeded(tmp_path, orientation):
+    """In pictures. In the frames of a video, PyAV tells the quarter, but not what is mirrored."""
     exif = Image.Exif()
     exif[0x112] = orientation
-    return exif
+    seen = VIEWS[orientation][1]
+    cornered().save(tmp_path / "a.png", exif=exif)
+    assert corners(read_video(tmp_path / "a.png").frames[0]) == seen
+    if orientation in (1, 3, 6, 8):
+        data = encode(cornered(), "JPEG", exif=exif, quality=95)
+        video = read_video(mux(tmp_path / "a.mkv", ("mjpeg", Disposition.default, 3 * [data])))
+        assert corners(video.frames[0]) == seen
 
 
-def same_view(one, other):
-    return one.size == other.size and all(
-        abs(a - b) < 60 for place in ((6, 6), (-7, 6), (6, -7), (-7, -7))
-        for a, b in zip(*(image.getpixel([p % side for p, side in zip(place, image.size)])
-                          for image in (one, other))))
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_pictures_and_videos_are_upright(tmp_path, orientation):
-    upright = [ImageOps.exif_transpose(Image.open(io.BytesIO(encode(cornered(), "PNG", exif=oriented(k)))))
-               for k in ORIENTATIONS]
-    assert [same_view(a, b) for a in upright for b in upright].count(True) == 8
-    expected = upright[orientation - 1]
-    cornered().save(tmp_path / "a.png", exif=oriented(orientation))
-    assert read_video(tmp_path / "a.png").frames[0].tobytes() == expected.tobytes()
-    a, b, c, d = ORIENTATIONS[orientation]
-    for scale in (1, 65536, 3 << 15):
-        matrix = [a * scale, b * scale, 0, c * scale, d * scale, 0, 0, 0, 1 << 30]
-        video = read_video(write(tmp_path / "a.mp4", n=2, matrix=matrix, draw=cornered))
-        assert same_view(video.frames[0], expected)
-
-
-@pytest.mark.parametrize("matrix, orientation", [
-    ((0, 0, 0, 0), 1), ((60000, 20000, -20000, 60000), 1), ((-20000, 60000, -60000, -20000), 6),
-    ((46341, 46341, -46341, 46341), 1), ((-60000, 30000, -30000, -60000), 3)])
-def test_odd_angles_turn_to_the_nearest_quarter(tmp_path, matrix, orientation):
-    """A matrix of zeros is found in damaged files. 45 degrees have no nearest quarter and stay."""
-    a, b, c, d = matrix
-    write(tmp_path / "a.mp4", n=2, matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30], draw=cornered)
-    expected = {1: cornered(), 3: cornered().transpose(Image.Transpose.ROTATE_180),
-                6: cornered().transpose(Image.Transpose.ROTATE_270)}[orientation]
-    assert same_view(read_video(tmp_path / "a.mp4").frames[0], expected)
-
-
-@pytest.mark.parametrize("orientation", (1, 3, 6, 8))
-def test_video_frames_with_exif_are_upright(tmp_path, orientation):
-    data = encode(cornered(), "JPEG", exif=oriented(orientation), quality=95)
-    video = read_video(mux(tmp_path / "a.mkv", [("mjpeg", Disposition.default, SMALL, 3 * [data])]))
-    assert same_view(video.frames[0], ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-
-
-@pytest.mark.parametrize("kind", ("png", "tiff"))
-def test_16_bit_grey_keeps_its_upper_8(tmp_path, kind):
+def test_16_bit_grey_keeps_its_upper_8(tmp_path):
     """32 bits are refused, because nothing says which number is white."""
     values = [256 * (k % 256) + 255 - k // 8 for k in range(48 * 32)]
     data = b"".join(value.to_bytes(2, "little") for value in values)
-    Image.frombytes("I;16", (48, 32), data).save(tmp_path / f"a.{kind}")
-    frame = read_video(tmp_path / f"a.{kind}").frames[0]
+    Image.frombytes("I;16", (48, 32), data).save(tmp_path / "a.png")
+    frame = read_video(tmp_path / "a.png").frames[0]
     assert list(frame.get_flattened_data()) == [3 * (value // 256,) for value in values]
-    for mode in "IF":
-        Image.new(mode, (48, 32)).save(tmp_path / "a.tiff")
-        assert "32 bits" in refused(tmp_path / "a.tiff")
+    Image.new("F", (48, 32)).save(tmp_path / "a.tiff")
+    assert "32 bits" in refused(tmp_path / "a.tiff")
 
 
-def test_transparent_is_white(tmp_path):
+@pytest.mark.parametrize("name", ("a.png", "a.webp", "a.gif"))
+def test_transparent_is_white(tmp_path, name):
     image = Image.new("RGBA", (48, 32), (90, 90, 90, 255))
     image.paste((0, 0, 0, 0), (0, 0, 8, 32))
-    image.paste((0, 0, 0, 51), (40, 0, 48, 32))             # a fifth of black
-    for name in ("a.png", "a.webp", "a.gif"):
-        image.save(tmp_path / name, lossless=True)
-        frame = read_video(tmp_path / name).frames[0]
-        assert frame.getpixel((2, 2)) == (255, 255, 255) and frame.getpixel((20, 2)) == (90, 90, 90)
-        assert frame.getpixel((45, 2)) == (204, 204, 204) or name == "a.gif"
+    image.paste((0, 0, 0, 51), (40, 0, 48, 32))             # a fifth of black, which a GIF cannot hold
+    image.save(tmp_path / name, lossless=True)
+    frame = read_video(tmp_path / name).frames[0]
+    assert frame.getpixel((2, 2)) == (255, 255, 255) and frame.getpixel((20, 2)) == (90, 90, 90)
+    assert frame.getpixel((45, 2)) == (204, 204, 204) or name == "a.gif"
 
 
 # ---- pictures and animations ----
 
 
-def test_pictures_and_animations_are_videos(tmp_path):
-    picture(90).save(tmp_path / "a.png")
-    picture(90).convert("RGBA").save(tmp_path / "50%02d: a.png")
-    for name in ("a.png", "50%02d: a.png"):
-        video = read_video(tmp_path / name)
-        assert (len(video.frames), video.seconds, video.total_frames, video.duration) == (1, [0.0], 1, 0.1)
-        assert number(video.frames[0]) == 90
-    for name, options in (("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True}),
-                          ("a.avif", {"quality": 100})):
-        animate(tmp_path / name, [picture(n) for n in (0, 60, 120)], duration=[500, 2000, 500], **options)
-        video = read_video(tmp_path / name)
-        assert video.seconds == [0.0, 0.5, 2.5] and video.duration == 3.0
-        assert [number(frame) for frame in video.frames] == pytest.approx([0, 60, 120], abs=2)
-        assert [frame.size for frame in read_video(tmp_path / name, longest_edge=30).frames] == 3 * [(30, 20)]
+@pytest.mark.parametrize("name", ["a.png", "a.ppm", "a.jp2", "a.qoi", "a.sgi"])
+def test_picture_is_a_video_of_one_frame(tmp_path, name):
+    """Pillow reads some formats, and FFmpeg reads the others."""
+    picture(90).save(tmp_path / name)
+    video = read_video(tmp_path / name)
+    assert (len(video.frames), video.seconds, video.total_frames) == (1, [0.0], 1)
+    assert number(video.frames[0]) == 90
+
+
+@pytest.mark.parametrize("name, options", [("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True}),
+                                           ("a.avif", {"quality": 100})])
+def test_animation_is_a_video(tmp_path, name, options):
+    animate(tmp_path / name, [picture(n) for n in (0, 60, 120)], duration=[500, 2000, 500], **options)
+    video = read_video(tmp_path / name)
+    assert video.seconds == [0.0, 0.5, 2.5] and video.duration == 3.0
+    assert [number(frame) for frame in video.frames] == pytest.approx([0, 60, 120], abs=2)
 
 
 @pytest.mark.parametrize("n_frames", (1, 4))
@@ -478,7 +358,6 @@ def test_hidden_picture_of_an_animated_png(tmp_path, n_frames):
             blend=PngImagePlugin.Blend.OP_OVER)
     video = read_video(tmp_path / "a.png", fps=10)
     assert video.total_frames == n_frames and video.duration == pytest.approx(0.2 * n_frames)
-    assert video.seconds == pytest.approx([0.2 * k for k in range(n_frames)])
     for k, frame in enumerate(video.frames):
         row = [frame.getpixel((8 * x + 4, 16)) for x in range(6)]
         assert row == (k + 1) * [(0, 90, 0)] + (5 - k) * [(255, 255, 255)]
@@ -494,22 +373,10 @@ def test_text_in_a_png_may_have_any_name(tmp_path, name):
     assert (number(video.frames[0]), video.duration) == (90, 0.1)
 
 
-def test_pictures_read_by_ffmpeg(tmp_path):
-    for name in ("a.ppm", "a.jp2", "a.qoi", "a.sgi"):
-        picture(90).save(tmp_path / name)
-        assert number(read_video(tmp_path / name).frames[0]) == 90
-
-
-@pytest.mark.parametrize("name, milliseconds, shown", [("a.gif", 0, 0.1), ("a.gif", 10, 0.1),
-                                                       ("a.webp", 11, 0.011), ("a.gif", 20, 0.02)])
+@pytest.mark.parametrize("name, milliseconds, shown", [("a.gif", 10, 0.1), ("a.webp", 11, 0.011), ("a.gif", 20, 0.02)])
 def test_short_durations_of_an_animation_stand_for_0_1_s(tmp_path, name, milliseconds, shown):
     video = read_video(animate(tmp_path / name, [picture(0), picture(60)], duration=milliseconds), fps=100)
     assert video.seconds == [0.0, shown] and video.duration == pytest.approx(2 * shown)
-
-
-def test_64_frames_are_shown_at_most(tmp_path):
-    images = [picture(60 * n % 251) for n in range(70)]
-    assert len(read_video(animate(tmp_path / "a.gif", images, duration=1000)).frames) == 64
 
 
 def test_pages_and_previews_are_not_frames(tmp_path):
@@ -526,33 +393,21 @@ def test_pages_and_previews_are_not_frames(tmp_path):
 
 
 def test_default_stream_is_shown_and_never_a_cover(tmp_path):
-    cover = ("mjpeg", Disposition.attached_pic, SMALL, jpegs(200, count=1))
-    video = read_video(mux(tmp_path / "a.mp4", [("mjpeg", Disposition(0), SMALL, jpegs(40)),
-                                                ("mjpeg", Disposition.default, SMALL, jpegs(90, count=4)), cover]))
+    first, default, cover = (encode(Image.new("RGB", (48, 32), (n, n, n)), "JPEG") for n in (40, 90, 200))
+    cover = ("mjpeg", Disposition.attached_pic, [cover])
+    video = read_video(mux(tmp_path / "a.mp4", ("mjpeg", Disposition(0), 2 * [first]),
+                           ("mjpeg", Disposition.default, 4 * [default]), cover))
     assert number(video.frames[0]) == 90 and video.total_frames == 4
-    assert "no video stream that can be decoded, only a header" in refused(mux(tmp_path / "a.mp4", [cover]))
+    assert "no video stream that can be decoded, only a header" in refused(mux(tmp_path / "a.mp4", cover))
 
 
-def test_best_stream_may_be_a_cover_or_unknown():
-    class Streams(tuple):
-        pass
-
-    def stream(kind="video", disposition=Disposition(0), codec=object()):
-        return SimpleNamespace(type=kind, disposition=disposition, codec_context=codec)
-
-    def chosen(best, *streams):
-        found = Streams(streams)
-        found.video, found.best = [s for s in streams if s.type == "video"], {"video": best}.get
-        return media.choose_stream("a", SimpleNamespace(streams=found))
-    cover, unknown, tile = stream(disposition=Disposition.attached_pic), stream(codec=None), \
-        stream(disposition=Disposition.dependent)
-    one, two = stream(), stream()
-    assert chosen(cover, cover, one, two) is one and chosen(two, cover, one, two) is two
-    assert chosen(unknown, unknown, two) is two
-    for streams, message in (((tile, tile), "in tiles"), ((one, tile), "in tiles"), ((unknown,), "only a header"),
-                             ((cover, stream("subtitle"), stream("audio")), "only audio, subtitle; give a video")):
-        with pytest.raises(ValueError, match=message):
-            chosen(streams[0], *streams)
+def test_picture_in_tiles_is_refused():
+    """A HEIC file, for which there is no encoder here."""
+    class Streams(list):
+        video = property(list)
+    tile = SimpleNamespace(type="video", disposition=Disposition.dependent, codec_context=object())
+    with pytest.raises(ValueError, match="a.heic is a picture in tiles"):
+        media.choose_stream("a.heic", SimpleNamespace(streams=Streams([tile, tile])))
 
 
 # ---- the clock ----
@@ -566,91 +421,20 @@ def test_raw_stream_counts_its_frames(tmp_path):
     assert_shows(video, [0, 19, 39], [0.0, 0.76, 1.56])
 
 
-def times(pts, durations, rate=None):
-    return media.timeline(pts, durations, SimpleNamespace(time_base=Fraction(1, 100), average_rate=rate))
+@pytest.mark.parametrize("pts, durations, seconds, duration", [
+    ([50, 60, 80, 90], [10, 20, 10, 3], [0.0, 0.1, 0.3, 0.4], 0.43),        # as long as it says
+    ([90, 80, 60, 50], [0, 0, 0, 0], [0.0, 0.1, 0.3, 0.4], 0.5),            # else as long as most
+    ([50], [-7], [0.0], 0.01),                                              # else one unit of the clock
+    ([0, 10, 20, 30], [4, 10, 1, 1], [0.0, 0.1, 0.2, 0.3], 0.4),            # most are less than half a step
+    ([None, 7, None], [3, 3, 3], [0.0, 0.04, 0.08], 0.12)])                 # no clock: 25 frames a second
+def test_duration_of_the_last_frame(pts, durations, seconds, duration):
+    """The clock counts hundredths of a second."""
+    stream = SimpleNamespace(time_base=Fraction(1, 100), average_rate=None)
+    assert media.timeline(pts, durations, stream) == (seconds, pytest.approx(duration))
 
 
-def test_duration_of_the_last_frame():
-    """As long as it says; else as long as most frames; else one unit of the clock, here 1/100 s.
-
-    It is not believed if most durations are below half a step: then the container guessed 100 frames a second
-    of a clip of ten. Without a clock or a rate, frames are counted at 25 a second.
-    """
-    assert times([50, 60, 80, 90], [10, 20, 10, 3]) == ([0.0, 0.1, 0.3, 0.4], 0.43)
-    assert times([90, 80, 60, 50], [0] * 4) == ([0.0, 0.1, 0.3, 0.4], 0.5)
-    assert times([50, 60, 80], [0, 0, 0]) == ([0.0, 0.1, 0.3], 0.5)         # of two steps, the longer
-    assert times([50], [0]) == times([50], [-7]) == ([0.0], 0.01)
-    assert times([], []) == ([], 0.0)
-    assert times([0, 10, 20, 30], [4, 10, 1, 1])[1] == 0.4 == times([0, 10, 20, 30], [4, 4, 9, 4])[1]
-    assert times([0, 10, 20, 30], [1, 10, 5, 1])[1] == pytest.approx(0.31)
-    assert times([None, 7, None], [3, 3, 3]) == ([0.0, 0.04, 0.08], 0.12)
-    assert times([None, None], [0, 0], Fraction(10)) == ([0.0, 0.1], 0.2)
-
-
-def clock(*packets):
-    """The pts and dts of packets (pts, dts, is a keyframe) after demux."""
-    made = []
-    for pts, dts, is_key in packets:
-        made.append(packet := av.Packet(b"x"))
-        packet.pts, packet.dts, packet.is_keyframe = pts, dts, is_key
-    return [(packet.pts, packet.dts) for packet in media.demux(source(lambda _: iter(made)))]
-
-
-def source(demux):
-    return SimpleNamespace(container=SimpleNamespace(demux=demux))
-
-
-def test_clock_that_steps_back_goes_on():
-    """0 20 10 | 5 15 25 | 0 | 0 | -3: each part begins a median step, or 1, after the last one. No dts is left,
-    because FFmpeg seeks by it, on the file's own clock."""
-    joined = clock((0, -10, True), (20, 0, False), (10, 10, False),
-                   (5, -5, True), (15, 5, False), (25, 15, False),
-                   (0, 0, True), (0, -9, True), (-3, None, True))
-    assert joined == [(0, -10), (20, 0), (10, 10), (30, None), (40, None), (50, None),
-                      (60, None), (60, None), (61, None)]
-    assert clock((30, 5, True), (20, 5, True)) == [(30, 5), (31, None)]
-    assert clock((30, 5, True), (0, -9, True), (30, 0, True), (20, 5, True)) == [
-        (30, 5), (31, None), (61, None), (51, None)]            # all called keyframes again
-
-
-@pytest.mark.parametrize("packets", [
-    [(0, -20, True), (40, -10, False), (20, 0, False), (10, 10, False), (30, 20, False)],   # B-frames
-    [(0, -20, True), (40, -10, True), (20, 0, True), (10, 10, True), (30, 20, True)],       # called keyframes
-    [(0, None, False), (40, None, False), (20, None, False)],
-    [(0, 0, True), (10, 0, True), (None, None, True), (20, 10, True)],
-    [(30, 0, True), (20, 20, True)]])
-def test_b_frames_are_not_a_step_back(packets):
-    """Frames that are shown later are stored first. In another recording, the first packet is a keyframe whose
-    dts steps back as well, or is later than its pts."""
-    assert clock(*packets) == [(pts, dts) for pts, dts, _ in packets]
-
-
-def test_file_that_cannot_be_read_on():
-    """A clock at its end and a failure end it. PyAV's IndexError does not: a stream began late."""
-    assert clock((2 ** 63 - 1, 5, True), (0, 0, True), (9, 9, True)) == [(2 ** 63 - 1, 5)]
-    failures = [IndexError(), IndexError(), av.error.InvalidDataError(1, "no more")]
-
-    def demux(_):
-        yield av.Packet(b"x" * len(failures))
-        raise failures.pop(0)
-    assert [packet.size for packet in media.demux(source(demux))] == [3, 2, 1] and not failures
-
-
-def test_timelines_of_packets_and_of_frames(tmp_path, monkeypatch):
-    """Packets that are empty, discarded or without time do not count. The last in time says how long it is
-    shown, here 9 thousandths of a second."""
-    made = [SimpleNamespace(pts=pts, dts=pts, duration=duration, size=size, is_discard=pts == 4,
-                            is_keyframe=pts != 1)
-            for pts, duration, size in ((0, 5, 1), (2, 9, 1), (3, 6, 0), (4, 8, 1), (1, 7, 1), (None, 4, 1))]
-    path, expected = write(tmp_path / "a.mkv", n=1), ([0.0, 0.001, 0.002], 0.011, [0, 1, 2])
-    monkeypatch.setattr(media, "demux", lambda _: iter(made))
-    assert media.read_packets(path) == media.Clip(path, *expected, keyframes=[0, 2])
-    monkeypatch.setattr(media, "decode", lambda _: iter([made[0], made[4], made[1]]))
-    assert media.read_decoded(path) == media.Clip(path, *expected, keyframes=[])
-
-
-@pytest.mark.parametrize("suffix, codec", [("ts", "libx264"), ("mkv", "libx264"), ("mkv", "mpeg4")])
-@pytest.mark.parametrize("start", (0, 15))
+@pytest.mark.parametrize("suffix, codec, start", [("ts", "libx264", 0), ("ts", "libx264", 15), ("mkv", "libx264", 15),
+                                                  ("mkv", "mpeg4", 0)])
 def test_joined_recordings_follow_each_other(tmp_path, suffix, codec, start):
     """The second begins at 0 again, or 0.5 s before the first ends."""
     settings = dict(n=20, codec=codec, bf="2", g="6", qscale="2", b_strategy="0")
@@ -662,18 +446,9 @@ def test_joined_recordings_follow_each_other(tmp_path, suffix, codec, start):
     video = read_video(joined)
     assert video.total_frames == 40 and video.duration == pytest.approx(4.0, abs=0.1)
     assert_shows(video, [0, 13, 26, 39], [0.0, 1.3, 2.6, 3.9])
-    assert max(media.read_packets(joined).keyframes) < 20               # of 40 frames
 
 
-def test_clock_of_more_than_three_years_is_refused(tmp_path):
-    pts = [0, 3 * 10 ** 9, 6 * 10 ** 9]                         # hundredths of a second
-    write(tmp_path / "a.mkv", n=3, pts=pts)
-    assert read_video(tmp_path / "a.mkv", max_frames=2).total_frames == 3
-    write(tmp_path / "a.mkv", n=3, pts=[2 * p for p in pts])
-    assert "lasts 180000000 s by its clock" in refused(tmp_path / "a.mkv")
-
-
-# ---- names ----
+# ---- names and titles ----
 
 
 @pytest.mark.parametrize("name", ["http:a.mp4", "concat:a|b.mp4", "50%02d: a.mp4", "-i", "a\nb", b"\xff.mp4"])
@@ -685,13 +460,7 @@ def test_name_is_only_a_name(tmp_path, monkeypatch, name):
 
 
 def test_title_in_another_encoding(tmp_path):
-    with av.open(str(tmp_path / "a.avi"), "w") as file:
-        file.metadata["title"] = "CafeXX"
-        stream = file.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for packet in (*stream.encode(av.VideoFrame.from_image(picture(90))), *stream.encode()):
-            file.mux(packet)
-    data = (tmp_path / "a.avi").read_bytes()
+    data = write(tmp_path / "a.avi", n=1, codec="mpeg4", title="CafeXX").read_bytes()
     assert b"CafeXX" in data
     (tmp_path / "a.avi").write_bytes(data.replace(b"CafeXX", b"Caf\xe9XX"))
     assert len(read_video(tmp_path / "a.avi").frames) == 1
@@ -701,16 +470,13 @@ def test_title_in_another_encoding(tmp_path):
 
 
 def test_cut_off_file_shows_what_is_there(tmp_path):
-    """A transport stream that ends after 20 frames, or within the next one."""
+    """A transport stream that ends within the packet of frame 20."""
     whole = write(tmp_path / "a.ts", bf="0").read_bytes()
     with av.open(str(tmp_path / "a.ts")) as file:
         end = [packet.pos for packet in file.demux(video=0)][20]
-    (tmp_path / "cut.ts").write_bytes(whole[:end])
-    video = read_video(tmp_path / "cut.ts")
-    assert_shows(video, [0, 19], [0.0, 1.9])
-    assert video.total_frames == 20 and video.duration == pytest.approx(2.0, abs=0.1)
-    (tmp_path / "cut.ts").write_bytes(whole[:end + 100])
-    assert read_video(tmp_path / "cut.ts").total_frames in (20, 21)
+    (tmp_path / "a.ts").write_bytes(whole[:end + 100])
+    video = read_video(tmp_path / "a.ts")
+    assert video.total_frames in (20, 21) and len(video.frames) == 2 and number(video.frames[0]) == 0
 
 
 def spoil(path, first, last):
@@ -721,36 +487,25 @@ def spoil(path, first, last):
     for position, size in places[first:last]:
         data[position + 8:position + size] = bytes(size - 8)
     path.write_bytes(data)
+    return path
 
 
-def test_broken_packets_are_not_frames(tmp_path, decoded):
+def test_broken_packets_are_not_frames(tmp_path):
     """If the last ten frames do not decode, the others are sampled. If frame 5 does not, the frame of 1.0 s is
     the tenth to come, and it is found by its time."""
-    path = write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2")
-    spoil(path, 30, 40)
-    video = read_video(path)
+    video = read_video(spoil(write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2"), 30, 40))
     assert video.total_frames == 30
     assert_shows(video, [0, 14, 29], [0.0, 1.4, 2.9])
-    assert decoded == [0, 30, 30, 30]           # packets, sampled frames (not all come), all, sampled frames
-    spoil(write(path, codec="mpeg4", g="1", qscale="2"), 5, 6)
+    path = spoil(write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2"), 5, 6)
     assert_shows(read_video(path, max_frames=1), [10], [1.0])
 
 
-def test_frame_without_an_image_names_its_file(tmp_path, monkeypatch):
-    def upright(*_):
-        raise av.error.InvalidDataError(22, "no such colours")
-    monkeypatch.setattr(media, "upright", upright)
-    assert "no such colours" in refused(write(tmp_path / "a.mp4"))
-
-
-@pytest.mark.parametrize("limit, found", [(None, 1), (60 * 40 - 1, 0)])
-def test_frame_larger_than_the_header_says(tmp_path, monkeypatch, limit, found):
-    path = mux(tmp_path / "a.mkv", [("mjpeg", Disposition.default, SMALL, jpegs(90, (60, 40)))])
-    monkeypatch.setattr(media, "MAX_PIXELS", limit or media.MAX_PIXELS)
-    if found:
-        assert read_video(path).frames[0].size == (60, 40)
-    else:
-        assert "pixels" in refused(path)
+def test_frame_larger_than_the_header_says(tmp_path, monkeypatch):
+    data = encode(Image.new("RGB", (60, 40)), "JPEG")
+    path = mux(tmp_path / "a.mkv", ("mjpeg", Disposition.default, [data, data]))
+    assert read_video(path).frames[0].size == (60, 40)
+    monkeypatch.setattr(media, "MAX_PIXELS", 60 * 40 - 1)
+    assert "pixels" in refused(path)
 
 
 def test_large_canvases_are_refused_first(tmp_path, monkeypatch, decoded, recwarn):
@@ -758,80 +513,49 @@ def test_large_canvases_are_refused_first(tmp_path, monkeypatch, decoded, recwar
     encoded = encode(Image.new("P", (8, 8)), "GIF")
     (tmp_path / "a.gif").write_bytes(encoded[:6] + 4 * b"\xff" + encoded[10:])
     assert "(Image size (4294836225 pixels) exceeds limit" in refused(tmp_path / "a.gif")
-    huge = {"width": 8192, "height": 8193}
-    path = mux(tmp_path / "a.mkv", [("vp8", Disposition.default, huge, [bytes(100)])])
+    path = mux(tmp_path / "a.mkv", ("vp8", Disposition.default, [bytes(100)]), width=8192, height=8193)
     assert "8192 x 8193 pixels, too many for a video" in refused(path)
-    assert sum(decoded) == 0
+    assert not decoded
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)
     picture(90).save(tmp_path / "a.png")
     assert read_video(tmp_path / "a.png").frames[0].size == (48, 32) and not recwarn.list
 
 
 @pytest.mark.parametrize("name, text", [
-    ("notes.txt", "A list of clips to watch.\n" * 40), ("a.nfo", "\x1b[31mRED\x1b[0m\r\n" * 90),
-    ("a.ans", "\x1b[2J\x1b[1;1H" * 90), ("a.ffconcat", "ffconcat version 1.0\nfile clip.ts\n"),
+    ("notes.txt", "A list of clips to watch.\n" * 40), ("a.mp4", "no video " * 100), ("a.ans", "\x1b[2J\x1b[1;1H" * 90),
+    ("a.ffconcat", "ffconcat version 1.0\nfile clip.ts\n"),
     ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\nclip.ts\n"),
-    ("b.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.2,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"),
     ("a.sdp", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
               "a=rtpmap:96 H264/90000\n"),
     ("a.xbm", "#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {\n0x00\n};\n"),
-    ("a.srt", "1\n00:00:00,000 --> 00:00:01,000\nHello\n"), ("a.svg", "<svg width='9' height='9'></svg>")])
+    ("a.srt", "1\n00:00:00,000 --> 00:00:01,000\nHello\n")])
 def test_texts_and_playlists_are_refused(tmp_path, name, text):
     """A live playlist would be read for ever, and a session description would wait for the network."""
-    write(tmp_path / "clip.ts")
+    write(tmp_path / "clip.ts", n=5)
     (tmp_path / name).write_text(text)
     assert "not a video or picture that can be read" in refused(tmp_path / name)
 
 
-def test_damaged_files_are_shown_or_refused(tmp_path, capfd):
-    """A few bytes of each header are changed. Nothing but our message is printed."""
-    dice = random.Random(0)
-    for name, codec in (("a.wmv", "wmv2"), ("a.nut", "mpeg4"), ("a.mp4", "mpeg4"), ("a.mkv", "mpeg4")):
-        whole = write(tmp_path / name, n=5, codec=codec).read_bytes()
-        for _ in range(100):
-            data = bytearray(whole)
-            for place in dice.sample(range(min(900, len(data))), 8):
-                data[place] = dice.choice((0, 127, 128, 255))
-            (tmp_path / name).write_bytes(data)
-            try:
-                assert read_video(tmp_path / name).frames
-            except (ValueError, OSError) as error:
-                assert str(tmp_path / name) in str(error)
-    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"):
-        data = encode(picture(90), kind)
-        (tmp_path / "a").write_bytes(data[:len(data) // 2])
-        refused(tmp_path / "a")
-    assert capfd.readouterr() == ("", "")
+@pytest.mark.parametrize("kind", ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"))
+def test_half_a_picture_is_refused(tmp_path, kind):
+    data = encode(picture(90), kind)
+    (tmp_path / "a").write_bytes(data[:len(data) // 2])
+    refused(tmp_path / "a")
 
 
-def test_logs_of_pillow_are_not_printed(tmp_path, monkeypatch, capfd):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
-    data, samples = (tmp_path / "a.tiff").read_bytes(), bytes.fromhex("1501 0300 01000000")     # tag 277
-    assert data.count(samples + b"\x03\x00") == 1
-    (tmp_path / "a.tiff").write_bytes(data.replace(samples + b"\x03\x00", samples + b"\x03\xb5"))
-    monkeypatch.setattr(logging.root, "handlers", [])                       # as without pytest
-    refused(tmp_path / "a.tiff")
-    assert capfd.readouterr().err == ""
-
-
-def test_no_file_folder_pipe_or_text(tmp_path):
+def test_no_file_folder_or_pipe(tmp_path):
     assert "no such file" in refused(tmp_path / "none.mp4")
     assert "is a folder" in refused(tmp_path)
     (tmp_path / "empty.mp4").touch()
     assert "is empty" in refused(tmp_path / "empty.mp4")
-    (tmp_path / "text.mp4").write_text("no video " * 100)
-    assert "not a video" in refused(tmp_path / "text.mp4")
     os.mkfifo(tmp_path / "pipe.mp4")
     assert "is a pipe" in refused(tmp_path / "pipe.mp4")
 
 
 def test_sound_alone_or_broken_frames_alone(tmp_path):
-    with av.open(str(tmp_path / "sound.wav"), "w") as file:
-        stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame(format="s16", layout="mono", samples=800)
-        frame.planes[0].update(bytes(1600))
-        frame.sample_rate = 8000
-        file.mux(stream.encode(frame))
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 800, "NONE", ""))
+        file.writeframes(bytes(1600))
     assert "no video stream that can be decoded, only audio" in refused(tmp_path / "sound.wav")
-    spoil(write(tmp_path / "a.mkv", n=5, codec="mpeg4", g="1"), 0, 5)
-    assert "no frame of it can be decoded" in refused(tmp_path / "a.mkv")
+    path = spoil(write(tmp_path / "a.mkv", n=5, codec="mpeg4", g="1"), 0, 5)
+    assert "no frame of it can be decoded" in refused(path)

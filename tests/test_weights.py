@@ -1,7 +1,6 @@
 """Checkpoints as they are found: whole or in parts, old or new, and broken in every way."""
 
 import json
-import re
 from fnmatch import fnmatch
 from reprlib import repr as shown
 
@@ -23,6 +22,7 @@ def folder(tmp_path):
 
 
 def edit_config(folder, section, **values):
+    """Set fields of a section of config.json; None is its top level. The value ... deletes a field."""
     config = json.loads((folder / "config.json").read_text())
     target = config if section is None else config[section]
     target.update(values)
@@ -44,18 +44,15 @@ def message(folder, **options) -> str:
     return str(error.value)
 
 
+def assert_loads_dev_c(source, golden):
+    g = golden("dev_c")
+    assert VideoLM.from_pretrained(source)(g.input_ids, g.pixels).equal(g.model(g.input_ids, g.pixels))
+
+
 # ---- what is read ----
 
 
-def test_load_report(folder):
-    tensors = load_file(folder / "model.safetensors")
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    assert VideoLM.from_pretrained(folder).load_report == \
-        f"{len(tensors)} tensors, {numbers:,} parameters as float32; 0 missing, 0 unexpected, ignored: none"
-
-
 def test_sharded_weights(folder, golden):
-    g = golden("dev_c")
     tensors, weight_map = load_file(folder / "model.safetensors"), {}
     for n in range(3):
         part = {name: tensor for i, (name, tensor) in enumerate(sorted(tensors.items())) if i % 3 == n}
@@ -63,19 +60,17 @@ def test_sharded_weights(folder, golden):
         weight_map.update({name: f"model-0000{n + 1}-of-00003.safetensors" for name in part})
     (folder / "model.safetensors").unlink()
     (folder / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert VideoLM.from_pretrained(folder)(g.input_ids, g.pixels).equal(g.model(g.input_ids, g.pixels))
+    assert_loads_dev_c(folder, golden)
     (folder / "model-00002-of-00003.safetensors").unlink()
     assert "model-00002-of-00003.safetensors is missing" in message(folder)
 
 
 def test_one_file_before_stale_index(folder, golden):
-    g, other = golden("dev_c"), load_file(folder / "model.safetensors")
-    save_file({name: tensor + 1 for name, tensor in other.items()}, folder / "old.safetensors")
-    index = {"weight_map": dict.fromkeys(other, "old.safetensors")}
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "old.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "old.safetensors")}
     (folder / weights.INDEX).write_text(json.dumps(index))
-    assert VideoLM.from_pretrained(folder)(g.input_ids).equal(g.model(g.input_ids))
-    (folder / "old.safetensors").unlink()
-    assert VideoLM.from_pretrained(folder)(g.input_ids).equal(g.model(g.input_ids))
+    assert_loads_dev_c(folder, golden)
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -89,31 +84,6 @@ def test_dtypes(folder, stored, asked):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("dtype, files_per_tensor", [(torch.float32, 0), (torch.bfloat16, 1)])
-def test_memory_while_reading(folder, monkeypatch, dtype, files_per_tensor):
-    """What was read and converted leaves with its file; the largest tensor is read while little is held."""
-    opened, read = [], []
-
-    class Recorder:
-        def __init__(self, path, framework):
-            self.file = original(path, framework)
-            opened.append(path)
-
-        def get_tensor(self, name):
-            tensor = self.file.get_tensor(name)
-            read.append(tensor.numel())
-            return tensor
-
-    stored = weights.read_headers(folder, read_config(folder))
-    with torch.device("meta"):
-        model = VideoLM(read_config(folder))
-    original = weights.safe_open
-    monkeypatch.setattr(weights, "safe_open", Recorder)
-    weights.load_tensors(model, folder, stored, "cpu", dtype)
-    assert read == sorted(read, reverse=True) and len(read) == len(stored)
-    assert len(opened) == (files_per_tensor * len(stored) or 1)
-
-
 def test_tied_head(tmp_path, golden):
     folder, g = writable_copy(FIXTURES / "dev_a", tmp_path / "dev_a"), golden("dev_a")
     assert "lm_head.weight" not in g.model.state_dict()
@@ -125,42 +95,28 @@ def test_tied_head(tmp_path, golden):
     assert_close(model(g.input_ids, g.pixels), g.tensors["logits"])
     for head in (table + torch.eye(128, 48), table[:100].clone()):
         edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
-        text = message(folder)
-        assert "lm_head.weight that differs from" in text and "tie_word_embeddings" in text
-
-
-def test_hub_config(folder):
-    """The 2.2B model's config leaves out both head counts: transformers' defaults. perceiver_config holds decoys."""
-    edit_config(folder, "text_config", num_attention_heads=..., num_key_value_heads=..., head_dim=...,
-                rope_parameters=..., rope_theta=130000, hidden_size=2048,
-                perceiver_config={"num_key_value_heads": 1, "tie_word_embeddings": True})
-    edit_config(folder, "vision_config", num_hidden_layers=..., intermediate_size=..., patch_size=...,
-                image_size=96)
-    config = read_config(folder)
-    text, vision = config.text_config, config.vision_config
-    assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (32, 32, 64)
-    assert text.rope_theta == 130000 and not config.tie_word_embeddings
-    assert (vision.num_hidden_layers, vision.intermediate_size, vision.patch_size) == (12, 3072, 32)
-    assert (vision.layer_norm_eps, text.rms_norm_eps) == (1e-6, 1e-5)
+        assert "lm_head.weight that differs from" in message(folder)
 
 
 def test_other_fields_are_ignored(folder, golden):
-    """Also those that mean something elsewhere: perceiver_config, left over from Idefics, and settings of sampling."""
+    """Also those that mean something elsewhere, such as settings of sampling, and those that say what we do."""
     edit_config(folder, None, output_attentions=True, vocab_size=1, pad_token_id=2, temperature=0.5, invented=[1])
     edit_config(folder, "text_config", perceiver_config={"num_key_value_heads": 1}, attention_dropout=0.1,
-                pretraining_tp=2, tie_word_embeddings=True, invented={"a": 1})
+                pretraining_tp=2, tie_word_embeddings=True, invented={"a": 1}, layer_types=["full_attention"] * 3,
+                hidden_act=None, attention_bias=False, partial_rotary_factor=1.0, sliding_window=None)
     edit_config(folder, "vision_config", max_image_size={"longest_edge": 48}, use_base_siglip=True)
-    g = golden("dev_c")
-    assert VideoLM.from_pretrained(folder)(g.input_ids, g.pixels).equal(g.model(g.input_ids, g.pixels))
+    settings = {"eos_token_id": 124, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 20,
+                "repetition_penalty": 1.0, "num_beams": 1, "guidance_scale": None, "no_repeat_ngram_size": 3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert_loads_dev_c(folder, golden)
 
 
+BASE = dict(hidden_size=768, num_attention_heads=12, image_size=512, patch_size=16)
 HUB = {                                     # what the three configs say; the rest is absent there
     "256M": (dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                  num_key_value_heads=3), dict(hidden_size=768, num_attention_heads=12, image_size=512,
-                  patch_size=16), 4, 471, 256_484_928),
+                  num_key_value_heads=3), BASE, 4, 471, 256_484_928),
     "500M": (dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
-                  num_key_value_heads=5), dict(hidden_size=768, num_attention_heads=12, image_size=512,
-                  patch_size=16), 4, 489, 507_482_304),
+                  num_key_value_heads=5), BASE, 4, 489, 507_482_304),
     "2.2B": (dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24),
              dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
                   image_size=384, patch_size=14), 3, 657, 2_246_784_880)}
@@ -168,6 +124,7 @@ HUB = {                                     # what the three configs say; the re
 
 @pytest.mark.parametrize("size", HUB)
 def test_hub_sizes(tmp_path, size):
+    """The 2.2B model's config leaves out both head counts; the others leave out sizes of the encoder."""
     text, vision, scale, n_tensors, n_parameters = HUB[size]
     text = {"model_type": "llama", "head_dim": 64, "vocab_size": 49280, "rms_norm_eps": 1e-5, **text}
     config = {"model_type": "smolvlm", "image_token_id": 49190, "scale_factor": scale,
@@ -177,260 +134,166 @@ def test_hub_sizes(tmp_path, size):
         model = VideoLM(read_config(tmp_path))
     tensors = model.state_dict().values()
     assert (len(tensors), sum(tensor.numel() for tensor in tensors)) == (n_tensors, n_parameters)
-    patches = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    assert (patches // scale)**2 == (81 if size == "2.2B" else 64)
+    assert (model.config.vision_config.layer_norm_eps, model.config.text_config.rms_norm_eps) == (1e-6, 1e-5)
 
 
-def test_rope_theta_spellings(folder):
-    def theta(**values):
-        edit_config(folder, "text_config", **values)
-        return read_config(folder).text_config.rope_theta
-    assert theta() == 10000.0
-    assert theta(rope_parameters={"rope_theta": 777.0, "rope_type": "default"}) == 777
-    assert theta(rope_parameters={"rope_theta": 778.0}) == 778
-    assert theta(rope_parameters={"rope_theta": 10**12}) == 10**12
-    assert theta(rope_parameters=..., rope_theta=555, rope_scaling=None) == 555
-    assert theta(rope_scaling={"rope_type": "default"}) == 555
-    assert theta(rope_scaling={"type": "default", "factor": 1.0}) == 555
-    assert theta(rope_scaling={"rope_type": "default", "rope_theta": 556}) == 556
+@pytest.mark.parametrize("theta, fields", [
+    (10000, {}), (777, {"rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}}),
+    (10**12, {"rope_parameters": {"rope_theta": 10**12}}),
+    (555, {"rope_parameters": ..., "rope_theta": 555, "rope_scaling": None}),
+    (555, {"rope_parameters": ..., "rope_theta": 555, "rope_scaling": {"type": "default", "factor": 1.0}}),
+    (556, {"rope_theta": 555, "rope_scaling": {"rope_type": "default", "rope_theta": 556}}),
+    (555, {"rope_parameters": {"rope_theta": 777}, "rope_theta": 555, "rope_scaling": {"rope_type": "default"}})])
+def test_rope_theta_spellings(folder, theta, fields):
+    """rope_scaling counts before rope_parameters, as in transformers."""
+    edit_config(folder, "text_config", **fields)
+    assert read_config(folder).text_config.rope_theta == theta
 
 
-@pytest.mark.parametrize("field, value", [
-    ("layer_types", ["full_attention"] * 3), ("layer_types", []), ("layer_types", None), ("hidden_act", None),
-    ("attention_bias", False), ("mlp_bias", False), ("partial_rotary_factor", 1.0), ("sliding_window", None)])
-def test_implemented_values_are_accepted(folder, field, value):
-    edit_config(folder, "text_config", **{field: value})
-    VideoLM.from_pretrained(folder)
-
-
-def test_null_head_sizes(folder):
-    """null: hidden_size / num_attention_heads, which is not dev_c's 16."""
-    edit_config(folder, "text_config", head_dim=None, num_attention_heads=3, num_key_value_heads=None)
-    text = read_config(folder).text_config
-    assert (text.head_dim, text.num_key_value_heads) == (16, 3)
-
-
-def eos(folder, generation, text=..., top=...):
+@pytest.mark.parametrize("generation, text, top, expected", [
+    ({"eos_token_id": [3, 124]}, 5, 6, (3, 124)), ({"eos_token_id": None}, 5, 6, ()), ({}, 5, 6, ()),
+    (None, 5, ..., (5,)), (None, 5, None, (5,)), (None, [5, 7], ..., (5, 7)), (None, None, 6, (6,)),
+    (None, 5, 6, (6,)), (None, ..., ..., ())])
+def test_eos(folder, generation, text, top, expected):
+    """As transformers 5.23 with the same files: generation_config.json alone, or else config.json."""
     edit_config(folder, "text_config", eos_token_id=text)
     edit_config(folder, None, eos_token_id=top)
-    if generation is None:
-        (folder / "generation_config.json").unlink(missing_ok=True)
-    else:
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return VideoLM.from_pretrained(folder).eos_token_ids
+    assert weights.read_eos(folder) == expected
 
 
-def test_eos(folder):
-    """As transformers 5.23 with the same files: generation_config.json alone, or else config.json."""
-    assert VideoLM.from_pretrained(folder).eos_token_ids == (124,)
-    assert eos(folder, {"eos_token_id": [3, 124]}, 5, 6) == (3, 124)
-    assert eos(folder, {"eos_token_id": None}, 5, 6) == eos(folder, {}, 5, 6) == ()
-    assert eos(folder, None, 5) == eos(folder, None, 5, None) == (5,)
-    assert eos(folder, None, None, 6) == (6,) and eos(folder, None, [5, 7]) == (5, 7)
-    assert eos(folder, None, 5, 6) == (6,)
-    assert eos(folder, None) == eos(folder, None, None, None) == ()
+@pytest.mark.parametrize("eos", ["</s>", True, [2, None], 2.0, [[2]]])
+def test_senseless_eos(folder, eos):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert f"generation_config.json: eos_token_id must be token ids, not {eos!r}" in message(folder)
 
 
 @pytest.mark.parametrize("setting, value", [
     ("repetition_penalty", 1.2), ("encoder_repetition_penalty", 0.9), ("num_beams", 4), ("guidance_scale", 1.5)])
-def test_generation_settings_that_change_greedy_answers(folder, setting, value):
+def test_settings_that_change_greedy_answers(folder, setting, value):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 124, setting: value}))
     assert f"generation_config.json: {setting} = {value} is not implemented, only 1" in message(folder)
-    (folder / "generation_config.json").unlink()
-    edit_config(folder, "text_config", **{setting: value})
-    assert f"/config.json: {setting} = {value} is not implemented" in message(folder)
-
-
-def test_other_generation_settings_are_ignored(folder):
-    settings = {"eos_token_id": 124, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 20,
-                "repetition_penalty": 1.0, "num_beams": 1, "guidance_scale": None, "no_repeat_ngram_size": 3}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    assert VideoLM.from_pretrained(folder).eos_token_ids == (124,)
 
 
 # ---- what is refused ----
 
 
 @pytest.mark.parametrize("section, field, value", [
-    (None, "model_type", None), (None, "model_type", "idefics3"), ("text_config", "model_type", "qwen2"),
-    ("text_config", "hidden_act", "gelu"), ("text_config", "attention_bias", True), ("text_config", "mlp_bias", True),
+    (None, "model_type", "idefics3"), ("text_config", "model_type", "qwen2"), ("vision_config", "model_type", "siglip"),
+    ("text_config", "hidden_act", "gelu"), ("vision_config", "hidden_act", "relu"),
+    ("text_config", "attention_bias", True), ("text_config", "mlp_bias", True),
     ("text_config", "sliding_window", 512), ("text_config", "rope_interleaved", True),
     ("text_config", "qk_layer_norms", True), ("text_config", "use_resampler", True),
-    ("text_config", "is_causal", False),
+    ("text_config", "is_causal", False), ("text_config", "partial_rotary_factor", 0.5),
     ("text_config", "layer_types", ["full_attention", "sliding_attention", "full_attention"]),
-    ("text_config", "layer_types", "sliding_attention"), ("text_config", "partial_rotary_factor", 0.5),
-    ("vision_config", "hidden_act", "relu"), ("vision_config", "num_channels", 1),
-    ("vision_config", "model_type", "siglip"),
+    ("vision_config", "num_channels", 1), (None, "image_token_id", "<image>"), (None, "scale_factor", None),
     ("text_config", "hidden_size", "48"), ("text_config", "hidden_size", -48), ("text_config", "hidden_size", [48]),
-    ("text_config", "num_hidden_layers", 0), ("text_config", "rms_norm_eps", -1.0),
     ("text_config", "num_attention_heads", 6.0), ("text_config", "head_dim", True),
-    ("text_config", "rms_norm_eps", float("nan")), ("text_config", "rms_norm_eps", None),
+    ("text_config", "rms_norm_eps", -1.0), ("text_config", "rms_norm_eps", float("nan")),
     ("text_config", "max_position_embeddings", 2**70), ("vision_config", "patch_size", 0),
-    ("vision_config", "layer_norm_eps", True), (None, "scale_factor", None), (None, "image_token_id", "<image>"),
-    (None, "tie_word_embeddings", "no"), (None, "tie_word_embeddings", 1)])
+    (None, "tie_word_embeddings", 1), (None, "scale_factor", 10**4000), (None, "scale_factor", "x" * 10_000)])
 def test_values_that_are_refused(folder, section, field, value):
     edit_config(folder, section, **{field: value})
     text = message(folder)
     assert "config.json" in text and f"{field} = {shown(value)} " in text and len(text) < 400
 
 
-@pytest.mark.parametrize("theta", [float("inf"), 10**400, 0, None, "10000", 10**12 + 1])
-def test_senseless_rope_theta(folder, theta):
-    edit_config(folder, "text_config", rope_parameters={"rope_theta": theta})
-    assert f"text_config: rope_theta = {shown(theta)} must be a number from" in message(folder)
-
-
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
-@pytest.mark.parametrize("rope", [{"rope_type": "yarn"}, {"type": "yarn", "factor": 2.0},
-                                  {"rope_type": "yarn", "type": "default"}])
-def test_scaled_positions(folder, name, rope):
+@pytest.mark.parametrize("rope, says", [
+    ("linear", "rope_type = 'linear' is not"), ({"rope_type": "yarn"}, "rope_type = 'yarn' is not"),
+    ({"type": "yarn", "factor": 2.0}, "rope_type = 'yarn' is not"),
+    ({"rope_type": "yarn", "type": "default"}, "rope_type = 'yarn' is not"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not"),
+    ({"rope_theta": float("inf")}, "rope_theta = inf must be"), ({"rope_theta": None}, "rope_theta = None must be"),
+    ({"rope_theta": 0}, "rope_theta = 0 must be"), ({"rope_theta": "10000"}, "rope_theta = '10000' must be")])
+def test_positions_that_are_refused(folder, name, rope, says):
     edit_config(folder, "text_config", rope_parameters=...)
     edit_config(folder, "text_config", **{name: rope})
-    assert "rope_type = 'yarn' is not implemented, only 'default'" in message(folder)
-    edit_config(folder, "text_config", **{name: "linear"})
-    assert "rope_type = 'linear' is not implemented, only 'default'" in message(folder)
-    edit_config(folder, "text_config", **{name: {"rope_type": "default", "partial_rotary_factor": 0.5}})
-    assert "partial_rotary_factor = 0.5 is not implemented, only 1" in message(folder)
-
-
-def test_rope_scaling_counts_before_rope_parameters(folder):
-    """As in transformers, which then takes rope_theta from beside them."""
-    edit_config(folder, "text_config", rope_parameters={"rope_theta": 777}, rope_theta=555,
-                rope_scaling={"rope_type": "default"})
-    assert read_config(folder).text_config.rope_theta == 555
-
-
-def test_missing_section(folder):
-    edit_config(folder, None, vision_config=...)
-    assert "has no section vision_config" in message(folder)
-    edit_config(folder, None, text_config=[])
-    assert "has no section text_config" in message(folder)
+    assert says in message(folder)
 
 
 @pytest.mark.parametrize("section, field, value, says", [
-    ("text_config", "num_key_value_heads", 4,
-     "num_attention_heads = 6 is not a multiple of 4 (num_key_value_heads)"),
+    ("text_config", "num_key_value_heads", 4, "num_attention_heads = 6 is not a multiple of 4"),
     ("text_config", "num_key_value_heads", 12, "num_attention_heads = 6 is not a multiple of 12"),
-    ("text_config", "head_dim", 15, "head_dim = 15 is not a multiple of 2 (positions turn pairs)"),
-    ("text_config", "head_dim", 1, "head_dim = 1 is not a multiple of 2"),
-    ("vision_config", "num_attention_heads", 5, "hidden_size = 32 is not a multiple of 5 (num_attention_heads)"),
-    ("vision_config", "num_attention_heads", 64, "hidden_size = 32 is not a multiple of 64"),
-    (None, "scale_factor", 4, "image_size // patch_size = 6 is not a multiple of 4 (scale_factor)"),
-    (None, "scale_factor", 100, "image_size // patch_size = 6 is not a multiple of 100"),
-    ("vision_config", "patch_size", 49, "image_size // patch_size = 0 is not a multiple of 3")])
-def test_sizes_that_do_not_divide(folder, section, field, value, says):
+    ("text_config", "head_dim", 15, "head_dim = 15 is not a multiple of 2"),
+    ("vision_config", "num_attention_heads", 5, "hidden_size = 32 is not a multiple of 5"),
+    (None, "scale_factor", 4, "image_size // patch_size = 6 is not a multiple of 4"),
+    ("vision_config", "patch_size", 49, "image_size // patch_size = 0 is not a multiple of 3"),
+    (None, "image_token_id", 128, "image_token_id = 128 is not one of the 128 tokens"),
+    (None, "vision_config", ..., "has no section vision_config"),
+    (None, "text_config", [], "has no section text_config")])
+def test_parts_that_do_not_fit_together(folder, section, field, value, says):
     edit_config(folder, section, **{field: value})
-    assert message(folder).startswith(f"config.json: {says}")
+    assert says in message(folder)
 
 
-def test_image_token_outside_vocabulary(folder):
-    edit_config(folder, None, image_token_id=128)
-    assert "image_token_id = 128 is not one of the 128 tokens" in message(folder)
-
-
-SIZES = [("text_config", "vocab_size", 129, "embed_tokens.weight (129, 48)"),
-         ("text_config", "hidden_size", 96, "embed_tokens.weight (128, 96)"),
-         ("text_config", "intermediate_size", 2**31 - 1, "gate_proj.weight (2147483647, 48)"),
-         ("text_config", "num_attention_heads", 9, "q_proj.weight (144, 48)"),
-         ("text_config", "num_key_value_heads", 6, "k_proj.weight (96, 48)"),
-         ("text_config", "head_dim", 2**30, "q_proj.weight (6442450944, 48)"),
-         ("text_config", "num_hidden_layers", 2**31 - 1, "have 3 layers"),
-         ("text_config", "num_hidden_layers", 2, "have 3 layers"),
-         ("vision_config", "num_hidden_layers", 100_000, "have 2 layers"),
-         ("vision_config", "hidden_size", 64, "patch_embedding.weight (64, 3, 8, 8)"),
-         ("vision_config", "patch_size", 16, "patch_embedding.weight (32, 3, 16, 16)"),
-         ("vision_config", "image_size", 96, "position_embedding.weight (144, 32)"),
-         ("vision_config", "intermediate_size", 81, "fc1.weight (81, 32)"),
-         (None, "scale_factor", 2, "proj.weight (48, 128)")]
-
-
-@pytest.mark.parametrize("section, field, value, says", SIZES)
-def test_sizes_before_building(folder, monkeypatch, section, field,
-                                                                      value, says):
+@pytest.mark.parametrize("section, field, value, says", [
+    ("text_config", "vocab_size", 129, "embed_tokens.weight (129, 48)"),
+    ("text_config", "hidden_size", 96, "embed_tokens.weight (128, 96)"),
+    ("text_config", "intermediate_size", 2**31 - 1, "gate_proj.weight (2147483647, 48)"),
+    ("text_config", "num_attention_heads", 9, "q_proj.weight (144, 48)"),
+    ("text_config", "num_key_value_heads", 6, "k_proj.weight (96, 48)"),
+    ("text_config", "head_dim", 2**30, "q_proj.weight (6442450944, 48)"),
+    ("text_config", "num_hidden_layers", 2**31 - 1, "have 3 layers"),
+    ("vision_config", "num_hidden_layers", 1, "have 2 layers"),
+    ("vision_config", "patch_size", 16, "patch_embedding.weight (32, 3, 16, 16)"),
+    ("vision_config", "image_size", 96, "position_embedding.weight (144, 32)"),
+    ("vision_config", "intermediate_size", 81, "fc1.weight (81, 32)"),
+    (None, "scale_factor", 2, "proj.weight (48, 128)")])
+def test_sizes_before_building(folder, monkeypatch, section, field, value, says):
+    """A wrong size is reported before memory of that size is asked for."""
     monkeypatch.setattr(VideoLM, "__init__", lambda *_: pytest.fail("the model was built"))
     edit_config(folder, section, **{field: value})
     text = message(folder)
-    assert text.startswith(f"config.json, {section or 'top level'}: ") and says in text, text
-    assert f"{field} = {value}" in text
-
-
-def test_size_message(folder):
-    """All fields that make a shape together are named, and a tensor that is not there."""
-    edit_config(folder, "text_config", vocab_size=129)
-    assert message(folder) == (
-        "config.json, text_config: vocab_size = 129, hidden_size = 48 ask for "
-        "model.text_model.embed_tokens.weight (129, 48), but the weights have (128, 48); correct it, or "
-        "fetch the weights again")
-    edit_config(folder, "text_config", vocab_size=128)
-    edit_tensors(folder, lambda tensors: tensors.pop("model.text_model.layers.0.mlp.gate_proj.weight"))
-    assert "layers.0.mlp.gate_proj.weight (120, 48), but the weights have no such tensor;" in message(folder)
+    assert text.startswith("config.json, ") and says in text and f"{field} = {value}" in text
 
 
 def test_bad_index(folder):
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
-    weight_map = {"lm_head.weight": "../model.safetensors"}
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert "names files outside its folder" in message(folder)
-    for index in ({}, {"weight_map": ["model.safetensors"]}):
+    for index, says in (({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "names files outside its folder"),
+                        ({}, "has no weight_map"), ({"weight_map": ["model.safetensors"]}, "has no weight_map")):
         (folder / weights.INDEX).write_text(json.dumps(index))
-        assert "model.safetensors.index.json has no weight_map" in message(folder)
-
-
-def test_revision_of_folder_and_bad_eos(folder):
-    assert "has no revision v1" in message(folder, revision="v1")
-    for eos in ('"</s>"', "true", "[2, null]", "2.0", "[[2]]"):
-        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
-        assert "generation_config.json: eos_token_id must be token ids" in message(folder)
-    (folder / "generation_config.json").unlink()
-    edit_config(folder, "text_config", eos_token_id="x")
-    assert "/config.json: eos_token_id must be token ids, not 'x'" in message(folder)
+        assert says in message(folder)
 
 
 def test_wrong_tensors_are_named(folder):
+    """The attention of layer 1 has 4 tensors in the decoder and 8 in the encoder. The first five are named."""
     def spoil(tensors):
-        for name in [name for name in tensors if "layers.1." in name and "layernorm" not in name
-                     and "layer_norm" not in name]:
-            tensors[name.replace("proj", "project").replace("fc", "full")] = tensors.pop(name)
+        for name in [name for name in tensors if "layers.1.self_attn" in name]:
+            tensors[name.replace("self_attn", "attention")] = tensors.pop(name)
         tensors["lm_head.weight"] = tensors["lm_head.weight"][:100].clone()
     edit_tensors(folder, spoil)
     text = message(folder)
-    for part in ("19 missing: ", "19 unexpected: ", ", ...;",
-                 "1 mis-shaped: lm_head.weight (100, 48) instead of (128, 48); fetch"):
-        assert part in text, text
-    missing = text.split("missing: ")[1].split(";")[0]
-    assert len(re.findall("layers.1.", missing)) == 5 and "project" not in missing
-    assert len(re.findall("project|full", text)) == 5
+    assert "12 missing: " in text and "12 unexpected: " in text and ", ...;" in text
+    assert "1 mis-shaped: lm_head.weight (100, 48) instead of (128, 48)" in text
+    assert text.count("layers.1.self_attn") == text.count("layers.1.attention") == 5
 
 
 def test_missing_or_damaged_files(folder):
-    cut = (folder / "model.safetensors").read_bytes()[:-100]
-    (folder / "model.safetensors").write_bytes(cut)
-    assert "model.safetensors is damaged or cut off" in message(folder)
-    (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
-    assert "model.safetensors is damaged or cut off" in message(folder)
-    (folder / "model.safetensors").unlink()
+    path = folder / "model.safetensors"
+    for content in (path.read_bytes()[:-100], b"\xff" * 4096):
+        path.write_bytes(content)
+        assert "model.safetensors is damaged or cut off" in message(folder)
+    path.unlink()
     assert "model.safetensors is missing" in message(folder)
-    (folder / "model.safetensors").mkdir()
+    path.mkdir()
     assert "model.safetensors is damaged or cut off" in message(folder)
     (folder / "config.json").unlink()
     assert "has no config.json" in message(folder)
     assert "is a file" in message(folder / "meta.json")
+    assert "has no revision v1" in message(folder, revision="v1")
+    assert "neither a folder here nor the name of a repository" in message("no/such/folder")
 
 
-@pytest.mark.parametrize("content", [
-    b"{", b"\xff{}", b"[" * 100_000, b'{"a": ' * 100_000, b'{"text_config": ' + b"1" * 5000 + b"}"])
-def test_broken_json(folder, content):
-    for name in ("generation_config.json", "config.json"):
-        (folder / name).write_bytes(content)
-        assert f"{name} cannot be read as JSON" in message(folder)
-    (folder / "config.json").write_text("[1]")
-    assert "config.json holds a list, not an object" in message(folder)
-
-
-def test_long_values_are_cut(folder):
-    for value in (10**4000, "x" * 10_000, json.loads("[" * 400 + "]" * 400)):
-        edit_config(folder, None, scale_factor=value)
-        assert "scale_factor = " in message(folder) and len(message(folder)) < 300
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("content, says", [
+    (b"{", "cannot be read as JSON"), (b"\xff{}", "cannot be read as JSON"), (b"[1]", "holds a list, not an object"),
+    (b'{"a": ' * 100_000, "cannot be read as JSON"), (b'{"a": ' + b"1" * 5000 + b"}", "cannot be read as JSON")])
+def test_broken_json(folder, name, content, says):
+    (folder / name).write_bytes(content)
+    assert f"{name} {says}" in message(folder)
 
 
 def test_quantised_weights(folder):
@@ -450,15 +313,12 @@ def test_fetched_files(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download",
                         lambda repo, **options: asked.append((repo, options)) or str(tmp_path))
     assert weights.find_folder("owner/name", "v1", weights.MODEL_FILES) == tmp_path
-    bar = asked[0][1]["tqdm_class"]
-    assert bar(total=3).disable and bar(total=3).total == 3         # silent where nobody watches
-    assert not bar(total=3, disable=False).disable
     weights.find_folder("owner/name", None, weights.PROCESSOR_FILES)
     fetched = [[name for name in hub if any(fnmatch(name, p) for p in options["allow_patterns"])]
                for _, options in asked]
     assert fetched == [hub[1:6], ["tokenizer.json", *hub[-4:-1]]]
-    assert [(repo, options["revision"]) for repo, options in asked] == [("owner/name", "v1"),
-                                                                        ("owner/name", None)]
+    assert [(repo, options["revision"]) for repo, options in asked] == [("owner/name", "v1"), ("owner/name", None)]
+    assert asked[0][1]["tqdm_class"](total=3).disable                   # silent where nobody watches
 
 
 @pytest.fixture
@@ -490,31 +350,28 @@ def http_error(kind, code):
     return kind(f"{code}: no\n\nnot here", response=httpx2.Response(code, request=request))
 
 
+def without_network():
+    """As the hub's library says it: the reason is the cause of the error."""
+    error = errors.LocalEntryNotFoundError("we cannot find the files")
+    error.__cause__ = ConnectionError("no route to host " + "x" * 1000)
+    return error
+
+
 @pytest.mark.parametrize("error, cause", [
     (ImportError("Using SOCKS proxy, but 'socksio' is not installed."), "ImportError: Using SOCKS proxy"),
     (json.JSONDecodeError("Expecting value", "<html>", 0), "JSONDecodeError: Expecting value"),
-    (TimeoutError("timed out"), "TimeoutError: timed out"), (KeyError("sha"), "KeyError: 'sha'"),
     (OSError(28, "No space left on device"), "No space left on device"),
+    (without_network(), "ConnectionError: no route to host"),
     (http_error(errors.HfHubHTTPError, 503), "(HfHubHTTPError: 503: no);")])
-def test_hub_failure_and_cache(
-        hub, tmp_path, golden, error, cause):
+def test_hub_failure_and_cache(hub, tmp_path, golden, error, cause):
+    """If the hub cannot be reached, the cache is read. If the cache has nothing either, the reason is told."""
     hub(error)
     text = message("owner/name")
-    assert "owner/name is not a folder here" in text and cause in text and "is not in the cache" in text
-    assert text == str(text).strip() and message("owner/name", revision="v2").startswith(
-        "owner/name at revision v2 is not a folder here")
+    assert "owner/name is not a folder here" in text and cause in text and len(text) < 600
     cached(tmp_path)
-    g = golden("dev_c")
-    assert VideoLM.from_pretrained("owner/name")(g.input_ids).equal(g.model(g.input_ids))
-    assert cause in message("owner/name", revision="v2")
-
-
-def test_hub_failure_cause(hub):
-    error = errors.LocalEntryNotFoundError("we cannot find the files")
-    error.__cause__ = ConnectionError("no route to host " + "x" * 1000)
-    hub(error)
-    assert "ConnectionError: no route to host" in message("owner/name") and len(message("owner/name")) < 600
-    assert "we cannot find" not in message("owner/name")
+    assert_loads_dev_c("owner/name", golden)
+    text = message("owner/name", revision="v2")
+    assert text.startswith("owner/name at revision v2 is not a folder here") and cause in text
 
 
 @pytest.mark.parametrize("kind, says", [
@@ -524,12 +381,3 @@ def test_hub_failure_cause(hub):
 def test_hub_refusals(hub, kind, says):
     hub(http_error(kind, 404))
     assert message("owner/name", revision="v1").startswith(says)
-
-
-def test_offline(monkeypatch, tmp_path, hub, golden):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "cannot be fetched" in message("owner/name") and "offline mode" in message("owner/name")
-    cached(tmp_path)
-    g = golden("dev_c")
-    assert VideoLM.from_pretrained("owner/name")(g.input_ids).equal(g.model(g.input_ids))
-    assert "neither a folder here nor the name of a repository" in message("no/such/folder")

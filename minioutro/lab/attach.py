@@ -250,6 +250,9 @@ def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder or any("Cross" in type(m).__name__ for m in model.modules()):
         raise refusal(name, "it attends to a second sequence")
+    if any(part.endswith("indexer") for part, _ in model.named_modules()):
+        # transformers asks its indexer only if the attention is one of its own
+        raise refusal(name, "each of its queries attends to a few chosen keys alone")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refusal(name, "some of its layers have no values of their own")
     if model.get_output_embeddings() is None:

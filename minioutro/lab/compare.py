@@ -16,6 +16,7 @@ from minioutro.support.cli import escaped
 ALPHA = 0.05                        # a result is shown where p is below it
 RESAMPLES = 10_000                  # of the videos, for an interval
 AT_A_TIME = 100                     # of these resamples, to save memory
+MOST_KINDS = 50                     # in the table: those with the most questions
 LEAST_CHANGES = 6                   # of five changes, all in one way, p is 2/32, above ALPHA
 
 
@@ -248,7 +249,7 @@ def row_of_table(label: str, width: int, variant: dict, is_baseline: bool) -> st
 
 def table_of_differences(found: dict) -> str:
     """The report of `summarise`: a row for each variant, over all questions and by kind, and the
-    verdict in words. An asterisk marks the row that was asked.
+    verdict in words. An asterisk marks the row that was asked. Of many kinds the largest are shown.
     """
     labels = {name: f"  {escaped(name)}" for name in found["variants"]}
     width = max(14, *(len(label) + 3 for label in labels.values()))
@@ -259,7 +260,10 @@ def table_of_differences(found: dict) -> str:
                      f"every variant")
     lines += ["", f"{'':{width}}{'right':>7}{'unparsed':>10}{'gained':>8}{'lost':>6}"
                   f"{'difference, 95 % interval':>27}"]
-    for task, variants in [("all", found["variants"]), *found["tasks"].items()]:
+    by_size = sorted(found["tasks"], key=lambda task: -found["tasks"][task]["baseline"]["n"])
+    listed = set(by_size[:MOST_KINDS])
+    tasks = {task: rows for task, rows in found["tasks"].items() if task in listed}
+    for task, variants in [("all", found["variants"]), *tasks.items()]:
         n = variants["baseline"]["n"]
         errors = variants["baseline"]["errors"]
         title = f"{escaped(task)}: {counted(n, 'question')}"
@@ -268,4 +272,7 @@ def table_of_differences(found: dict) -> str:
             is_asked = variants is found["variants"] and name == found["asked"]
             label = f"{labels[name]} *" if is_asked else labels[name]
             lines.append(row_of_table(label, width, variant, name == "baseline"))
-    return "\n".join([*lines, "", verdict(found), *about_other_rows(found)])
+    if len(by_size) > MOST_KINDS:
+        rest = len(by_size) - MOST_KINDS
+        lines.append(f"and {counted(rest, 'smaller kind')} of question, which --json prints")
+    return "\n".join([*lines, "", verdict(found), *about_other_rows({**found, "tasks": tasks})])

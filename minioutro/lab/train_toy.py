@@ -670,11 +670,11 @@ class Training:
         if self.state.exists():
             self.restore(self.state)
         elif run != TOY:
+            state_of_toy = folder / TOY.folder / "state.pt"
             if not self.before_last_stage.exists():
                 raise ValueError(f"{self.before_last_stage} is missing, and the controls begin "
-                                 f"there; remove {folder / TOY.folder / 'state.pt'} to train the "
-                                 f"toy again")
-            self.restore(self.before_last_stage)
+                                 f"there; remove {state_of_toy} to train the toy again")
+            self.restore(self.before_last_stage, f"it and {state_of_toy} to train the toy again")
 
     def save(self, path: Path) -> None:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -682,8 +682,11 @@ class Training:
             torch.save({"learner": self.learner.state_dict(), "optimizers": optimizers,
                         **vars(self.at)}, half)
 
-    def restore(self, path: Path) -> None:
-        """Go on from a saved state. Raises: ValueError if it is damaged, or has another seed."""
+    def restore(self, path: Path, remove: str = "it to train from the beginning") -> None:
+        """Go on from a saved state. remove: what helps if it is damaged.
+
+        Raises: ValueError if it is damaged, or has another seed.
+        """
         random_seed = self.at.random_seed
         try:
             saved = torch.load(path, map_location=self.device)
@@ -694,8 +697,8 @@ class Training:
             for optimizer, state in zip(self.optimizers, states, strict=True):
                 optimizer.load_state_dict(state)
         except Exception as error:                      # a damaged file raises almost anything
-            raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove it to train "
-                             f"from the beginning") from None
+            raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove "
+                             f"{remove}") from None
         if self.at.random_seed != random_seed:
             raise ValueError(f"{path} is of a run with --seed {self.at.random_seed}, not "
                              f"{random_seed}; use another --folder")

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 import sys
 from operator import attrgetter
 from pathlib import Path
@@ -38,10 +39,22 @@ def load(given: str):
     check(path.stem not in sys.modules,
           f"{path.name} has the name of another module that is in use; call yours my_module.py, or such")
     sys.path.append(str(path.parent))
+    check_helpers(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def check_helpers(path: Path) -> None:
+    """A file beside the module that it imports must not have the name of another module, such as helpers.py here."""
+    imports = re.findall(r"^\s*(?:from|import) +(\w+)", path.read_text("utf-8", "replace"), re.MULTILINE)
+    for name in imports:
+        helper = path.with_name(f"{name}.py")
+        if helper.is_file():
+            found = Path(importlib.util.find_spec(name).origin or "").resolve()
+            check(found == helper, f"{path.name} imports {helper.name} beside it, and that is the name of another "
+                                   f"module that is in use; call it something else")
 
 
 # As they were at first: tests of exercise 10 put a student's class into the model.

@@ -63,7 +63,8 @@ def run_tests(exercise: Exercise, module: Path, seconds: float) -> str:
         results = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", HERE / "test_exercises.py", f"--impl={module}",
                    "-m", f"exercise_{exercise.number}", f"--junitxml={results}", f"--rootdir={ROOT}",
-                   "-p", "no:xdist", "-p", "no:cacheprovider"]
+                   "-p", "no:xdist", "-p", "no:cacheprovider",
+                   "-c", os.devnull]        # without it, a pytest.ini in a folder around the project would count
         environment = {name: value for name, value in os.environ.items()
                        if name not in ("PYTHONOPTIMIZE", "PYTEST_ADDOPTS")}
         child = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
@@ -92,7 +93,12 @@ def what_failed(results: Path, code: int, module: Path) -> str:
     places = re.findall(rf"(?<!\w){re.escape(module.name)}:(\d+): ", failures[0].text or "")
     if places:
         said += f" ({module.name}, line {places[-1]})"
-    return f"{len(failures)} of {len(tests)} tests failed. {said}"[:LONGEST]
+    return shown(f"{len(failures)} of {len(tests)} tests failed. {said}"[:LONGEST])
+
+
+def shown(text: str) -> str:
+    """A text without what would steer a terminal. Line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def report(wrong: dict[int, str]) -> dict:
@@ -103,9 +109,11 @@ def report(wrong: dict[int, str]) -> dict:
 
 
 def write(path: Path | None, content: dict) -> None:
-    """Replace the file of points, whole or not at all."""
-    if path is not None:
-        half = path.with_name(f".{path.name}.half")
+    """Replace the file of points, whole or not at all. It is written in a new folder, where nobody has put a link."""
+    if path is None:
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        half = Path(folder) / path.name
         half.write_text(json.dumps(content, indent=2), encoding="utf-8")
         half.replace(path)
 
@@ -133,6 +141,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each exercise (default: %(default)s)")
     options = parser.parse_args(arguments)
     module = options.module.resolve()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # what a module says may have any letters
+    if options.points and options.points.exists() and not options.points.is_file():
+        print(f"{options.points} is not a file; give another one", file=sys.stderr)
+        return 2
     try:
         if module.suffix != ".py" or not module.is_file():
             sentence = f"{options.module} is not a Python file; cp tests/course/starter.py my_module.py gives one"

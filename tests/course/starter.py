@@ -111,10 +111,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> tuple[Tens
 
 @dataclass
 class Cache:
-    """Keys and values of all tokens so far. The first call, at length 0, brings the whole prompt.
-
-    If that call is interrupted, `length` is still 0, and the next one begins anew.
-    """
+    """Keys and values of all tokens so far. The first call, at length 0, brings the prompt."""
     k: list[Tensor] = field(default_factory=list)   # of each layer, float[B,G,.,D], K or longer
     v: list[Tensor] = field(default_factory=list)
     length: int = 0                                 # K, tokens that went through all layers
@@ -189,8 +186,8 @@ def align_with_sink(out: Tensor, v_sink: Tensor, ever_sink: Tensor, gamma: float
                     temperature: float) -> Tensor:
     """Turn each head's output o towards the sink's value v, in the plane of the two, keeping |o|.
 
-        c = cos(o, v)     g = tanh(relu(c) / temperature)     p = <o, v> / (|v|^2 + 1e-8) v
-        o' = o + g * gamma * p, then scaled to the length of o: o' * |o| / (|o'| + 1e-8)
+        c = cos(o, v)     g = tanh(relu(c) / temperature)     p = (<o, v> / (|v|^2 + 1e-8)) v
+        t = o + g * gamma * p, then scaled to the length of o: o' = t * |o| / (|t| + 1e-8)
 
     With gamma 3, an angle of 80 degrees to v becomes 56, and one of 45 becomes 14. An angle of 90
     degrees or more stays as it is.
@@ -210,7 +207,7 @@ class Sinks:
 
     It is made when a prompt begins, filled layer by layer while the prompt is read, and then fixed.
     Tokens that follow the prompt are never searched and open no row. They are aligned with what the
-    prompt has left here. A layer has read the prompt when it has an entry in `v_sink`.
+    prompt has left here. `l in v_sink` says that layer l has read the prompt.
     """
 
     def __init__(self, outro: OutRo, n_layers: int, nobody: Tensor):
@@ -228,7 +225,7 @@ class Sinks:
         """Step 1: search layer l of the prompt for sinks.
 
         hidden: float[B,S,C], the input of the layer. is_token: bool[B,S], False for padding, which
-        would change the median; None means that there is no padding.
+        would change the median; None where there is no padding (lab/attach.py has some).
         """
         raise NotImplementedError("not written yet: exercise 10")
 

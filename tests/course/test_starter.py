@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 from operator import attrgetter
 from types import SimpleNamespace
@@ -82,14 +83,24 @@ def test_crash_or_loop_costs_its_own_exercise(tmp_path, capsys):
 
 
 def test_points_are_zero_until_the_end(tmp_path, monkeypatch):
-    points, seen = tmp_path / "points.json", []
+    points, other, seen = tmp_path / "points.json", tmp_path / "other", []
+    other.write_text("other")
+    (tmp_path / ".points.json.half").symlink_to(other)
 
     def look(exercise, module, seconds):
         seen.append(json.loads(points.read_text())["score"])
         return ""
     monkeypatch.setattr(grade, "run_tests", look)
     assert grade.grade(tmp_path / "mine.py", points)["score"] == 70 and seen == [0] * len(WITH_TESTS)
-    assert [path.name for path in tmp_path.iterdir()] == ["points.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"points.json", ".points.json.half", "other"}
+    assert other.read_text() == "other"
+
+
+def test_what_a_module_says_is_escaped(tmp_path):
+    results = tmp_path / "results.xml"
+    results.write_text('<a><testcase><failure message="\x9b2J\u202e é">mine.py:3: </failure></testcase></a>', "utf-8")
+    said = grade.what_failed(results, 1, tmp_path / "mine.py")
+    assert said == r"1 of 1 tests failed. \x9b2J\u202e é (mine.py, line 3)"
 
 
 def test_grading_errors_are_one_line(tmp_path, capsys):
@@ -98,8 +109,10 @@ def test_grading_errors_are_one_line(tmp_path, capsys):
     assert json.loads(points.read_text())["score"] == 0
     (tmp_path / "mine.py").write_text("")
     assert grade.main([str(tmp_path / "mine.py"), "--points", str(tmp_path / "no" / "points.json")]) == 2
+    assert grade.main([str(tmp_path / "mine.py"), "--points", os.devnull]) == 2
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and "is not a Python file" in told[0] and "give another file" in told[1]
+    assert len(told) == 3 and "is not a Python file" in told[0] and "give another file" in told[1]
+    assert told[2] == "/dev/null is not a file; give another one"
 
 
 def test_impl_refuses_what_it_cannot_load(course, tmp_path):
@@ -110,3 +123,7 @@ def test_impl_refuses_what_it_cannot_load(course, tmp_path):
     (tmp_path / "grade.py").write_text("")
     with pytest.raises(AssertionError, match="^grade.py has the name of another module"):
         course.load(str(tmp_path / "grade.py"))
+    (tmp_path / "helpers.py").touch()
+    (tmp_path / "mine.py").write_text("from helpers import mine")
+    with pytest.raises(AssertionError, match="mine.py imports helpers.py beside it"):
+        course.load(str(tmp_path / "mine.py"))

@@ -11,7 +11,7 @@ from pathlib import Path
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-extensions", "--hide-scrollbars",
          "--remote-debugging-pipe")
-KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9, " ": 32, "Enter": 13}
+KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 class Chromium:
@@ -133,13 +133,9 @@ class Chromium:
             self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
         return self.drawn()
 
-    def dark(self, is_dark: bool) -> None:
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-
-    def screenshot(self, whole: bool = False) -> str:
-        """What is visible, or the whole page, as a PNG in base64."""
-        return self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+    def screenshot(self) -> str:
+        """What is visible, as a PNG in base64."""
+        return self.call("Page.captureScreenshot", format="png")["data"]
 
 
 LOADED = """new Promise(done => {

@@ -7,13 +7,11 @@ import torch
 import transformers
 from helpers import assert_close
 from tiny import PLANTED, TEXT, TINY, text
-from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, StaticCache
+from transformers import AttentionInterface, DynamicCache, GenerationConfig, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minioutro import OutRo
-from minioutro import model as model_module
 from minioutro.lab.attach import attach
 from minioutro.model import align_with_sink
 
@@ -62,7 +60,7 @@ def test_smolvlm_equals_our_model(golden, case, switches, attention):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_sinks_are_where_they_were_planted_and_their_rows_are_opened_once(tiny, name):
+def test_planted_sinks_open_once(tiny, name):
     """Massive from the input of layer 3 on; the first layer from there that opens rows is 4 of 15."""
     case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
     with attach(case.model, OutRo()) as seen:
@@ -83,7 +81,7 @@ def heads_of(case, layer, kind, call):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_an_opened_row_takes_in_what_comes_later_and_no_other_row_changes(tiny, name):
+def test_opened_rows_alone_change(tiny, name):
     """What goes into o_proj of layer 4. What comes into the layer is the same, its rows open or closed."""
     case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
     heads = []
@@ -96,7 +94,7 @@ def test_an_opened_row_takes_in_what_comes_later_and_no_other_row_changes(tiny, 
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_outputs_of_prompt_and_answer_are_turned_towards_the_sinks_value(tiny, name):
+def test_outputs_turn_towards_v_sink(tiny, name):
     """In layer 3, the first with sinks, what comes in is the same with and without alignment."""
     case, inputs = tiny(name), tiny(name).prompt(LONG)
     call = dict(**inputs, **GREEDY, prefix_allowed_tokens_fn=lambda b, ids: [20 + len(ids)])
@@ -120,7 +118,7 @@ def test_the_outputs_of_prompt_and_answer_are_turned_towards_the_sinks_value(tin
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_batch_padded_on_the_left_equals_its_prompts_alone(tiny, name):
+def test_padded_batch_equals_singles(tiny, name):
     case, outro = tiny(name), OutRo()
     call = dict(**GREEDY, output_logits=True, return_dict_in_generate=True)
     both = case.prompt(LONG, SHORT)
@@ -147,7 +145,7 @@ def state(model):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_everything_is_put_back_also_after_an_error(tiny, name):
+def test_everything_is_put_back(tiny, name):
     case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
     before, logits = state(case.model), case.model(**inputs).logits
     with attach(case.model, OutRo()) as seen:
@@ -163,7 +161,7 @@ def test_everything_is_put_back_also_after_an_error(tiny, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_with_nothing_on_or_nothing_found_it_is_eager_attention(tiny, name):
+def test_off_is_eager_attention(tiny, name):
     case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
     before = case.model.config.get_text_config()._attn_implementation
     case.model.set_attn_implementation("eager")
@@ -187,13 +185,13 @@ def answer(case, inputs, **options):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2"])
-def test_a_static_cache_answers_as_one_that_grows(tiny, name):
+def test_static_cache(tiny, name):
     case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
     with attach(case.model, OutRo()):
         assert answer(case, inputs, cache_implementation="static") == answer(case, inputs)
 
 
-def test_beams_are_scored_as_their_tokens_one_by_one(llama):
+def test_beams(llama):
     inputs = llama.prompt(LONG, SHORT)
     with attach(llama.model, OutRo()):
         found = llama.model.generate(**inputs, **GREEDY, num_beams=3, length_penalty=0.0, output_scores=True,
@@ -207,7 +205,7 @@ def test_beams_are_scored_as_their_tokens_one_by_one(llama):
             assert score == pytest.approx(found.sequences_scores[b].item(), abs=1e-4)
 
 
-def test_each_cache_keeps_its_own_prompt_and_a_second_turn_counts_as_generated(llama):
+def test_second_turns_of_two_caches(llama):
     """Two conversations in turn, each with a second turn, equal each alone; no row is opened for that."""
     def converse(*prompts):
         caches, logits = [DynamicCache() for _ in prompts], [[] for _ in prompts]
@@ -226,24 +224,7 @@ def test_each_cache_keeps_its_own_prompt_and_a_second_turn_counts_as_generated(l
         assert all(a.equal(b) for a, b in zip(own, alone, strict=True))
 
 
-def test_a_new_prompt_begins_anew_and_one_without_sinks_leaves_nothing(llama):
-    with attach(llama.model, OutRo()) as seen:
-        answer(llama, llama.prompt(LONG))
-        assert seen.is_sink and seen.opened
-        assert answer(llama, llama.prompt([1, 2, 3])) and not (seen.is_sink or seen.opened or seen.v_sink)
-        assert answer(llama, llama.prompt(SHORT)) and seen.opened[4].shape == (1, 5)
-
-
-def test_a_static_cache_that_is_emptied_takes_a_new_prompt(llama):
-    cache, inputs = StaticCache(config=llama.model.config, max_cache_len=32), llama.prompt(SHORT)
-    with attach(llama.model, OutRo()) as seen:
-        first = llama.model(**llama.prompt(LONG), past_key_values=cache).logits
-        cache.reset()
-        assert_close(llama.model(**inputs, past_key_values=cache).logits, llama.model(**inputs).logits)
-        assert list(seen.opened) == [4] and first.shape[1] == len(LONG)
-
-
-def test_padding_on_the_right_is_no_later_token_whatever_mask_says_so():
+def test_padding_on_the_right():
     """As 0 and 1 a token, or as a mask of the user's own, added or boolean. Kernels round apart: float64."""
     llama = TINY["Llama"]()
     llama.model.double()
@@ -260,7 +241,7 @@ def test_padding_on_the_right_is_no_later_token_whatever_mask_says_so():
 
 
 @pytest.mark.parametrize("cache", ["growing", "static"])
-def test_the_mask_with_opened_rows_by_hand(tiny, monkeypatch, cache):
+def test_opened_mask_by_hand(tiny, monkeypatch, cache):
     """A window of 6, two prompts, one padded: what a window or padding closes stays closed."""
     case, masks, sdpa = tiny("Mistral"), {}, ALL_ATTENTION_FUNCTIONS["sdpa"]
     inputs = case.prompt([PLANTED, 3, 4, 5, 9, 8, 16, 17, PLANTED, 11, 12], SHORT)
@@ -281,7 +262,7 @@ def test_the_mask_with_opened_rows_by_hand(tiny, monkeypatch, cache):
             assert masks[4][b, 0, i].nonzero().flatten().tolist() == sees + later
 
 
-def test_padding_counts_neither_for_the_median_nor_as_a_sink(llama):
+def test_padding_is_not_searched(llama):
     """With low thresholds, so that the median decides, and with the tokens that are padding's equal."""
     outro, both = OutRo(abs_threshold=0.0, median_multiple=3.3), llama.prompt(LONG + [31] * 9, SHORT)
     with attach(llama.model, outro) as seen:
@@ -293,28 +274,7 @@ def test_padding_counts_neither_for_the_median_nor_as_a_sink(llama):
     assert all(tokens.equal(seen.is_sink[l][0]) for l, tokens in together.items())
 
 
-def test_a_compiled_model_does_the_same_around_steps_that_are_not_compiled(llama, monkeypatch):
-    """Also one that was compiled, and has run, before the block, and with other constants in a second."""
-    inputs, model = llama.prompt(LONG, SHORT), text("Llama", num_hidden_layers=6).model
-    find_sinks, compiling = model_module.find_sinks, []
-    monkeypatch.setattr(model_module, "find_sinks", lambda *args: (
-        compiling.append(torch.compiler.is_compiling()), find_sinks(*args))[1])
-
-    def run():
-        logits = [model(**inputs, use_cache=False).logits]          # a cache would be compiled for each layer
-        for outro in (OutRo(), OutRo(align=False)):
-            with attach(model, outro) as seen:
-                logits.append(model(**inputs, use_cache=False).logits)
-            assert list(seen.opened) == [3]
-        return logits
-    expected = run()
-    model.compile(backend="eager")
-    for ours, theirs in zip(run(), expected, strict=True):
-        assert_close(ours, theirs, 1e-5)
-    assert not torch.allclose(expected[1], expected[2], atol=1e-3) and compiling and not any(compiling)
-
-
-def test_layers_of_a_hybrid_without_attention_are_passed_over(recwarn):
+def test_hybrid_layers(recwarn):
     """Qwen3-Next: attention in every fourth layer, 3, 7 and 11 of 15; rows would be opened in 0, 2, 4, ..."""
     case = text("Qwen3Next", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
                 shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
@@ -329,27 +289,6 @@ def test_layers_of_a_hybrid_without_attention_are_passed_over(recwarn):
     assert list(seen.opened) == [7] and not [w for w in recwarn if "no row" in str(w.message)]
 
 
-def test_two_models_have_it_at_once_each_with_its_own_constants(llama, tiny):
-    inputs, a, b = llama.prompt(LONG), llama.model, tiny("Qwen2").model
-    with attach(a, OutRo()):
-        of_a = a(**inputs).logits
-    with attach(b, OutRo(relax=False)):
-        of_b = b(**inputs).logits
-    with attach(a, OutRo()) as in_a, attach(b, OutRo(relax=False)) as in_b:
-        assert a(**inputs).logits.equal(of_a) and b(**inputs).logits.equal(of_b)
-    assert in_a.opened and in_b.is_sink and not in_b.opened
-
-
-def test_another_model_of_the_same_config_goes_its_own_way(llama):
-    other = transformers.LlamaForCausalLM(llama.model.config).eval()
-    plain, inputs = other(**llama.prompt(LONG)).logits, llama.prompt(LONG)
-    with attach(llama.model, OutRo()) as seen:
-        expected = llama.model(**inputs).logits
-        found = dict(seen.is_sink)
-        assert_close(other(**llama.prompt(LONG)).logits, plain, 1e-5)
-        assert found == seen.is_sink and llama.model(**inputs).logits.equal(expected)
-
-
 # ---- what is refused ----
 
 SMALL = dict(hidden_size=48, intermediate_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
@@ -362,6 +301,13 @@ GEMMA3N = {**SMALL, "intermediate_size": [64] * 5, "layer_types": ["full_attenti
            "activation_sparsity_pattern": [0.0] * 5}
 GEMMA4 = {**SMALL, "layer_types": ["full_attention"] * 5, "vocab_size_per_layer_input": 128,
           "hidden_size_per_layer_input": 8, "global_head_dim": 8}
+SPARSE = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, vocab_size=128, n_routed_experts=4, n_group=1,
+              moe_intermediate_size=16, topk_group=1, kv_lora_rank=8, q_lora_rank=16, qk_rope_head_dim=8,
+              qk_nope_head_dim=8, v_head_dim=6, index_n_heads=2, index_head_dim=16)
+TWICE = dict(hidden_size=48, num_layers=4, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6,
+             ffn_hidden_size=64, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, head_dim=8,
+             v_head_dim=8, n_routed_experts=4, zero_expert_num=2, moe_topk=2, expert_ffn_hidden_size=16, vocab_size=128,
+             pad_token_id=0)
 
 
 def small(name, config, **sizes):
@@ -376,8 +322,10 @@ def small(name, config, **sizes):
     ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=16, n_layer=2, n_head=2), "it has no decoder with a list"),
     ("Gemma3nForCausalLM", "Gemma3nTextConfig", dict(num_kv_shared_layers=2, **GEMMA3N), "some of its lay"),
     ("Gemma4ForCausalLM", "Gemma4TextConfig", dict(num_kv_shared_layers=2, **GEMMA4), "some of its layers"),
+    ("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE, "each of its queries attends to a few chosen keys"),
+    ("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE, "each of its queries attends to a few chosen keys"),
 ])
-def test_models_that_are_refused_by_name(name, config, sizes, why):
+def test_refused_models(name, config, sizes, why):
     model = small(name, config, **sizes)
     before = state(model)
     with pytest.raises(ValueError, match=f"in {name}: {why}.*minioutro.lab.README.md says"), attach(model, OutRo()):
@@ -385,20 +333,20 @@ def test_models_that_are_refused_by_name(name, config, sizes, why):
     assert state(model) == before
 
 
-def test_what_holds_a_model_is_refused(llama):
-    for holder in (nn.Sequential(llama.model), torch.compile(llama.model, backend="eager")):
-        with pytest.raises(ValueError, match=f"{type(holder).__name__}: it is no model of transformers, but"):
-            attach(holder, OutRo()).__enter__()
-
-
-def test_a_model_whose_layers_have_another_input_is_refused_when_it_runs():
+def test_layers_with_another_input():
     model = small("Gemma3nForCausalLM", "Gemma3nTextConfig", num_kv_shared_layers=0, **GEMMA3N)
     why = r"Gemma3nTextDecoderLayer: its input is \(4, 1, 3, 48\)"
     with attach(model, OutRo(), untested=True), pytest.raises(ValueError, match=why):
         model(torch.tensor([[3, 4, 5]]))
 
 
-def test_a_second_block_on_the_same_model_is_refused_and_the_first_goes_on(llama):
+def test_layer_that_attends_twice():
+    model = small("LongcatFlashForCausalLM", "LongcatFlashConfig", **TWICE)
+    with attach(model, OutRo(), untested=True), pytest.raises(ValueError, match="its layer attends twice"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
+def test_second_block(llama):
     with attach(llama.model, OutRo()) as seen:
         with pytest.raises(ValueError, match="LlamaForCausalLM has OutRo already"):
             attach(llama.model, OutRo()).__enter__()
@@ -408,27 +356,20 @@ def test_a_second_block_on_the_same_model_is_refused_and_the_first_goes_on(llama
 
 @pytest.mark.parametrize("option, value", [("prefill_chunk_size", 4), ("prompt_lookup_num_tokens", 3),
                                            ("assistant_early_exit", 2), ("use_cache", False)])
-def test_generation_that_does_not_read_the_prompt_whole_is_refused(llama, option, value):
+def test_prompts_that_are_not_read_whole_are_refused(llama, monkeypatch, option, value):
+    """Asked for by an argument, by a config, or by the model's own config."""
+    why = f"{option}.*generate without it"
     with attach(llama.model, OutRo()):
         for options in ({option: value}, {"generation_config": GenerationConfig(**{option: value})}):
-            with pytest.raises(ValueError, match=f"{option}.*generate without it"):
+            with pytest.raises(ValueError, match=why):
                 llama.model.generate(**llama.prompt(LONG), **options)
+        monkeypatch.setattr(llama.model.generation_config, option, value)
+        with pytest.raises(ValueError, match=why):
+            llama.model.generate(**llama.prompt(LONG))
+        monkeypatch.undo()
 
 
-def test_generation_by_another_model_or_loop_is_refused(llama):
-    with attach(llama.model, OutRo()):
-        for option, value in (("assistant_model", llama.model), ("custom_generate", print)):
-            with pytest.raises(ValueError, match=f"{option}.*generate without it"):
-                llama.model.generate(**llama.prompt(LONG), **{option: value})
-
-
-def test_an_option_that_the_model_brings_along_is_refused_too(llama, monkeypatch):
-    monkeypatch.setattr(llama.model.generation_config, "prompt_lookup_num_tokens", 3)
-    with attach(llama.model, OutRo()), pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
-        llama.model.generate(**llama.prompt(LONG))
-
-
-def test_a_cache_that_was_filled_elsewhere_is_refused(llama):
+def test_cache_filled_elsewhere(llama):
     """Before the block, in another, by a copy, or with a prompt that was not read to its end."""
     model, inputs, step = llama.model, llama.prompt(LONG), torch.tensor([[5]])
     caches = [DynamicCache() for _ in range(3)]
@@ -444,22 +385,6 @@ def test_a_cache_that_was_filled_elsewhere_is_refused(llama):
         for cache in caches:
             with pytest.raises(ValueError, match="begin with an empty cache"):
                 model(step, past_key_values=cache)
-
-
-def test_a_missing_mask_is_an_error_and_never_means_that_all_see_all(llama, monkeypatch):
-    with attach(llama.model, OutRo()):
-        monkeypatch.delitem(AttentionMaskInterface._global_mapping, llama.model.config._attn_implementation)
-        with pytest.raises(ValueError, match="LlamaAttention: it gets no mask"):
-            llama.model(**llama.prompt(LONG))
-        monkeypatch.undo()
-
-
-def test_attention_that_cannot_be_chosen_is_refused(llama, monkeypatch):
-    monkeypatch.setattr(type(llama.model.model), "_can_set_attn_implementation", lambda *_: False)
-    before = state(llama.model)
-    with pytest.raises(ValueError, match="its attention is no function"), attach(llama.model, OutRo()):
-        pass
-    assert state(llama.model) == before
 
 
 # ---- what would be wrong without a word ----

@@ -10,6 +10,7 @@ from operator import attrgetter
 
 import mutants
 from grade import HERE, ROOT, WITH_TESTS
+from helpers import writable_copy
 
 from minioutro import model
 
@@ -64,17 +65,18 @@ def attention(q, k, v, may_attend): return v, v
 
 
 def test_a_hand_out_needs_four_files(tmp_path):
-    """As the teacher's page says: the others can be left out."""
+    """As the teacher's page says: the others can be left out. Somebody's pytest.ini around them changes nothing."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\n")
+    project = tmp_path / "project"
     ignored = shutil.ignore_patterns("__pycache__", "pictures")
     for name in ("minioutro", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    course = tmp_path / "tests" / "course"
+        writable_copy(ROOT / name, project / name, ignored)
+    course = project / "tests" / "course"
     shutil.rmtree(course / "full")
     for path in course.glob("*.*"):
         if path.name not in ("starter.py", "grade.py", "conftest.py", "test_exercises.py"):
             path.unlink()
-    shutil.copy(course / "starter.py", tmp_path / "my_module.py")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/course", "--impl", "my_module.py", "-m", "exercise_3"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "NotImplementedError: not written yet: exercise 3" in done.stdout, done.stdout + done.stderr
-    assert "2 failed" in done.stdout
+    shutil.copy(course / "starter.py", project / "my_module.py")
+    code = "import grade; print(grade.run_tests(grade.WITH_TESTS[2], grade.ROOT / 'my_module.py', 120))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=course, capture_output=True, text=True)
+    assert done.stdout.startswith("2 of 2 tests failed. NotImplementedError: not written yet"), done.stdout + done.stderr
