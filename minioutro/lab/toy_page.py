@@ -377,7 +377,8 @@ def seeds_in_words(toys: dict[str, dict], clips: str) -> str:
             f"and mends more than it spoils in {len(better)}.")
     if not small:
         return f"{text} In none is p below {ALPHA}."
-    return f"{text} p is below {ALPHA} for seed {in_words(small)}."
+    seeds = "seed" if len(small) == 1 else "seeds"
+    return f"{text} p is below {ALPHA} for {seeds} {in_words(small)}."
 
 
 def is_ordered_by(values: list[float], measure: list[float]) -> bool:
