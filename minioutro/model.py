@@ -506,7 +506,7 @@ class Sinks:
         is opened here: in most layers, and for tokens that follow the prompt.
         """
         is_its_turn = l % self.relax_every == 0
-        if not self.outro.relax or not is_its_turn or l not in self.is_sink or l in self.v_sink:
+        if not self.outro.relax or not is_its_turn or l not in self.is_sink:
             return may_attend
         new_sinks = self.is_sink[l] & ~self.opened
         if not new_sinks.any():

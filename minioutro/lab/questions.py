@@ -427,7 +427,7 @@ def chosen(text: str, choices: tuple[str, ...]) -> int | None:
     """The position of the choice that a generated text names; None if it is unparsed.
 
     Yes or no: the first whole word of the two. Otherwise the text begins with a letter, which is
-    alone or has one of . ) : behind it, or it is the text of a choice. A text that names several
+    alone or has one of . ) : after it, or it is the text of a choice. A text that names several
     letters, or repeats "yes or no", chooses nothing.
     Source: *ours*, but for the whole word, which is the release's. The release reads letters more
     loosely: a text that begins with A, (A), [A] or "Answer: A" is A, so "A boat." is A too.

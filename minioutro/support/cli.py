@@ -154,7 +154,7 @@ def print_json(value) -> None:
 def progress(items: Iterable, what: str, total: int | None = None, initial: int = 0):
     """The items. While they are worked on, a bar is on stderr if a person watches.
 
-    Returns: a tqdm, whose set_postfix shows further values behind the bar.
+    Returns: a tqdm, whose set_postfix shows further values beside the bar.
     """
     from huggingface_hub.utils import tqdm  # imported here because it takes long
     return tqdm(items, desc=what, total=total, initial=initial, leave=False,
