@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minioutro import Cache
+from minioutro import Cache, OutRo
 from minioutro.lab import analysis
 from minioutro.lab.analysis import Examples, logits_of, loss_of
 from minioutro.lab.sink_report import sources
@@ -172,3 +172,42 @@ def test_image_token_masks(toy, asked):
             assert frame[last[frame]].tolist() == sorted(best)
         assert last[~is_image[b]].all() and masks[7][b].diagonal().all()
         assert not masks[7][b][~causal].any()
+
+
+# ---- Many directions or one, and rows opened in one layer ----
+
+
+def test_singular_entropy_by_hand():
+    """One line has entropy 0, four equal directions have 1, and two of four have log 2 / log 4 = 0.5."""
+    line = torch.outer(torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([2.0, 0.0, 1.0, 1.0]))
+    two = torch.diag(torch.tensor([3.0, 3.0, 0.0, 0.0]))
+    found = analysis.singular_entropy(torch.stack([line, 7 * torch.eye(4), two]))
+    assert torch.allclose(found, torch.tensor([0.0, 1.0, 0.5]), atol=1e-5)
+
+
+def test_a_massive_token_lowers_the_entropy():
+    hidden = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(0))
+    before = analysis.singular_entropy(hidden)
+    hidden[0, 0, 3] = 1e4
+    assert before > 0.9 and analysis.singular_entropy(hidden) < 0.01
+
+
+def test_only_the_first_output_is_its_own_value(toy, asked):
+    """Token 1 gives half of its attention to token 0, whose value points the other way: nothing is left."""
+    v = torch.tensor([[[[3.0, 4.0], [-3.0, -4.0], [0.0, 2.0]]]])
+    out = WEIGHTS @ v
+    assert analysis.output_by_own_value(out, v)[0, 0, :2].tolist() == [1, 0]
+    trace, cache = {}, Cache()
+    toy[0](asked.input_ids, features=asked.features, trace=trace, cache=cache)
+    ratio = analysis.output_by_own_value(trace["layers.0.out"], cache.values(0))           # (B,H,S)
+    assert torch.allclose(ratio[:, :, 0], torch.ones(3, 4), atol=1e-5)
+    assert ((ratio - 1).abs().amax(1)[:, 1:] > 1e-3).all()
+
+
+def test_a_row_opened_in_one_layer(toy, asked):
+    """In the layer where OutRo opens it, the logits move as OutRo moves them. In the last, not at all."""
+    model, ids, features = toy[0], asked.input_ids[:1], asked.features[:1]
+    moves = analysis.moved_by_opening(model, ids, features, 0)
+    treated = model(ids, features=features, outro=OutRo(align=False)) - model(ids, features=features)
+    assert moves[2] == pytest.approx(treated[0, -1].abs().max().item(), abs=1e-4) and moves[2] > 1e-4
+    assert len(moves) == 8 and moves[-1] == 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minioutro import Cache, OutRo, Processor, Video, VideoLM
 from minioutro.lab.shapes import DURATION, FPS, UNSEEN, Clip
-from minioutro.model import causal_mask, find_sinks, repeat_heads
+from minioutro.model import causal_mask, find_sinks, open_sink_rows, repeat_heads
 from minioutro.prompt import END
 from minioutro.video import sample_indices
 
@@ -290,6 +290,57 @@ def nop_or_broadcast(out: Tensor, v: Tensor, v_sink: Tensor) -> tuple[Tensor, Te
     variance = deviation.pow(2).sum((-1, -2))
     share = along.pow(2).sum((-1, -2)) / variance.clamp(min=1e-30)
     return ratio, share
+
+
+def output_by_own_value(out: Tensor, v: Tensor) -> Tensor:
+    """How long each head's output is, divided by the length of the token's own value.
+
+    It is exactly 1 for a token that attends to itself alone, as the first token must. A mean of
+    many values that point in different directions is shorter.
+    out: float[B,H,S,D]; v: float[B,G,S,D]. Returns: float[B,H,S].
+    Source: ours, after "The Position-0 circuit" (2603.06591).
+    """
+    return out.norm(dim=-1) / repeat_heads(v, out.shape[1]).norm(dim=-1)
+
+
+def singular_entropy(hidden: Tensor) -> Tensor:
+    """Over how many directions the vectors of a layer are spread, from 0 to 1.
+
+    Let s be the singular values of the matrix (S,C) of a prompt's vectors, and p = s^2 / sum s^2.
+    The entropy -sum p log p is divided by its largest possible value, log min(S,C). At 0 all
+    vectors lie along one line. At 1 no direction is preferred.
+    hidden: float[B,S,C]. Returns: float[B].
+    Source: 2510.06477 (compression valleys). Ours: the division, so that models of different
+    widths can be compared.
+    """
+    square = torch.linalg.svdvals(hidden.float()).pow(2)                        # (B,min(S,C))
+    p = square / square.sum(-1, keepdim=True)
+    entropy = -torch.special.xlogy(p, p).sum(-1)                # 0 log 0 counts as 0
+    return entropy / math.log(p.shape[-1])
+
+
+# ---- In which layer should the row be opened? ---------------------------------------------------
+
+
+def moved_by_opening(model: VideoLM, input_ids: Tensor, features: Tensor | None,
+                     token: int) -> list[float]:
+    """How far the last token's logits move if this token's row is opened in one layer alone.
+
+    input_ids: int64[1,S]. Returns: for each layer, the largest change of a logit. The row is opened
+    by a mask, so the token need not be a sink.
+    """
+    S = input_ids.shape[1]
+    L = model.config.text_config.num_hidden_layers
+    causal = causal_mask(S, S, input_ids.device)
+    is_token = torch.arange(S, device=input_ids.device)[None] == token          # (1,S)
+    baseline = model.head(model.hidden_states(input_ids, features=features)[:, -1])
+    moves = []
+    for l in range(L):
+        masks = [causal] * L
+        masks[l] = open_sink_rows(causal, is_token)
+        hidden = model.hidden_states(input_ids, features=features, masks=masks)
+        moves.append((model.head(hidden[:, -1]) - baseline).abs().max().item())
+    return moves
 
 
 def probe(states: Tensor, labels: list[str], n_train: int) -> float:

