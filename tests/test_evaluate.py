@@ -295,7 +295,7 @@ def test_reports_of_two_runs_are_not_mixed(folder, call):
     (["--report", "pipe"], "pipe is a pipe or a device"),
     (["--report", "words"], "words: right of the question '1' is 'yes'; correct it"),
     (["--report", "void"], "no question has an answer"),
-    (["--toy", "5", "--noise", "256"], "argument --noise: '256' is not from 0 to 255"),
+    (["--toy", "5", "--noise", "256"], "argument --noise: '256' is not between 0 and 255"),
 ])
 def test_errors_are_one_line_and_nothing_is_lost(folder, call, monkeypatch, arguments, said):
     monkeypatch.chdir(folder)
