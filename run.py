@@ -219,7 +219,9 @@ def times_of(seconds: list[float]) -> dict:
 
 
 def time_ratio(baseline: dict, changed: dict) -> float | None:
-    """How many times as long OutRo's answer took. None below two seconds: too short to compare."""
+    """OutRo's time divided by the baseline's. None if an answer took less than two seconds, because
+    that is too short to compare.
+    """
     if min(baseline["seconds"], changed["seconds"]) < 2:
         return None
     return changed["seconds"] / baseline["seconds"]

@@ -67,9 +67,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="folder of a checkpoint, or repository on the Hugging Face hub (default: "
              "SmolVLM2-256M-Video-Instruct, or the bundled toy model for the toy's own clips)")
     add("--revision", help="branch, tag or commit of the repository (default: the newest)")
-    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda", "mps"), default="cpu",
+        help="where the model runs (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of weights and activations (default: %(default)s)")
+        help="data type of weights and activations (default: %(default)s)")
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +79,8 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=COUNT, metavar="N",
         help="show the model at most N frames (default: the checkpoint's setting, usually 64)")
     add("--fps", type=number(1e-9, 1e9), metavar="F",
-        help="show it F frames per second of video (default: the checkpoint's setting, usually 1)")
+        help="show it F frames for each second of video (default: the checkpoint's setting, "
+             "usually 1)")
 
 
 def add_outro_options(parser: argparse.ArgumentParser) -> None:
