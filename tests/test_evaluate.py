@@ -250,7 +250,7 @@ def test_a_model_is_told_by_its_weights(folder, call):
     name = "model.text_model.layers.2.self_attn.o_proj.weight"
     save_file({**tensors, name: tensors[name] * 1.01}, model / "model.safetensors", {"format": "pt"})
     code, out, err = call(*ask_for, "--model", model)
-    assert (code, out) == (2, "") and "is of another run, with weights" in err
+    assert (code, out) == (2, "") and "is from another run, with weights" in err
     assert (folder / "out").read_bytes() == data
 
 
@@ -271,7 +271,7 @@ def test_reports_of_two_runs_are_not_mixed(folder, call):
     assert json.loads(call("--report", first, second, "--json")[1])["questions"] == 2
     for files in ([first, third], [both]):
         code, out, err = call("--report", *files)
-        assert (code, out) == (2, "") and "is of another run, with gamma 1 instead of gamma 3" in err
+        assert (code, out) == (2, "") and "is from another run, with gamma 1 instead of gamma 3" in err
 
 
 # ---- errors of the user ----
@@ -280,8 +280,8 @@ def test_reports_of_two_runs_are_not_mixed(folder, call):
 @pytest.mark.parametrize("arguments, said", [
     ([], "give one of these: a file of questions, --toy N, or --report FILE"),
     (["none.jsonl"], "none.jsonl: no such file"),
-    (["q.jsonl", "--videos", "empty"], "empty has no a.mp4"),
-    (["q.jsonl", "--variants", "relax,open"], "--variants 'open' is none of baseline, outro, relax, align"),
+    (["q.jsonl", "--videos", "empty"], "empty has neither a.mp4"),
+    (["q.jsonl", "--variants", "relax,open"], "--variants 'open' is not one of baseline, outro, relax, align"),
     (["q.jsonl", "--gamma", "3,x"], "argument --gamma: 'x' is not a number"),
     (["q.jsonl", "--model", "no/toy/here"], "no/toy/here is neither a folder here"),
     (["q.jsonl", "--out", "notes.txt"], "notes.txt: line 1 is not JSON"),
@@ -290,7 +290,7 @@ def test_reports_of_two_runs_are_not_mixed(folder, call):
     (["q.jsonl", "--out", "pipe"], "pipe is a pipe or a device"),
     (["q.jsonl", "--out", "/dev/full"], "/dev/full is a pipe or a device"),
     (["q.jsonl", "--out", "nowhere/out"], "there is no folder nowhere"),
-    (["q.jsonl", "--out", "old", "--gamma", "2"], "old is of another run, with variants baseline,outro instead of"),
+    (["q.jsonl", "--out", "old", "--gamma", "2"], "old is from another run, with variants baseline,outro instead of"),
     (["--report", "none"], "none: no such file"),
     (["--report", "pipe"], "pipe is a pipe or a device"),
     (["--report", "words"], "words: right of the question '1' is 'yes'; correct it"),
