@@ -34,7 +34,7 @@ def pairs(baseline, outro, task="", first=0, **more):
     (5, 5, 1), (0, 0, 1), (0, 3, 2 / 8), (1, 5, 14 / 64),
     (45, 62, 0.12151242187624432), (4800, 5200, 6.593515598672343e-05)])
 def test_sign_test(gained, lost, p):
-    """By hand: 3 changes all in one way are 2 of 8 outcomes. Of 6 changes, at most one in the other way: 2 * (1 + 6) of 64.
+    """By hand: 3 changes all in one way are 2 of 8 outcomes. 6 with at most one the other way are 2 * (1 + 6) of 64.
 
     The last two are from SciPy: binomtest(gained, gained + lost).pvalue.
     """
