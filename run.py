@@ -48,10 +48,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("video", nargs="?", type=not_empty,
         help="a video, animation or picture (default: the bundled clip)")
-    add("question", nargs="?", default="What happens in this video?", help="default: %(default)s")
+    add("question", nargs="?", default="What happens in this video?",
+        help="a question about it (default: %(default)s)")
     add_model_options(parser)
     add_video_options(parser)
-    add("--max-new-tokens", type=COUNT, default=64, metavar="N", help="default: %(default)s")
+    add("--max-new-tokens", type=COUNT, default=64, metavar="N",
+        help="end an answer after N tokens (default: %(default)s)")
     add_outro_options(parser.add_argument_group("OutRo"))
     add = parser.add_argument_group("output").add_argument
     add("--figures", type=not_empty, metavar="DIR", help="write pictures of the run to this folder")
@@ -72,7 +74,7 @@ class Asked:
     processor: Processor
     pixel_values: Tensor            # float[1,F,3,size,size]
     input_ids: Tensor               # int64[1,S]
-    texts: list[str]                # of each token
+    texts: list[str]                # the text of each token of the prompt
 
 
 def main() -> None:
@@ -124,7 +126,10 @@ def say_nothing(*args, **kwargs) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Asked:
-    """Raises: ValueError or OSError for a file or a value that does not fit."""
+    """Read the video, the model and the prompt.
+
+    Raises: ValueError or OSError for a file or a value that does not fit.
+    """
     if args.video is None:
         path, default_model = TOY / "clip.mp4", TOY
     else:
@@ -170,7 +175,7 @@ def encode(asked: Asked) -> Tensor:
 
 def answer_both(asked: Asked, features: Tensor, outro: OutRo, max_new_tokens: int,
                 say) -> tuple[dict, dict, dict]:
-    """Print the sinks and both answers. Returns: what was seen of the sinks, and both answers.
+    """Print the sinks and both answers. Returns: the summary of the sinks, and both answers.
 
     OutRo's prompt is read first, because the sinks are printed first. The baseline fills a trace as
     well, so that the times differ by OutRo alone.
@@ -178,7 +183,8 @@ def answer_both(asked: Asked, features: Tensor, outro: OutRo, max_new_tokens: in
     model, trace = asked.model, {}
     asks = {"features": features, "max_new_tokens": max_new_tokens}
     with torch.inference_mode():
-        model(asked.input_ids[:, :1])       # loads the weights from disk, which no answer shall pay
+        # read the weights from disk now, so that the time of neither answer includes it
+        model(asked.input_ids[:, :1])
     outro_seconds, baseline_seconds = [], []
     outro_stream = timed(model.stream(asked.input_ids, outro=outro, trace=trace, **asks),
                          outro_seconds)
@@ -206,14 +212,16 @@ def timed(stream: Iterator[int], seconds: list[float]) -> Iterator[int]:
 
 
 def times_of(seconds: list[float]) -> dict:
-    """All seconds, those of the prompt with the first token, and tokens per second after it."""
+    """Total seconds, seconds up to the first token, and tokens per second after it."""
     prompt, *later = seconds
     rate = len(later) / sum(later) if later else None
     return {"seconds": sum(seconds), "prompt_seconds": prompt, "tokens_per_second": rate}
 
 
 def time_ratio(baseline: dict, changed: dict) -> float | None:
-    """How many times as long OutRo's answer took. None below two seconds: too short to compare."""
+    """OutRo's time divided by the baseline's. None if an answer took less than two seconds, because
+    that is too short to compare.
+    """
     if min(baseline["seconds"], changed["seconds"]) < 2:
         return None
     return changed["seconds"] / baseline["seconds"]
@@ -228,7 +236,7 @@ def time_line(baseline: dict, changed: dict, ratio: float | None) -> str:
         line += f", then {rates[0]:.0f} and {rates[1]:.0f} tokens a second"
     if ratio is None:
         return f"{line}; too short to compare"
-    return f"{line}; {ratio:.2f} times as long"
+    return f"{line}; outro took {ratio:.2f} times as long"
 
 
 def print_answer(label: str, stream: Iterator[int], processor: Processor, say) -> dict:
@@ -238,7 +246,7 @@ def print_answer(label: str, stream: Iterator[int], processor: Processor, say) -
     for token_id in stream:
         token_ids.append(token_id)
         text = escaped(" ".join(processor.decode(token_ids).split("\n")))
-        if not text.endswith("\ufffd"):     # half of a character, which the next token completes
+        if not text.endswith("\ufffd"):     # part of a character, which the next token completes
             say(text[len(printed):], end="", flush=True)
             printed = text
     say()
@@ -251,8 +259,8 @@ def print_answer(label: str, stream: Iterator[int], processor: Processor, say) -
 def summarise(trace: dict, n_layers: int, searched: int, texts: list[str]) -> dict:
     """The sinks, the token that comes nearest to being one, and the cosines to the sink's value.
 
-    searched: how many layers OutRo searches for sinks. These are few numbers, so the trace need
-    not be kept.
+    searched: how many layers OutRo searches for sinks. The summary is small, so that the trace,
+    which is large, need not be kept.
     """
     is_sink, opened = of_layers(trace, "is_sink", n_layers), of_layers(trace, "relaxed", n_layers)
     # the ratio is infinite where the median is 0
@@ -271,14 +279,15 @@ def summarise(trace: dict, n_layers: int, searched: int, texts: list[str]) -> di
 
 
 def of_layers(trace: dict, name: str, n_layers: int) -> Tensor:
-    """What a trace has of every layer: (L,S)."""
+    """One entry of a trace, collected from every layer: (L,S)."""
     return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(n_layers)]).cpu()
 
 
 def mean_cosines(trace: dict, is_sink: Tensor) -> tuple[float, float] | None:
-    """Cosine to the sink's value before and after alignment. is_sink: bool[L,S].
+    """The mean cosine to the sink's value, before and after alignment. is_sink: bool[L,S].
 
-    The mean over the layers with a sink, and there over the tokens that were not a sink so far.
+    In each layer with a sink, the mean is over the tokens that have not been a sink so far. The
+    result is the mean over these layers.
     """
     before, after = [], []
     for l in is_sink.any(1).nonzero().flatten().tolist():
@@ -298,7 +307,7 @@ def opened_layers(sinks: list[dict]) -> list[int]:
 def print_sinks(summary: dict, searched: int, texts: list[str], outro: OutRo, say) -> None:
     lines = sink_lines(summary["sinks"], searched)
     if searched == 0:
-        lines = [f"none: the model has no layers but the last {outro.skip_last}"]
+        lines = [f"none: OutRo skips the last {outro.skip_last} layers, and the model has no more"]
     elif not summary["sinks"]:
         lines.append(nearest_line(summary["nearest"], outro))
     say(in_block("sinks", lines))
@@ -307,7 +316,7 @@ def print_sinks(summary: dict, searched: int, texts: list[str], outro: OutRo, sa
 
 
 def in_block(label: str, lines: list[str]) -> str:
-    """Lines beside one label."""
+    """Lines in a column to the right of one label."""
     first, *others = lines
     return "\n".join([f"{label:<10}{first}", *(f"{'':<10}{line}" for line in others)])
 
@@ -328,7 +337,7 @@ def sink_lines(sinks: list[dict], searched: int) -> list[str]:
 
 
 def sink_texts(layers: list[list[dict]]) -> str:
-    """The sinks of several layers that have the same ones. Three of them are described."""
+    """The sinks of several layers that have the same sinks. At most three are described."""
     described = []
     for of_token in list(zip(*layers))[:3]:
         position, token = of_token[0]["position"], of_token[0]["token"]
@@ -356,7 +365,7 @@ def nearest_line(nearest: dict, outro: OutRo) -> str:
 
 
 def rounded_down(value: float) -> float:
-    """A short number that is not above the value, so that the value reaches it as a threshold."""
+    """Round down, so that the suggested threshold is one that this value reaches."""
     return math.floor(value) if value >= 10 else math.floor(value * 100) / 100
 
 
@@ -400,9 +409,10 @@ def cosine_line(summary: dict, outro: OutRo) -> str:
 
 def write_figures(folder: Path, asked: Asked, features: Tensor, outro: OutRo,
                   summary: dict) -> None:
-    """Draw everything, and write it when all of it is drawn.
+    """Draw all pictures, and write them only when all are drawn.
 
-    The layer of a picture is the first that opened a row, or else that of the largest activation.
+    A picture of one layer shows the first layer that opened a row. If none did, it shows the layer
+    with the highest ratio.
     """
     layers = opened_layers(summary["sinks"])
     if layers:

@@ -30,10 +30,10 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 def number_words(n: int) -> str:
     """A number in English, as the models read it in training: 21 -> "twenty-one".
 
-    Raises: ValueError from 1,000 on.
+    Raises: ValueError if n is 1,000 or more.
     """
     if n >= 1000:
-        raise ValueError(f"{n} frames: a prompt holds at most 999; use fewer")
+        raise ValueError(f"a prompt holds at most 999 frames, not {n}; use fewer frames")
     if n < 20:
         return ONES[n]
     if n < 100:
@@ -44,11 +44,11 @@ def number_words(n: int) -> str:
 
 
 def read_settings(folder: Path) -> dict:
-    """What a checkpoint's files say about Processor's arguments, by name.
+    """The arguments of Processor, by name, as a checkpoint's files state them.
 
-    Values with which transformers computes other pixels are refused by name. Settings of tiles,
-    for example, change nothing here: a video's frames are never split.
-    Raises: ValueError with file, setting and value, where one makes no sense or is not implemented.
+    Settings that do not change a video are ignored, for example those of tiles.
+    Raises: ValueError that names the file, the setting and its value, if the value makes no sense
+    or asks for pixels that are not implemented.
     """
     path = folder / "processor_config.json"
     processor = read_json(path)
@@ -60,7 +60,7 @@ def read_settings(folder: Path) -> dict:
     else:
         fps, max_frames, edge = "fps", "num_frames", "size.longest_edge"
     square = "max_image_size.longest_edge"
-    most = 4096             # pixels on a side; SmolVLM's own code resizes to no more
+    most = 4096             # pixels on a side: SmolVLM's own code never makes a larger image
     return {"tokens_per_frame": read_number(str(path), processor, "image_seq_len", int, 1, 4096),
             "size": read_number(where, settings, square, int, 1, most),
             "longest_edge": read_number(where, settings, edge, int, 1, most),
@@ -69,10 +69,10 @@ def read_settings(folder: Path) -> dict:
 
 
 def read_preprocessing(folder: Path, processor: dict) -> tuple[str, dict]:
-    """Where the settings of the preprocessing stand, and the settings.
+    """The settings of the preprocessing. Returns: where they stand, for messages, and the settings.
 
     Since transformers 5 they are a section of processor_config.json. Before, they were a file of
-    their own. A release of the models without settings for videos uses those for images.
+    their own. A checkpoint that has no settings for videos uses those for images.
     """
     if "video_processor" in processor:
         where = f"{folder / 'processor_config.json'}, video_processor"
@@ -87,7 +87,7 @@ def read_preprocessing(folder: Path, processor: dict) -> tuple[str, dict]:
 
 
 def read_number(where: str, settings: dict, setting: str, kind: type, least: float, most: float):
-    """The number that stands at, for example, "size.longest_edge"."""
+    """The number at a path of keys, for example "size.longest_edge"."""
     value = settings
     for key in setting.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -96,16 +96,16 @@ def read_number(where: str, settings: dict, setting: str, kind: type, least: flo
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file. Raises: ValueError if it is another one than SmolVLM2's."""
+    """The tokenizer of a file. Raises: ValueError if it is not of SmolVLM2's kind."""
     check_tokenizer(path, read_json(path))
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:                  # tokenizers raises nothing narrower
+    except Exception as error:                  # tokenizers raises a plain Exception
         raise ValueError(f"{path} is not a tokenizer ({str(error)[:200]}); fetch it "
                          f"again") from None
     for token in SPECIAL:
         if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{path} has no token {token}; give a SmolVLM2 checkpoint's")
+            raise ValueError(f"{path} has no token {token}; take it from a SmolVLM2 checkpoint")
     return tokenizer
 
 
@@ -124,10 +124,10 @@ class Processor:
         self.size = size                            # pixels on each side of the square frame
         self.longest_edge = longest_edge            # pixels, of the first of two resizes
         self.tokens_per_frame = tokens_per_frame    # M
-        self.fps = fps                              # frames per second that the checkpoint wants,
-        self.max_frames = max_frames                # and at most so many; read_video samples them
+        self.fps = fps                              # frames per second, to pass to read_video
+        self.max_frames = max_frames                # the most frames, to pass to read_video
         self.image_token_id = tokenizer.token_to_id(IMAGE)
-        tokenizer.encode_special_tokens = True      # special tokens come from us, never from a text
+        tokenizer.encode_special_tokens = True      # "<image>" in a question is text, not an image
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
@@ -141,7 +141,7 @@ class Processor:
         return cls(read_tokenizer(folder / "tokenizer.json"), **read_settings(folder))
 
     def pieces(self, video: Video, question: str) -> list[str]:
-        """The prompt, cut where a special token begins or ends; only special tokens stand alone."""
+        """The prompt in pieces: each special token, and each text between two of them."""
         if not question.strip():
             raise ValueError("the question is empty; ask something about the video")
         try:
@@ -165,7 +165,7 @@ class Processor:
         return "".join(self.pieces(video, question))
 
     def tokenize(self, pieces: list[str]) -> list[int]:
-        """Token ids of a prompt in pieces. A text that looks like a special token stays text."""
+        """Token ids of a prompt in pieces. A special token inside a longer piece counts as text."""
         ids = []
         for piece in pieces:
             if piece in SPECIAL:
@@ -175,7 +175,7 @@ class Processor:
         return ids
 
     def pixels(self, frame: Image.Image) -> Tensor:
-        """One frame -> float32[3,size,size] in -1..1; its sides are squashed to a square."""
+        """One frame, squeezed into a square: float32[3,size,size] in -1..1."""
         frame = resize_longest_edge(frame.convert("RGB"), self.longest_edge)
         frame = frame.resize((self.size, self.size), Image.Resampling.LANCZOS)
         x = torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8)
@@ -183,7 +183,7 @@ class Processor:
         return (x * (1 / 255) - 0.5) / 0.5
 
     def __call__(self, video: Video, question: str) -> Inputs:
-        """Raises: ValueError for an empty question."""
+        """The inputs of the model for one question. Raises: ValueError for an empty question."""
         input_ids = torch.tensor([self.tokenize(self.pieces(video, question))])             # (1,S)
         frames = torch.stack([self.pixels(frame) for frame in video.frames])
         return Inputs(frames[None], input_ids)
@@ -193,5 +193,5 @@ class Processor:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
     def token_text(self, token_id: int) -> str:
-        """What one token stands for, special or not, for showing it."""
+        """The text of one token, to show it. A special token is shown by its name."""
         return self.tokenizer.decode([token_id], skip_special_tokens=False)

@@ -1,8 +1,7 @@
 """A video file -> a few frames, evenly spread, and the time at which each is shown.
 
-What lies in real video files is the matter of minioutro/support/media.py. It says when each frame
-of a file appears and fetches frames by their numbers. Here we choose the numbers and scale the
-frames.
+minioutro/support/media.py deals with the files. It says when each frame of a file appears, and it
+fetches frames by their numbers. This module chooses the numbers and scales the frames.
 """
 
 import math
@@ -32,15 +31,16 @@ def sample_indices(total_frames: int, native_fps: float, duration: float, fps: f
     video is longer than max_frames / fps by more than two seconds, its first and its last second
     are left out, because they often show titles.
 
-    Frames are spread evenly by number, not by time, as in the reference. So a recording with a
-    variable frame rate is not shown evenly in time.
+    The frames are spread evenly by number, not by time. So the chosen frames of a recording with a
+    variable frame rate are not evenly spread in time.
 
     Raises: ValueError if fps or max_frames is not positive, or is above 1e9.
     Source: the video sampling of SmolVLM's processor in transformers.
     Example: sample_indices(32, 10.0, 3.2) -> [0, 15, 31]
     """
     if not (0 < fps <= 10 ** 9 and 1 <= max_frames <= 10 ** 9):
-        raise ValueError(f"fps {fps}, max_frames {max_frames}: both must be positive, at most 1e9")
+        raise ValueError(f"fps and max_frames must be positive and at most 1e9, not {fps} and "
+                         f"{max_frames}")
     first, last = 0, total_frames - 1
     if duration - 2 > max_frames * fps:
         after_titles = int(native_fps)
@@ -53,7 +53,7 @@ def sample_indices(total_frames: int, native_fps: float, duration: float, fps: f
     if wanted == 1:
         return [first]
     step = (last - first) / (wanted - 1)
-    # in this order of operations, rounding is that of np.linspace
+    # np.linspace multiplies first and then adds, so this order gives the same rounding
     return [int(i * step + first) for i in range(wanted - 1)] + [last]
 
 
@@ -97,15 +97,15 @@ def indices_shown(seconds: list[float], start: float, end: float) -> range:
 
 def read_video(path, fps: float = 1.0, max_frames: int = 64, longest_edge: int | None = None,
                start: float | None = None, end: float | None = None) -> Video:
-    """Sample a video, an animation or a picture, or its part from start up to end, in seconds.
+    """Sample a video, an animation or a picture. start and end, in seconds, choose a part of it.
 
     A part is sampled as if it were a file of its own: seconds, duration and total_frames are those
     of the part. It begins with the frame that is on the screen at start, as in a player.
 
-    Each frame is scaled to longest_edge as soon as it is decoded, so a long video never lies in
-    memory whole.
+    Each frame is scaled to longest_edge as soon as it is decoded, so that a long video never has to
+    fit into memory at full size.
 
-    Raises: OSError if there is no such file. ValueError that says why it gives no frames.
+    Raises: OSError if the file does not exist. ValueError that says why it gives no frames.
     """
     path = Path(os.path.expanduser(path))
     part_start = 0.0 if start is None else max(0.0, start)
@@ -116,7 +116,7 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64, longest_edge: int |
 
     for reading in media.readings(path):
         duration = min(part_end, reading.duration) - part_start
-        if not duration > 0:                                # true of NaN as well
+        if not duration > 0:                                # written so that NaN is refused
             raise ValueError(f"{path} lasts {reading.duration:.1f} s, so nothing is shown from "
                              f"start {start} to end {end}; choose a part inside the video")
         shown = indices_shown(reading.seconds, part_start, part_end)
@@ -127,4 +127,4 @@ def read_video(path, fps: float = 1.0, max_frames: int = 64, longest_edge: int |
         if len(frames) == len(indices):
             seconds = [max(0.0, reading.seconds[i] - part_start) for i in indices]
             return Video(frames, seconds, duration, len(shown))
-    raise ValueError(f"{path}: no frame of it can be decoded; try to play it, or convert it to mp4")
+    raise ValueError(f"no frame of {path} can be decoded; try to play it, or convert it to mp4")

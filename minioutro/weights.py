@@ -2,12 +2,12 @@
 
 A checkpoint is a folder with config.json, generation_config.json (optional) and the weights, either
 model.safetensors or several files named by model.safetensors.index.json. It lies on this machine or
-on the Hugging Face hub, from where only the files that are needed are fetched, once.
+on the Hugging Face hub. From the hub only the files that are needed are fetched, and only once.
 
-These files are not trusted (support/checks.py). Settings that would be computed differently are
-refused by name. Sizes of tensors in config.json are compared with the weights before anything is
-built. Numbers that no tensor shows, such as eps and theta, have to make sense, and are then taken
-as they stand.
+These files are not trusted (support/checks.py). A setting that is not implemented is refused with
+an error that names it. Sizes of tensors in config.json are compared with the weights before
+anything is built. Other numbers, such as eps and theta, cannot be compared with the weights. They
+only have to lie within wide limits.
 """
 
 import json
@@ -43,7 +43,8 @@ def find_folder(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -
     folder = Path(os.path.expanduser(path_or_repo))
     if folder.is_dir():
         if revision:
-            raise ValueError(f"{folder} is a folder and has no revision {revision}; leave that out")
+            raise ValueError(f"{folder} is a folder, which has no revision {revision}; leave the "
+                             f"revision out")
         return folder
     if folder.exists():
         raise ValueError(f"{folder} is a file; give the folder that holds config.json")
@@ -51,8 +52,8 @@ def find_folder(path_or_repo, revision: str | None, patterns: tuple[str, ...]) -
 
 
 def fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """Fetch files from the hub. If that fails, take what an earlier call has fetched."""
-    # imported here: it takes longer to import than the rest of the module, and a folder needs none
+    """Fetch files from the hub. If that fails, use the files that an earlier call has fetched."""
+    # imported here because it is slow to import, and a local folder does not need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging, tqdm
 
@@ -61,12 +62,12 @@ def fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{"disable": None, **kwargs})
 
-    logging.set_verbosity_error()       # it would report each retry; why it failed is told below
+    logging.set_verbosity_error()       # do not report each retry: the error below says it all
     options = {"revision": revision, "allow_patterns": patterns, "tqdm_class": TerminalBar}
     try:
         return Path(snapshot_download(repo, **options))
-    except Exception as error:          # proxies, wrong addresses, servers and hotel networks make
-        problem = error                 # it raise errors of many kinds, so no kind is named here
+    except Exception as error:          # any type, because a proxy, a wrong address and a server
+        problem = error                 # raise errors of different types
     try:
         return Path(snapshot_download(repo, local_files_only=True, **options))
     except Exception:
@@ -90,7 +91,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_sections(folder: Path) -> dict:
-    """config.json, with the settings of the positions in text_config in one spelling.
+    """config.json, with rope_type and rope_theta as fields of text_config (see read_positions).
 
     Raises: ValueError for a setting that is not implemented, or if a section is missing.
     """
@@ -103,10 +104,10 @@ def read_sections(folder: Path) -> dict:
 
 
 def read_positions(text: dict) -> dict:
-    """Settings of the rotary positions, by the names that they had before transformers 5.
+    """The settings of the rotary positions, as fields of text_config.
 
-    They stand in rope_parameters since then. Before, rope_theta stood beside rope_scaling. As in
-    transformers, rope_scaling counts where both are there.
+    Since transformers 5 they are in rope_parameters. Before, rope_theta was a field of text_config,
+    like rope_scaling. If a file has both, rope_scaling is used, as in transformers.
     """
     rope = text.get("rope_parameters")
     if text.get("rope_scaling"):
@@ -123,7 +124,7 @@ def read_positions(text: dict) -> dict:
 
 
 def fill(config_class, section: dict, name: str, **parts):
-    """Make a config dataclass of a section's fields. parts: fields that are given, not read.
+    """Make a config dataclass from a section's fields. parts: fields that are passed in instead.
 
     A field that is absent keeps its default. Fields that the dataclass lacks are ignored.
     Raises: ValueError for a value that makes no sense.
@@ -142,12 +143,12 @@ def fill(config_class, section: dict, name: str, **parts):
 
 
 def read_eos(folder: Path) -> tuple[int, ...]:
-    """The token ids that end an answer. Of all generation settings only these are used, because
-    answers are greedy: settings of sampling, for example, are ignored.
+    """The token ids that end an answer.
 
     They are in generation_config.json. A folder without that file has them in config.json, at the
-    top or in text_config. Source: GenerationConfig.from_model_config of transformers 5.23.
-    Raises: ValueError for a setting with which a greedy answer would be another one.
+    top or in text_config. All settings of sampling are ignored, because answers are greedy.
+    Source: GenerationConfig.from_model_config of transformers 5.23.
+    Raises: ValueError for a setting that would change even a greedy answer.
     """
     path = folder / "generation_config.json"
     if path.exists():
@@ -176,7 +177,7 @@ class Stored(NamedTuple):
 
 
 def read_headers(folder: Path, config) -> dict[str, Stored]:
-    """What the files of the weights hold, by name of the tensor. No tensor is read.
+    """Where each tensor lies and its shape, by its name. No tensor is read.
 
     Raises: ValueError if a file is missing or damaged, or if sizes in the config do not fit.
     """
@@ -191,7 +192,7 @@ def read_headers(folder: Path, config) -> dict[str, Stored]:
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or else the files that an index names.
 
-    As in transformers, model.safetensors counts where both are there: the index may be older.
+    If both exist, model.safetensors is read, as in transformers, because the index may be older.
     """
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return [folder / WEIGHTS]
@@ -213,7 +214,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             for name in file.keys():
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in DTYPES:
-                    raise ValueError(f"{path}: {name} is {tensor.get_dtype()}; only "
+                    raise ValueError(f"{path}: {name} has dtype {tensor.get_dtype()}, only "
                                      f"{', '.join(DTYPES)} are read; give another checkpoint")
                 stored[name] = Stored(path, tuple(tensor.get_shape()))
     except (SafetensorError, OSError) as error:
@@ -225,14 +226,14 @@ def load_tensors(model: torch.nn.Module, folder: Path, stored: dict[str, Stored]
                  dtype: torch.dtype) -> str:
     """Fill a model that was built on the meta device, and report in one line.
 
-    The stored tensors must be exactly the model's, by name and shape. Whatever their dtype is, they
-    become dtype. A stored copy of a tied head is ignored, but must equal the embedding table.
+    The stored tensors must be exactly the model's, by name and shape. They are converted to dtype.
+    A stored copy of a tied head is ignored, but it must equal the embedding table.
     """
     checks.check_device(device)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     checks.check_tensors(folder, expected, stored)
     tensors, open_files = {}, {}
-    # Largest first, because a converted tensor is in memory twice for a moment.
+    # Largest first, because a tensor is in memory twice while it is converted.
     for name in sorted(expected, key=lambda name: prod(expected[name]), reverse=True):
         tensors[name] = read_tensor(name, stored, open_files, device, dtype)
     ignored = "none"
@@ -248,11 +249,11 @@ def load_tensors(model: torch.nn.Module, folder: Path, stored: dict[str, Stored]
 
 def read_tensor(name: str, stored: dict[str, Stored], open_files: dict, device,
                 dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of its file, converted. open_files is kept from call to call.
+    """Read a tensor from its file and convert it. open_files is kept from call to call.
 
     A file is mapped into memory, and what was read of it stays in memory until the file is closed.
-    A tensor that needs no conversion is not copied: it is the mapping. After a conversion the
-    mapping is of no use, so the file is closed.
+    A tensor that needs no conversion is not copied: it is a part of the mapping. A converted tensor
+    is a copy, so the file can be closed, which frees the memory of the original.
     """
     path = stored[name].file
     if path not in open_files:

@@ -21,7 +21,7 @@ def line(id, variant, right, video="v", task="", **more):
 
 
 def pairs(baseline, outro, task="", first=0, **more):
-    """The answers to some questions on a video each, "1" where they are right; more: other variants."""
+    """Answers to questions, one for each video. "1" is a right answer. more: the answers of other variants.""" 
     of_variant = {"baseline": baseline, "outro": outro, **more}
     return [line(first + n, name, bits[n] == "1", f"v{first + n}", task)
             for n in range(len(baseline)) for name, bits in of_variant.items()]
@@ -34,9 +34,9 @@ def pairs(baseline, outro, task="", first=0, **more):
     (5, 5, 1), (0, 0, 1), (0, 3, 2 / 8), (1, 5, 14 / 64),
     (45, 62, 0.12151242187624432), (4800, 5200, 6.593515598672343e-05)])
 def test_sign_test(gained, lost, p):
-    """By hand: of 3 changes all in one way, 2 of 8 outcomes; of 6, at most one in the other, 2 * (1 + 6) of 64.
+    """By hand: 3 changes all in one way are 2 of 8 outcomes. 6 with at most one the other way are 2 * (1 + 6) of 64.
 
-    The last two are of SciPy: binomtest(gained, gained + lost).pvalue.
+    The last two are from SciPy: binomtest(gained, gained + lost).pvalue.
     """
     assert sign_test(gained, lost) == pytest.approx(p, rel=1e-9)
     assert sign_test(lost, gained) == sign_test(gained, lost)
@@ -44,7 +44,7 @@ def test_sign_test(gained, lost, p):
 
 @pytest.mark.parametrize("changes", [6, 7, 20, 51, 10_000])
 def test_detectable_is_the_smallest(changes):
-    """5 to 0 has p = 2/32, so that fewer than 6 changes can show nothing."""
+    """5 gains and no loss have p = 2/32. So fewer than 6 changes can show nothing."""
     least = round(20_000 * detectable(20_000, changes))
     p = [sign_test((changes + d) // 2, (changes - d) // 2) for d in (least, least - 2)]
     assert p[0] < 0.05 <= p[1]
@@ -52,7 +52,7 @@ def test_detectable_is_the_smallest(changes):
 
 
 def test_interval_draws_videos():
-    """It is wider than one over questions, because answers about one video lean the same way."""
+    """It is wider than an interval over questions, because answers about one video are correlated."""
     rng = random.Random(1)
     lean = [rng.choice((-1, 0, 0, 1, 1)) for _ in range(40)]
     videos = [n for n in range(40) for _ in range(8)]
@@ -69,8 +69,8 @@ def test_interval_draws_videos():
 # ---- what is compared ----
 
 
-def test_summary_counts_pairs_overall_and_by_task():
-    """Ten questions; OutRo mends 2 and spoils 1. Then one that failed, one half asked, one asked again."""
+def test_summary_counts():
+    """OutRo mends 2 of ten and spoils 1. Then one question failed, one is half asked and one was asked again."""
     base, outro = "1110000000", "1101100000"
     lines = [line(n, name, bit == "1", f"v{n % 3}", "st"[n < 4])
              for n, pair in enumerate(zip(base, outro)) for name, bit in zip(("baseline", "outro"), pair)]
@@ -93,7 +93,7 @@ def test_summary_counts_pairs_overall_and_by_task():
 def test_summary_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no question has an answer of every variant"):
         summarise([line("x", "baseline", True), line("y", "outro", True)])
-    with pytest.raises(ValueError, match="no answer is of the baseline"):
+    with pytest.raises(ValueError, match="there is no answer of the baseline"):
         summarise([line("x", "outro", True)])
 
 
@@ -109,14 +109,14 @@ def test_verdict(baseline, outro, decided):
 
 
 def test_verdict_needs_several_videos():
-    """Nine gains are significant by the sign test, but if all are of one video they say little."""
+    """The sign test calls nine gains significant. But if all are about one video, they say little."""
     found = summarise([line(n, name, name == "outro") for n in range(9) for name in ("baseline", "outro")])
     assert found["test"]["p"] < 0.05 and found["test"]["verdict"] == "not shown"
     assert "because the interval over videos contains 0" in verdict(found)
 
 
-def test_only_the_row_that_was_asked_is_tested():
-    """relax mends nine of nine, here without a verdict: it was not asked about."""
+def test_only_one_row_is_tested():
+    """relax mends nine of nine, but it gets no verdict, because it is not the variant that is tested."""
     found = summarise(pairs("0" * 9, "0" * 9, relax="1" * 9))
     assert (found["asked"], found["test"]["verdict"]) == ("outro", "cannot be shown")
     assert not {"p", "detectable", "verdict"} & found["variants"]["relax"].keys()
@@ -133,7 +133,7 @@ def test_only_the_row_that_was_asked_is_tested():
 
 
 def test_table():
-    """40 questions of two kinds on a video each; of the second kind no answer changes."""
+    """40 questions of two kinds, each on its own video. No answer of the second kind changes."""
     answers = pairs("0" * 20 + "1" * 10, "1" * 9 + "0" * 11 + "1" * 10, "colour",
                     relax="0" * 20 + "1" * 7 + "0" * 3)
     answers += pairs("1" * 10, "1" * 10, "moves", first=30, relax="1" * 10)
@@ -153,7 +153,7 @@ def test_table():
         "A row with fewer than 6 changed answers can show nothing."]
 
 
-def test_table_of_many_kinds_shows_the_largest():
+def test_table_of_many_kinds():
     answers = [answer for n in range(60) for answer in pairs("1", "1", f"kind {n:02}", first=n)]
     text = table_of_differences(summarise(answers + pairs("11", "11", "last", first=60)))
     assert text.count(": 1 question\n") == 49 and "last: 2 questions" in text and "has 50 other rows" in text

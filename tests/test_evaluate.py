@@ -1,4 +1,4 @@
-"""Video question answering: how a question is scored, what a run keeps, and that nothing is lost."""
+"""Video question answering: how a question is scored, what a run writes, and that no answer is lost."""
 
 import json
 import os
@@ -66,8 +66,8 @@ def answers(path):
 # ---- asking ----
 
 
-def test_a_choice_is_scored_at_the_last_token(toy, folder):
-    """The same from a whole forward pass, pixels and all, with a softmax written out; other places differ."""
+def test_score_of_a_choice(toy, folder):
+    """The same score from a whole forward pass with a softmax by hand, at the last token and not before it."""
     model, processor = toy
     record, variants = RECORDS[0], variants_of(gammas=[2.0])
     for line in ask(model, processor, [record], variants, folder):
@@ -82,7 +82,7 @@ def test_a_choice_is_scored_at_the_last_token(toy, folder):
 
 
 def test_each_video_is_encoded_once(toy, folder, monkeypatch):
-    """q3 asks about four seconds of a.mp4, which is a video of its own."""
+    """q3 asks about four seconds of a.mp4, which counts as a video of its own."""
     model, processor = toy
     encoded = []
     encode = model.encode
@@ -97,7 +97,7 @@ def test_each_video_is_encoded_once(toy, folder, monkeypatch):
 
 
 def test_generated_choices(toy, folder, monkeypatch):
-    """What cannot be read is wrong, and counted."""
+    """An answer that names no choice is wrong, and is counted as unparsed."""
     model, processor = toy
     texts = {"q0": "A", "q2": "It does, yes", "q4": "A. red B. green"}
     monkeypatch.setattr(model, "generate", lambda *_, max_new_tokens, **__: [max_new_tokens])
@@ -110,8 +110,8 @@ def test_generated_choices(toy, folder, monkeypatch):
     assert [id for id, line in found.items() if line["unparsed"]] == ["q4"]
 
 
-def test_a_question_that_fails_is_an_error(toy, folder, monkeypatch):
-    """Its video may not fit into memory, or its scores may not be finite. The others are answered."""
+def test_question_that_fails(toy, folder, monkeypatch):
+    """A video may not fit into memory, or scores may not be finite. The other questions are answered."""
     model, processor = toy
     encode = model.encode
 
@@ -131,8 +131,8 @@ def test_a_question_that_fails_is_an_error(toy, folder, monkeypatch):
 # ---- one run ----
 
 
-def test_an_interrupted_run_goes_on(folder, call, monkeypatch):
-    """Killed at any byte, or by Ctrl-C; what is there is not asked again, and counts once."""
+def test_interrupted_run(folder, call, monkeypatch):
+    """After a kill at any byte, or Ctrl-C, the answers that are there are not asked again and count once."""
     ask_for = [folder / "q.jsonl", "--model", TOY]
     code, whole, err = call(*ask_for, "--out", folder / "whole")
     assert code == 0 and whole.startswith("6 questions on 3 videos; seed 0\n") and err == "6 questions\n"
@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on(folder, call, monkeypatch):
 
 
 def test_processes_share_the_videos(folder, call, monkeypatch):
-    """Each says what it asks, and their files are reported together."""
+    """Each process says how many questions it asks, and --report joins their files."""
     ask_for = [folder / "q.jsonl", "--model", TOY, "--seed", 4]
     whole = call(*ask_for, "--json")[1]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -181,7 +181,7 @@ def test_processes_share_the_videos(folder, call, monkeypatch):
 @pytest.mark.parametrize("under_torchrun, rank, local_rank, share", [
     (False, "1", "", Share()), (True, "1", "", Share(1, 4, 1)),
     (True, "1", "0", Share(1, 4, 0)), (True, "", "0", Share())])
-def test_ranks_count_only_under_torchrun(monkeypatch, under_torchrun, rank, local_rank, share):
+def test_ranks_under_torchrun(monkeypatch, under_torchrun, rank, local_rank, share):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if under_torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -190,16 +190,16 @@ def test_ranks_count_only_under_torchrun(monkeypatch, under_torchrun, rank, loca
     assert Share.of_environment() == share
 
 
-def test_a_share_of_many_videos():
-    """Of 20,000, at once: to look each up in a list would take minutes."""
+def test_share_of_many_videos():
+    """20,000 videos take no time. If each was looked up in a list, they would take minutes."""
     records = [RECORDS[0]._replace(id=f"{n}", video=f"{n // 2}") for n in range(40_000)]
     shares = [Share(rank, 3).records(records) for rank in range(3)]
     assert sorted(record.id for share in shares for record in share) == sorted(record.id for record in records)
     assert len({record.video for record in shares[0]} & {record.video for record in shares[1]}) == 0
 
 
-def test_a_bad_video_is_an_error_of_its_questions(folder, call):
-    """It is counted, and tried again. One name is longer than a file system allows."""
+def test_bad_videos(folder, call):
+    """Its questions are errors, and are asked again later. One name is longer than a file system allows."""
     (folder / "b.mp4").write_bytes(b"no video at all")
     (folder / "c.mp4").rename(folder / "elsewhere")
     records = [RECORDS[0]._replace(id="long", video="x" * 300), *RECORDS]
@@ -238,8 +238,8 @@ def test_default_model(folder, call, monkeypatch, arguments, name):
     assert call(*arguments)[0] == 2 and loaded == [name]
 
 
-def test_a_model_is_told_by_its_weights(folder, call):
-    """A copy elsewhere goes on; the same path with other weights does not."""
+def test_model_is_recognised(folder, call):
+    """A run goes on with a copy of the model, but not with other weights at the same path."""
     model = folder / "model"
     writable_copy(TOY, model)
     ask_for = [folder / "q.jsonl", "--limit", 1, "--out", folder / "out"]
@@ -250,7 +250,7 @@ def test_a_model_is_told_by_its_weights(folder, call):
     name = "model.text_model.layers.2.self_attn.o_proj.weight"
     save_file({**tensors, name: tensors[name] * 1.01}, model / "model.safetensors", {"format": "pt"})
     code, out, err = call(*ask_for, "--model", model)
-    assert (code, out) == (2, "") and "is of another run, with weights" in err
+    assert (code, out) == (2, "") and "is from another run, with weights" in err
     assert (folder / "out").read_bytes() == data
 
 
@@ -261,8 +261,8 @@ def line(n, variant, right, **more):
     return {"id": f"{n}", "variant": variant, "right": right, "settings": "seed 3; gamma 3", **more}
 
 
-def test_reports_of_two_runs_are_not_mixed(folder, call):
-    """Neither in two files nor in one; the second file of one run is."""
+def test_answers_of_two_runs(folder, call):
+    """They are refused in two files and in one file. Two files of the same run are joined."""
     mine = [line(n, name, True) for n in range(2) for name in ("baseline", "outro")]
     other = [{**row, "settings": "seed 3; gamma 1"} for row in mine]
     first, second, third = (written(folder / name, rows) for name, rows in (
@@ -271,7 +271,7 @@ def test_reports_of_two_runs_are_not_mixed(folder, call):
     assert json.loads(call("--report", first, second, "--json")[1])["questions"] == 2
     for files in ([first, third], [both]):
         code, out, err = call("--report", *files)
-        assert (code, out) == (2, "") and "is of another run, with gamma 1 instead of gamma 3" in err
+        assert (code, out) == (2, "") and "is from another run, with gamma 1 instead of gamma 3" in err
 
 
 # ---- errors of the user ----
@@ -280,8 +280,8 @@ def test_reports_of_two_runs_are_not_mixed(folder, call):
 @pytest.mark.parametrize("arguments, said", [
     ([], "give one of these: a file of questions, --toy N, or --report FILE"),
     (["none.jsonl"], "none.jsonl: no such file"),
-    (["q.jsonl", "--videos", "empty"], "empty has no a.mp4"),
-    (["q.jsonl", "--variants", "relax,open"], "--variants 'open' is none of baseline, outro, relax, align"),
+    (["q.jsonl", "--videos", "empty"], "empty has neither a.mp4"),
+    (["q.jsonl", "--variants", "relax,open"], "--variants 'open' is not one of baseline, outro, relax, align"),
     (["q.jsonl", "--gamma", "3,x"], "argument --gamma: 'x' is not a number"),
     (["q.jsonl", "--model", "no/toy/here"], "no/toy/here is neither a folder here"),
     (["q.jsonl", "--out", "notes.txt"], "notes.txt: line 1 is not JSON"),
@@ -290,14 +290,14 @@ def test_reports_of_two_runs_are_not_mixed(folder, call):
     (["q.jsonl", "--out", "pipe"], "pipe is a pipe or a device"),
     (["q.jsonl", "--out", "/dev/full"], "/dev/full is a pipe or a device"),
     (["q.jsonl", "--out", "nowhere/out"], "there is no folder nowhere"),
-    (["q.jsonl", "--out", "old", "--gamma", "2"], "old is of another run, with variants baseline,outro instead of"),
+    (["q.jsonl", "--out", "old", "--gamma", "2"], "old is from another run, with variants baseline,outro instead of"),
     (["--report", "none"], "none: no such file"),
     (["--report", "pipe"], "pipe is a pipe or a device"),
     (["--report", "words"], "words: right of the question '1' is 'yes'; correct it"),
     (["--report", "void"], "no question has an answer"),
-    (["--toy", "5", "--noise", "256"], "argument --noise: '256' is not from 0 to 255"),
+    (["--toy", "5", "--noise", "256"], "argument --noise: '256' is not between 0 and 255"),
 ])
-def test_errors_are_one_line_and_nothing_is_lost(folder, call, monkeypatch, arguments, said):
+def test_errors_change_no_file(folder, call, monkeypatch, arguments, said):
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
     os.mkfifo(folder / "pipe")

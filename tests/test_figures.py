@@ -1,4 +1,4 @@
-"""The pictures: what is dark where, and that nothing leaves the paper, however long the prompt."""
+"""The pictures: the right places are coloured, and nothing touches the edge, even with a long prompt."""
 
 import runpy
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def places(picture, colour):
 
 
 def test_shorten_measures_few_letters(monkeypatch):
-    """Of a text of 4,000 letters, the whole once, then no more than fit. Odd letters are escaped."""
+    """A text of 4,000 letters is measured once as a whole, then only as far as it fits. Odd letters are escaped."""
     assert figures.shorten("日\n", 200) == r"'\u65e5\n'" and figures.shorten("W", 5) == "..."
     assert 80 < figures.font(SMALL).getlength(figures.shorten("W" * 300, 100)) <= 100
     measured = []
@@ -31,7 +31,7 @@ def test_shorten_measures_few_letters(monkeypatch):
 
 
 def test_import_without_freetype(monkeypatch):
-    """Text reports import figures and need no font. A Pillow without FreeType fails when something is drawn."""
+    """run.py imports figures even if it draws nothing. So a Pillow without FreeType fails only when it draws."""
     def load_default(size=None):
         raise ImportError("The _imagingft C module is not installed")
     monkeypatch.setattr(ImageFont, "load_default", load_default)
@@ -42,7 +42,7 @@ def test_import_without_freetype(monkeypatch):
 
 
 def test_masks_opened_row_is_red():
-    """Ten tokens, sink at 4: a red row of ten cells in the right half, and its red label."""
+    """Ten tokens, and token 4 is a sink: the right half has a red row of ten cells, and its label is red."""
     opened = torch.arange(10) == 4
     picture = figures.draw_masks(opened, 2, [str(n) for n in range(10)])
     red = places(picture, MARK)
@@ -53,8 +53,8 @@ def test_masks_opened_row_is_red():
     assert len(places(nothing, MARK)) == 0
 
 
-def test_attention_on_frames_is_red_on_its_part():
-    """Two frames of four tokens: positions 1-4 and 5-8; the last token looks at position 7."""
+def test_attention_on_frames():
+    """Two frames of four tokens, at positions 1-4 and 5-8. The last token attends to position 7."""
     weights = torch.zeros(1, 10, 10)
     weights[0, -1, 7] = 0.5
     is_image = torch.tensor([False] + [True] * 8 + [False])
@@ -64,14 +64,14 @@ def test_attention_on_frames_is_red_on_its_part():
     red = places(picture.convert("RGB"), tuple(round(110 + (m - 110) * 230 / 255) for m in MARK))
     assert len(red) == 2 * 50 * 50                                      # the head and the mean over heads
     assert red[:, 1].min() == 14 + 106 and red[:, 1].max() < 14 + 106 + 50
-    assert red[:, 0].min() == 14 + 24 + 50                                          # third token: second row
+    assert red[:, 0].min() == 14 + 24 + 50                                          # the third token is in the second row
     opened = torch.arange(10) == 0
     assert figures.draw_attention_on_frames(video, weights, is_image, opened, 0, 0).height > picture.height
 
 
 @pytest.mark.parametrize("n_frames, S, L, H, M", [(1, 5, 1, 1, 1), (64, 2000, 32, 2, 16)])
 def test_nothing_touches_the_edge(n_frames, S, L, H, M):
-    """Also not for a long prompt, many layers, and tokens of endless text."""
+    """With one token and with a long prompt, many layers and tokens of very long text."""
     generator = torch.Generator().manual_seed(0)
     position = torch.arange(S)
     is_image = (position >= 2) & (position < 2 + n_frames * M)

@@ -69,7 +69,7 @@ def test_refused_questions(processor):
     for question in ("", " \n"):
         with pytest.raises(ValueError, match="question is empty"):
             processor(video(1), question)
-    with pytest.raises(ValueError, match="1000 frames: a prompt holds at most 999"):
+    with pytest.raises(ValueError, match="a prompt holds at most 999 frames, not 1000"):
         processor.prompt(video(1000), "x")
     with pytest.raises(ValueError, match="not valid UTF-8"):
         processor(video(1), "caf\udce9?")

@@ -1,4 +1,4 @@
-"""Files of questions, as their authors publish them, what is wrong with a file, and how answers are read."""
+"""Files of questions: the formats of their authors, what is refused, and how answers are read."""
 
 import json
 
@@ -43,7 +43,7 @@ def without(row, key):
 
 
 def refusal(folder, name, content):
-    """What is said about a file: one line that names it."""
+    """The error message about a file: one line that names the file."""
     path = written(folder, name, content)
     with pytest.raises((ValueError, OSError)) as error:
         read_questions(path)
@@ -109,7 +109,7 @@ def test_format_is_given(tmp_path):
 @pytest.mark.parametrize("name, content, said", [
     ("a.jsonl", "", "has no questions"),
     ("a.json", [{**AV, "task": "AV Captioning"}], "has no questions with answers"),
-    ("a.json", [{"foo": 1, "bar": 2}], "its format is unknown, with the keys bar, foo; known formats are"),
+     "is the object {'0': 'x'}, not a text or a number (with orient='records', pandas writes one row for each"),
     ("a.jsonl", lines(OURS, OURS)[:-9], "line 2 is not JSON"),
     ("a.parquet", "PAR1", "read_parquet(...).to_json("),
     ("a.jsonl", lines(without(OURS, "id"), OURS), "record 1: it has no 'id'"),
@@ -118,25 +118,25 @@ def test_format_is_given(tmp_path):
     ("a.jsonl", lines({**OURS, "answer": float("nan")}), "record 1: its 'answer' is empty"),
     ("a.jsonl", lines({**OURS, "answer": True}), "record 1: its 'answer' is True, not a text or a number"),
     ("a.jsonl", lines({**OURS, "options": ["red", "blue"]}), "record 1: its key 'options' is unknown"),
-    ("a.jsonl", lines(OURS, {**OURS, "id": 1}), "record 2: its id '1' is there twice"),
+    ("a.jsonl", lines(OURS, {**OURS, "id": 1}), "record 2: an earlier record has the same id, '1'"),
     ("a.jsonl", lines({**OURS, "start": "soon"}), "record 1: its 'start' is 'soon', not a number of seconds"),
-    ("a.jsonl", lines({**OURS, "start": 2, "end": 2}), "record 1: its end, 2 s, does not come after"),
+    ("a.jsonl", lines({**OURS, "start": 2, "end": 2}), "record 1: its end, 2 s, is not after its start"),
     ("a.csv", "id,video,question,answer\n1,a,b\n", "record 1: it has fewer cells"),
-    ("a.json", [{**AV, "label": "maybe"}], "record 1: its answer 'maybe' is none of the choices ('Yes', 'No')"),
+    ("a.json", [{**AV, "label": "maybe"}], "record 1: its answer 'maybe' is not one of the choices ('Yes', 'No')"),
     ("a.json", {"v1": {"task0": SENSE}, "v2": {"question0": SENSE}}, "video 'v2' has {'question0'"),
     ("a.json", {"v1": {"task0": SENSE, "task1": None}}, "video 'v1' has 'task1', which is None"),
     ("a.json", {"id": {"0": 1}, "video": {"0": "a"}, "question": {"0": "?"}, "answer": {"0": "x"}},
-     "is the object {'0': 'x'}, not a text or a number; pandas writes a row for each record with orient='records'"),
-    ("a.json", {key: {"0": value} for key, value in MME.items()}, "with orient='records'"),
+     "is the object {'0': 'x'}, not a text or a number (with orient='records', pandas writes one row for each record)"),
+    ("a.json", {key: {"0": value} for key, value in MME.items()}, "(with orient='records', pandas"),
 ])
-def test_a_wrong_file_is_refused(tmp_path, name, content, said):
+def test_wrong_files(tmp_path, name, content, said):
     assert said in refusal(tmp_path, name, content)
 
 
 @pytest.mark.parametrize("row, keys", [
     (OURS, "video question answer"), (AV, "task label"), (DAILY, "video_id Question Answer Type"),
     (MME, "question_id question options answer task_type")], ids=range(4))
-def test_a_missing_field_is_named(tmp_path, row, keys):
+def test_missing_fields_are_named(tmp_path, row, keys):
     for key in keys.split():
         rest = without(row, key)
         text = refusal(tmp_path, "a.json", [row, {**rest, "id": "2"} if row is OURS else rest])
@@ -147,22 +147,22 @@ def test_a_missing_field_is_named(tmp_path, row, keys):
     (["red", None, "blue"], "option 2 of its 'choices' is empty"),
     (["red", " ", "blue"], "option 2 of its 'choices' is empty"),
     (["A. red", "B.", "C. blue"], "option 2 of its 'choices' is empty"),
-    (["blue", "blue ", "red"], "of which two are equal"),
+    (["blue", "blue ", "red"], "and two of them are equal"),
     (["blue"], "are ['blue'], not a list of 2 to 26"),
     ({"A": "red", "B": "blue"}, "'choices' is the object"),
     ([["red"], "blue"], "option 1 of its 'choices' is ['red'], not a text"),
     ([f"{n}" for n in range(27)], "not a list of 2 to 26")])
-def test_wrong_options_are_refused(tmp_path, options, said):
+def test_wrong_options(tmp_path, options, said):
     text = refusal(tmp_path, "a.jsonl", lines(OURS, {**OURS, "id": "2", "choices": options}))
     assert "record 2: " in text and said in text
 
 
 @pytest.mark.parametrize("row, answer, said", [
-    (OURS, 1, "its answer '1' is none of the choices ('red', 'blue')"),
+    (OURS, 1, "its answer '1' is not one of the choices ('red', 'blue')"),
     ({**OURS, "choices": ["b", "a"]}, "A", "is the letter of one choice and the text of another"),
-    (MME, "E", "its answer 'E' is none of the choices"),
-    (MME, "B. 3", "its answer 'B. 3' is none of the choices")])
-def test_a_wrong_answer_is_refused(tmp_path, row, answer, said):
+    (MME, "E", "its answer 'E' is not one of the choices"),
+    (MME, "B. 3", "its answer 'B. 3' is not one of the choices")])
+def test_wrong_answers(tmp_path, row, answer, said):
     assert said in refusal(tmp_path, "a.json", [{**row, "answer": answer}])
 
 
@@ -175,7 +175,7 @@ def test_a_wrong_answer_is_refused(tmp_path, row, answer, said):
     (["Ab", "Ba"], ("Ab", "Ba")), (["A.D.", "B.C."], ("A.D.", "B.C.")), (["A.x", "B.y"], ("A.x", "B.y")),
     (["A.", "B."], ("A.", "B.")), (["(A)", "(B)"], ("(A)", "(B)")), (["A", "B"], ("A", "B"))])
 def test_letters_in_front_of_options(tmp_path, options, choices):
-    """They are taken off if all options have one, in order, a space follows, and something is left."""
+    """They are removed if every option has its own, in order, with a space after it and a text after that."""
     for position, letter in enumerate("AB"):
         for answer in (letter, options[position]):
             path = written(tmp_path, "a.json", [{**MME, "options": options, "answer": answer}])
@@ -184,7 +184,7 @@ def test_letters_in_front_of_options(tmp_path, options, choices):
 
 
 @pytest.mark.parametrize("row, key, answer", [(OURS, "choices", "B"), (MME, "options", "A")])
-def test_an_answer_is_a_text_in_our_format_and_a_letter_in_others(tmp_path, row, key, answer):
+def test_answer_text_or_letter(tmp_path, row, key, answer):
     record, = read_questions(written(tmp_path, "a.json", [{**row, key: ["B", "A"], "answer": "B"}]))
     assert record.answer == answer
 
@@ -208,12 +208,12 @@ def test_chosen_letter(text, position):
     assert chosen(text, ("a car", "a boat", "Vitamin A")) == position
 
 
-def test_chosen_text_that_looks_lettered_or_is_plain():
+def test_chosen_text():
     assert plain(" The red  Ring. ") == plain("a red ring") == "red ring" and plain("an") != plain("the")
     assert chosen("A. Huxley", ("B. Braun", "A. Huxley")) == 1
-    assert chosen("A", ("B", "A")) == 0                     # the request asks for a letter
+    assert chosen("A", ("B", "A")) == 0                     # we asked for a letter
     assert chosen("B.C.", ("B.C.", "A.D.")) == 0
-    assert chosen("ph", ("pH", "PH")) is None               # as plain as both
+    assert chosen("ph", ("pH", "PH")) is None               # equal to both once capitals are ignored
 
 
 @pytest.mark.parametrize("text, position", [
@@ -224,7 +224,7 @@ def test_chosen_yes_or_no(text, position):
 
 
 def test_first_tokens(toy):
-    """The toy has ' A' but not ' B', ' Yes' and ' No' but not 'Yes'; a tokenizer with all has two forms."""
+    """The toy has no token ' B' and no token 'Yes', so it has one form. A tokenizer with all of them has two."""
     processor = toy[1]
     colours = ("red", "green", "blue")
     token = processor.tokenizer.token_to_id
@@ -247,7 +247,7 @@ def test_first_tokens(toy):
 
 
 def test_toy_questions():
-    """They are about unseen clips, answered by what is drawn, and of every kind that a clip has."""
+    """They are about unseen clips, their answers are what is drawn, and every kind of question occurs."""
     records, clips = toy_questions(25, seed=3, noise=7)
     assert len(records) == 25 and len(clips) == 3 and len({record.id for record in records}) == 25
     for n, (video, write) in enumerate(clips.items()):

@@ -177,7 +177,7 @@ def test_flag_errors(call):
     assert_refused(call("--figures", "/proc/self/new"), "--figures /proc/self/new", "is not a writable folder")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     missing = next(device for device, is_there in there.items() if not is_there)    # no machine has both
-    assert_refused(call("--device", missing), f"device {missing}: there is none here", "leave it out")
+    assert_refused(call("--device", missing), f"this machine has no device {missing}", "use the CPU")
 
 
 def edit(path, section=None, **values):

@@ -1,4 +1,4 @@
-"""The four tables: each number against the functions of analysis.py, or by a second way."""
+"""The four tables: each number is compared with the functions of analysis.py, or computed in a second way."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from minioutro.support.cli import run_command
 
 @pytest.fixture(scope="module")
 def clip(toy):
-    """The inputs of the bundled clip, and what is found on it."""
+    """The inputs of the bundled clip, and the result of `analyse` on it."""
     model, processor = toy
     inputs = processor(read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge), QUESTION)
     features = model.encode(inputs.pixel_values)
@@ -31,7 +31,7 @@ def column(found, table, name):
 
 
 def cuts_of(found, position):
-    """The column of table 3 about this token, by way."""
+    """The column of table 3 about this token: way to take it away -> change."""
     return dict(zip(column(found, "without", ""), column(found, "without", f"token {position}")))
 
 
@@ -63,8 +63,8 @@ def test_tables_are_aligned_by_hand():
 # ---- analyse ----
 
 
-def test_tables_1_and_2_equal_the_functions(toy, clip):
-    """By the functions on a trace that holds all weights, in the layer where token 0 is first marked."""
+def test_tables_1_and_2(toy, clip):
+    """The functions of analysis.py on a trace with all weights, in the layer where token 0 is largest."""
     (ids, features, found), cache = clip, Cache()
     l = found["layer"]
     trace = Trace(weights_of=[l])
@@ -92,15 +92,15 @@ def test_no_sink_without_its_writer(toy, clip):
     silent = analysis.without_row(toy[0], found["written by"], found["coordinate"])
     again = analyse(silent, ids, features)
     assert not again["marked"] and not any(column(again, "who", "activation"))
-    assert again["ratio"] < 1000 and again["layer"] < 6                     # the nearest, not in the last two
-    assert max(column(again, "outro", "largest move")) > 0.01               # with thresholds that it reaches
+    assert again["ratio"] < 1000 and again["layer"] < 6         # the nearest token, outside the last two layers
+    assert max(column(again, "outro", "largest move")) > 0.01               # the lowered thresholds mark it
     text = report(again, ["x"] * ids.shape[1], "")
-    assert text.startswith("The rule marks no token. The nearest") and "thresholds lowered" in text
+    assert text.startswith("The rule marks no token. The nearest") and "thresholds that are lowered" in text
     assert abs(found["who"][found["written by"]]["MLP adds"]) == pytest.approx(found["activation"], rel=0.05)
 
 
-def test_tables_3_and_4_by_a_second_way(toy, clip):
-    """The answer's loss, in one call over prompt and answer, for a token in the middle."""
+def test_tables_3_and_4(toy, clip):
+    """The loss of the answer from one call over prompt and answer, with a token in the middle taken away."""
     ids, features, found = clip
     answer = torch.tensor([toy[0].generate(ids, features=features)])
     assert found["answer_ids"] == answer[0].tolist() and found["tokens"] == answer.shape[1]
@@ -125,7 +125,7 @@ def test_tables_3_and_4_by_a_second_way(toy, clip):
         assert cuts[name] == pytest.approx((change.mean().item(), change.std().item() / A**0.5), abs=1e-4), name
     assert set(cuts["marked then"]) == marked
     first = cuts_of(found, 0)
-    assert first["left out"] == pytest.approx(first["column masked"], abs=1e-4)     # only distances count
+    assert first["left out"] == pytest.approx(first["column masked"], abs=1e-4)     # RoPE encodes only distances
     asked = Examples(ids, features, answer, torch.ones_like(answer).bool())
     for row in found["outro"]:
         outro = OutRo(relax=row[""] != "align", align=row[""] != "relax", gamma=row["gamma"] or 0)
@@ -133,8 +133,8 @@ def test_tables_3_and_4_by_a_second_way(toy, clip):
         assert row["change"][0] == pytest.approx(change.item(), abs=1e-5)
 
 
-def test_a_text_is_scored_itself(golden):
-    """dev_late: token 0 is massive; 29 tokens, of which 16 are not scored."""
+def test_text_without_a_video(golden):
+    """The tokens of the text itself are scored. In dev_late token 0 is massive, and 16 of 29 tokens are not scored."""
     model, ids = golden("dev_late").model, golden("dev_late").input_ids[:1]
     found = analyse(model, ids)
     log_p = model(ids)[0].log_softmax(-1)
@@ -146,7 +146,7 @@ def test_a_text_is_scored_itself(golden):
 
 
 def test_marked_then_keeps_old_positions(golden):
-    """dev_late's first token a second time, at position 6: both are massive, also when token 4 is left out."""
+    """The first token of dev_late stands again at position 6. Both are massive, also if token 4 is left out."""
     ids = golden("dev_late").input_ids[:1]
     found = analyse(golden("dev_late").model, torch.cat([ids[:, :6], ids], dim=1))
     assert found["who"][4]["activation"] == [0, 6] and 4 in found["others"]
@@ -171,7 +171,7 @@ def call(monkeypatch, capfd):
 
 
 def test_json_of_zero_weights_has_null(call, toy, monkeypatch):
-    """All ratios are 0/0 then."""
+    """With zero weights, all ratios are 0/0."""
     zero = copy.deepcopy(toy[0])
     for weight in zero.parameters():
         weight.zero_()

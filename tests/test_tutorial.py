@@ -1,6 +1,6 @@
-"""The tutorial: every python block runs, in order, and prints and draws what stands below it.
+"""The tutorial: every python block runs, in order, and prints and draws what is shown below it.
 
-    python tests/test_tutorial.py --write        writes all outputs, pictures and links anew
+    python tests/test_tutorial.py --write        writes all outputs, pictures and links again
 """
 
 import ast
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from minioutro.support.cli import written_whole  # noqa: E402
 
 TUTORIAL = ROOT / "tutorial.md"
-# code, the output behind it if there is one, and the picture behind that if there is one
+# the code, then its output if there is one, then its picture if there is one
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n"
                    r"(?:\n?```\n(?P<output>.*?)^```\n)?"
                    r"(?:\n?!\[(?P<alt>[^\]]*)\]\((?P<picture>[^)]+)\)\n)?", re.S | re.M)
@@ -49,12 +49,12 @@ def run_blocks(text: str):
 
 
 def small(picture: Image.Image) -> Image.Image:
-    """In 256 colours, as it lies in the repository; rare ones, as the red of a sink, are kept."""
+    """In 256 colours, as it is stored in the repository. Rare colours, such as the red of a sink, are kept."""
     return picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 
 
 def home(name: str, file: str) -> str:
-    """The file in which a function, class or test is defined: the given one, or any of its folder."""
+    """The file in which a function, class or test is defined: the given file, or another one in its folder."""
     folder = (ROOT / file).parent
     for path in (ROOT / file, *sorted(folder.glob("*.py"))):
         if path.exists() and any(node.name == name for node in ast.walk(ast.parse(path.read_text("utf-8")))
@@ -80,8 +80,8 @@ def write() -> None:
 
 
 def agree(printed: str, shown: str) -> bool:
-    """Equal texts and whole numbers. A measured number, with a decimal point or a comma, may differ by two
-    of its last digit: processors round sums differently, and what is printed is rounded once more."""
+    """Whether texts and whole numbers are equal. A number with a decimal point or a comma may differ by two
+    in its last digit, because processors round sums differently, and printing rounds once more."""
     if NUMBER.sub("#", printed) != NUMBER.sub("#", shown):
         return False
     for one, two in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
@@ -92,7 +92,7 @@ def agree(printed: str, shown: str) -> bool:
     return True
 
 
-def test_every_block_prints_and_draws_what_the_tutorial_shows():
+def test_every_block_shows_this():
     wrong = []
     for block, printed, picture in run_blocks(lesson()):
         shown = block["output"] or ""
@@ -101,17 +101,17 @@ def test_every_block_prints_and_draws_what_the_tutorial_shows():
         if block["picture"]:
             stored, new = Image.open(ROOT / block["picture"]).convert("RGB"), small(picture).convert("RGB")
             if stored.size != new.size or too_different(stored, new):
-                wrong.append(f"{block['picture']} is not the picture that is drawn")
+                wrong.append(f"{block['picture']} differs from the picture that is drawn")
     assert not wrong, "\n\n".join([*wrong, "python tests/test_tutorial.py --write shows the new ones"])
 
 
 def too_different(stored: Image.Image, new: Image.Image) -> bool:
-    """More than rounding: a hundred pixels that differ by more than 40 of 255, a few letters' worth."""
+    """Whether more than 100 pixels differ by more than 40 of 255. A few changed letters do, rounding does not."""
     difference = ImageChops.difference(stored, new).convert("L").point(lambda grey: 255 * (grey > 40))
     return sum(pixel > 0 for pixel in difference.tobytes()) > 100
 
 
-def test_every_link_leads_to_the_function_that_it_names():
+def test_links_lead_to_their_functions():
     links = [(link["name"], link["file"]) for link in LINK.finditer(lesson())]
     assert len(links) > 40
     assert [(name, home(name, file)) for name, file in links] == links
@@ -119,7 +119,7 @@ def test_every_link_leads_to_the_function_that_it_names():
         assert (ROOT / path).exists(), path
 
 
-def test_blocks_are_short_and_each_shows_something():
+def test_blocks_are_short():
     blocks = list(BLOCK.finditer(lesson()))
     assert len(blocks) > 30 and len(blocks) == lesson().count("```python")
     for block in blocks:
@@ -128,12 +128,12 @@ def test_blocks_are_short_and_each_shows_something():
         assert block["output"] or block["picture"] or "import" in block["code"], block["code"]
 
 
-def test_readers_are_asked_to_predict_what_a_block_will_show():
+def test_readers_are_asked_to_predict():
     asked = re.findall(r"^Predict: .+\?\n\n(?=```python$)", lesson(), re.M)
     assert len(asked) == lesson().count("Predict: ") >= 10
 
 
-def test_the_comparison_finds_a_changed_number_and_a_changed_picture():
+def test_comparison_finds_changes():
     for changed, shown, same in (("0.93", "0.94", True), ("+0.00", "-0.00", True), ("26,668", "26,666", True),
                                  ("0.91", "0.94", False), ("22 of 40", "23 of 40", False), ("sinks [0]", "sinks [1]", False),
                                  ("1.4", "14", False), ("8,839", "8,809", False), ("a 1.0", "b 1.0", False)):
@@ -144,7 +144,7 @@ def test_the_comparison_finds_a_changed_number_and_a_changed_picture():
     assert too_different(picture, changed) and not too_different(picture, picture)
 
 
-def test_pictures_are_small_and_all_of_them_are_shown():
+def test_pictures_are_small_and_shown():
     folder = ROOT / "minioutro" / "pictures"
     shown = {Path(block["picture"]).name for block in BLOCK.finditer(lesson()) if block["picture"]}
     shown.add("page.png")                           # written by tests/with_browser/screenshot.py

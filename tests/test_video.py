@@ -558,4 +558,4 @@ def test_sound_alone_or_broken_frames_alone(tmp_path):
         file.writeframes(bytes(1600))
     assert "no video stream that can be decoded, only audio" in refused(tmp_path / "sound.wav")
     path = spoil(write(tmp_path / "a.mkv", n=5, codec="mpeg4", g="1"), 0, 5)
-    assert "no frame of it can be decoded" in refused(path)
+    assert f"no frame of {path} can be decoded" in refused(path)

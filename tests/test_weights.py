@@ -1,4 +1,4 @@
-"""Checkpoints as they are found: whole or in parts, old or new, and broken in every way."""
+"""Checkpoints as users have them: in one file or several, old or new, and broken in many ways."""
 
 import json
 from fnmatch import fnmatch
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def edit_config(folder, section, **values):
-    """Set fields of a section of config.json; None is its top level. The value ... deletes a field."""
+    """Set fields of a section of config.json. The section None is its top level, and the value ... deletes a field."""
     config = json.loads((folder / "config.json").read_text())
     target = config if section is None else config[section]
     target.update(values)
@@ -99,7 +99,7 @@ def test_tied_head(tmp_path, golden):
 
 
 def test_other_fields_are_ignored(folder, golden):
-    """Also those that mean something elsewhere, such as settings of sampling, and those that say what we do."""
+    """Also fields that matter to other programs, such as settings of sampling, and fields that state what we do."""
     edit_config(folder, None, output_attentions=True, vocab_size=1, pad_token_id=2, temperature=0.5, invented=[1])
     edit_config(folder, "text_config", perceiver_config={"num_key_value_heads": 1}, attention_dropout=0.1,
                 pretraining_tp=2, tie_word_embeddings=True, invented={"a": 1}, layer_types=["full_attention"] * 3,
@@ -112,7 +112,7 @@ def test_other_fields_are_ignored(folder, golden):
 
 
 BASE = dict(hidden_size=768, num_attention_heads=12, image_size=512, patch_size=16)
-HUB = {                                     # what the three configs say; the rest is absent there
+HUB = {                                     # every size that the three configs state
     "256M": (dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                   num_key_value_heads=3), BASE, 4, 471, 256_484_928),
     "500M": (dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
@@ -124,7 +124,7 @@ HUB = {                                     # what the three configs say; the re
 
 @pytest.mark.parametrize("size", HUB)
 def test_hub_sizes(tmp_path, size):
-    """The 2.2B model's config leaves out both head counts; the others leave out sizes of the encoder."""
+    """The config of the 2.2B model leaves out both head counts. The others leave out sizes of the encoder."""
     text, vision, scale, n_tensors, n_parameters = HUB[size]
     text = {"model_type": "llama", "head_dim": 64, "vocab_size": 49280, "rms_norm_eps": 1e-5, **text}
     config = {"model_type": "smolvlm", "image_token_id": 49190, "scale_factor": scale,
@@ -145,7 +145,7 @@ def test_hub_sizes(tmp_path, size):
     (556, {"rope_theta": 555, "rope_scaling": {"rope_type": "default", "rope_theta": 556}}),
     (555, {"rope_parameters": {"rope_theta": 777}, "rope_theta": 555, "rope_scaling": {"rope_type": "default"}})])
 def test_rope_theta_spellings(folder, theta, fields):
-    """rope_scaling counts before rope_parameters, as in transformers."""
+    """rope_scaling wins over rope_parameters, as in transformers."""
     edit_config(folder, "text_config", **fields)
     assert read_config(folder).text_config.rope_theta == theta
 
@@ -155,7 +155,7 @@ def test_rope_theta_spellings(folder, theta, fields):
     (None, 5, ..., (5,)), (None, 5, None, (5,)), (None, [5, 7], ..., (5, 7)), (None, None, 6, (6,)),
     (None, 5, 6, (6,)), (None, ..., ..., ())])
 def test_eos(folder, generation, text, top, expected):
-    """As transformers 5.23 with the same files: generation_config.json alone, or else config.json."""
+    """The same ids as in transformers 5.23: from generation_config.json, or from config.json if that is missing."""
     edit_config(folder, "text_config", eos_token_id=text)
     edit_config(folder, None, eos_token_id=top)
     (folder / "generation_config.json").unlink()
@@ -243,7 +243,7 @@ def test_parts_that_do_not_fit_together(folder, section, field, value, says):
     ("vision_config", "intermediate_size", 81, "fc1.weight (81, 32)"),
     (None, "scale_factor", 2, "proj.weight (48, 128)")])
 def test_sizes_before_building(folder, monkeypatch, section, field, value, says):
-    """A wrong size is reported before memory of that size is asked for."""
+    """A wrong size is reported before memory of that size is allocated."""
     monkeypatch.setattr(VideoLM, "__init__", lambda *_: pytest.fail("the model was built"))
     edit_config(folder, section, **{field: value})
     text = message(folder)
@@ -259,7 +259,7 @@ def test_bad_index(folder):
 
 
 def test_wrong_tensors_are_named(folder):
-    """The attention of layer 1 has 4 tensors in the decoder and 8 in the encoder. The first five are named."""
+    """Of the 12 missing tensors, 4 in the decoder and 8 in the encoder, the message names the first five."""
     def spoil(tensors):
         for name in [name for name in tensors if "layers.1.self_attn" in name]:
             tensors[name.replace("self_attn", "attention")] = tensors.pop(name)
@@ -298,7 +298,7 @@ def test_broken_json(folder, name, content, says):
 
 def test_quantised_weights(folder):
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}))
-    assert "lm_head.weight is I8" in message(folder)
+    assert "lm_head.weight has dtype I8" in message(folder)
 
 
 # ---- the hub ----
@@ -318,7 +318,7 @@ def test_fetched_files(monkeypatch, tmp_path):
                for _, options in asked]
     assert fetched == [hub[1:6], ["tokenizer.json", *hub[-4:-1]]]
     assert [(repo, options["revision"]) for repo, options in asked] == [("owner/name", "v1"), ("owner/name", None)]
-    assert asked[0][1]["tqdm_class"](total=3).disable                   # silent where nobody watches
+    assert asked[0][1]["tqdm_class"](total=3).disable                   # no progress bar without a terminal
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def http_error(kind, code):
 
 
 def without_network():
-    """As the hub's library says it: the reason is the cause of the error."""
+    """The error of the hub's library, whose cause is the reason that matters."""
     error = errors.LocalEntryNotFoundError("we cannot find the files")
     error.__cause__ = ConnectionError("no route to host " + "x" * 1000)
     return error
@@ -364,7 +364,7 @@ def without_network():
     (without_network(), "ConnectionError: no route to host"),
     (http_error(errors.HfHubHTTPError, 503), "(HfHubHTTPError: 503: no);")])
 def test_hub_failure_and_cache(hub, tmp_path, golden, error, cause):
-    """If the hub cannot be reached, the cache is read. If the cache has nothing either, the reason is told."""
+    """If the hub cannot be reached, the cache is read. If the cache is empty, the message gives the reason."""
     hub(error)
     text = message("owner/name")
     assert "owner/name is not a folder here" in text and cause in text and len(text) < 600
@@ -376,7 +376,7 @@ def test_hub_failure_and_cache(hub, tmp_path, golden, error, cause):
 
 @pytest.mark.parametrize("kind, says", [
     (errors.GatedRepoError, "owner/name at revision v1 asks for a licence on the hub first"),
-    (errors.RevisionNotFoundError, "owner/name has no revision v1; leave it out"),
+    (errors.RevisionNotFoundError, "owner/name has no revision v1; leave the revision out"),
     (errors.RepositoryNotFoundError, "owner/name is neither a folder here nor a public repository")])
 def test_hub_refusals(hub, kind, says):
     hub(http_error(kind, 404))

@@ -1,8 +1,8 @@
 """Answers compared in pairs: the test, the intervals, the verdict and the table of differences.
 
-One question is asked, and it is decided once: is OutRo better or worse than the baseline, over all
+Only one thing is decided, and only once: is OutRo better or worse than the baseline, over all
 questions? `summarise` tests that one row. Every other row, another variant or one kind of question,
-has a difference and an interval, and no verdict: among many rows some look good by chance.
+has a difference and an interval, but no verdict: among many rows some look good by chance.
 """
 
 from collections import defaultdict
@@ -13,15 +13,15 @@ import torch
 
 from minioutro.support.cli import escaped
 
-ALPHA = 0.05                        # a result is shown where p is below it
-RESAMPLES = 10_000                  # of the videos, for an interval
-AT_A_TIME = 100                     # of these resamples, to save memory
-MOST_KINDS = 50                     # in the table: those with the most questions
-LEAST_CHANGES = 6                   # of five changes, all in one way, p is 2/32, above ALPHA
+ALPHA = 0.05                        # p has to be below this
+RESAMPLES = 10_000                  # how often the videos are drawn anew for an interval
+AT_A_TIME = 100                     # resamples that are computed together, to save memory
+MOST_KINDS = 50                     # kinds of question in the table, those with most questions
+LEAST_CHANGES = 6                   # if five answers change, p is at least 2/32, above ALPHA
 
 
 def ways_to_lose(changes: int) -> Iterator[int]:
-    """Of the 2**changes outcomes, in how many at most 0, 1, 2, ... of the changes are losses."""
+    """Yield how many of the 2**changes outcomes have at most 0, 1, 2, ... losses."""
     ways_of_this_many = 1
     ways_so_far = 0
     for lost in range(changes + 1):
@@ -31,8 +31,10 @@ def ways_to_lose(changes: int) -> Iterator[int]:
 
 
 def sign_test(gained: int, lost: int) -> float:
-    """Two-sided p value of an exact sign test (McNemar's): how often gains and losses differ at
-    least as much as here, if a changed answer is as likely to be a gain as a loss.
+    """Two-sided p value of an exact sign test (McNemar's).
+
+    It is the probability that gains and losses differ at least as much as here, if each changed
+    answer is as likely to be a gain as a loss.
     """
     changes = gained + lost
     if gained == lost:
@@ -43,14 +45,14 @@ def sign_test(gained: int, lost: int) -> float:
 
 
 def detectable(questions: int, changes: int) -> float | None:
-    """The smallest |gained - lost| / questions with p < 0.05, if so many answers change.
+    """The smallest |gained - lost| / questions with p < 0.05, given how many answers change.
 
-    Returns: None for fewer than six changes, by which no difference can be shown. Source: ours.
+    Returns: None for fewer than six changes, which can never reach p < 0.05. Source: ours.
     """
     if changes < LEAST_CHANGES:
         return None
     for lost, ways in enumerate(ways_to_lose(changes)):
-        if 2 * ways / 2**changes >= ALPHA:          # one loss less is the most that may be
+        if 2 * ways / 2**changes >= ALPHA:          # so one loss fewer is the most for p < 0.05
             return (changes - 2 * (lost - 1)) / questions
 
 
@@ -60,14 +62,14 @@ def interval(changes: list[int], videos: list[str], seed: int) -> list[float]:
     Videos are drawn, not questions, because questions about one video are correlated.
     changes: for each question +1 (right only now), -1 (wrong only now) or 0.
     videos: the video of each question.
-    Returns: [low, high]; the whole range, [-1, 1], if there are fewer than two videos.
+    Returns: [low, high]. With fewer than two videos it is the whole range, [-1, 1].
     """
     number_of = {video: number for number, video in enumerate(sorted(set(videos)))}
     V = len(number_of)
     if V < 2:
         return [-1.0, 1.0]
     if not any(changes):
-        return [0.0, 0.0]               # as from any resample, and thousands of rows may be so
+        return [0.0, 0.0]               # every resample gives 0, so save the time
     video_numbers = torch.tensor([number_of[video] for video in videos])
     change_and_count = torch.tensor([[change, 1] for change in changes]).double()
     of_video = torch.zeros(V, 2).double().index_add_(0, video_numbers, change_and_count)    # (V,2)
@@ -85,10 +87,10 @@ def compare_answers(questions: list[dict[str, dict]], names: list[str],
                     seed: int) -> dict[str, dict]:
     """Compare every variant with the baseline, on the questions that all variants could answer.
 
-    questions: for each question its answers by variant. names: the variants, "baseline" with them.
-    Returns: by variant, how many questions there are (n) and how many answers were right, could not
-    be read (unparsed), became right (gained) and became wrong (lost); the difference from the
-    baseline and its interval, as shares of the questions. Without questions there is no difference.
+    questions: for each question its answers by variant. names: all variants, including "baseline".
+    Returns: by variant, the number of questions (n), and how many answers were right, could not be
+    read (unparsed), became right (gained) and became wrong (lost). Also the difference from the
+    baseline and its interval, as shares of the questions. If n is 0, the difference is None.
     """
     answered = []
     for question in questions:
@@ -117,10 +119,10 @@ def compare_answers(questions: list[dict[str, dict]], names: list[str],
 def decide(variant: dict) -> dict:
     """The one decision, about one row of `compare_answers`.
 
-    A difference is shown where p is below 0.05 and the interval leaves out 0. Both are asked for,
-    because p takes the questions of one video for independent, and the interval does not. Source:
-    ours.
-    Returns: p, detectable (see there), and the verdict: "better", "worse", "not shown" or
+    A difference is shown if p is below 0.05 and the interval does not contain 0. We require both,
+    because p assumes that the questions about one video are independent. The interval does not.
+    Source: ours.
+    Returns: p, the result of `detectable`, and the verdict: "better", "worse", "not shown" or
     "cannot be shown".
     """
     p = sign_test(variant["gained"], variant["lost"])
@@ -140,11 +142,11 @@ def decide(variant: dict) -> dict:
 def summarise(answers: list[dict], seed: int = 0, asked: str = "outro") -> dict:
     """Compare the answers of a run: what `evaluate --json` prints.
 
-    The last answer to a question counts, if there are several. Questions that have no answer of
-    some variant are left out and counted (unfinished). asked: the variant that is tested.
-    Returns: questions, videos, errors, unfinished, seed; asked, the variant that was tested, and
-    test, its decision (see `decide`), both None if no answer is of it; variants, the rows of
-    `compare_answers`; and tasks, the same for each kind of question.
+    If a question has several answers of a variant, the last one counts. Questions without an answer
+    of every variant are left out and counted (unfinished). asked: the variant that is tested.
+    Returns: questions, videos, errors, unfinished and seed. asked, the variant that was tested, and
+    test, the result of `decide`, both None if there is no answer of it. variants, the rows of
+    `compare_answers`, and tasks, the same for each kind of question.
     Raises: ValueError if there is nothing to compare.
     """
     names = list(dict.fromkeys(line["variant"] for line in answers))
@@ -155,8 +157,8 @@ def summarise(answers: list[dict], seed: int = 0, asked: str = "outro") -> dict:
     if not questions:
         raise ValueError("no question has an answer of every variant yet; let the run go on")
     if "baseline" not in names:
-        raise ValueError("no answer is of the baseline, so there is nothing to compare with; "
-                         "give the files of a whole run")
+        raise ValueError("there is no answer of the baseline to compare with; give the files of a "
+                         "whole run")
     of_task = defaultdict(list)
     for question in questions:
         task = question["baseline"]["task"]
@@ -191,7 +193,7 @@ def in_points(share: float) -> str:
 def verdict(found: dict) -> str:
     """The decision of `summarise` in words, a few lines."""
     if found["test"] is None:
-        return "No row is tested, because no answer is of the variant that is asked about."
+        return "No row is tested, because there is no answer of the variant that would be tested."
     test = found["test"]
     row = found["variants"][found["asked"]]
     changes = row["gained"] + row["lost"]
@@ -214,7 +216,7 @@ def verdict(found: dict) -> str:
 
 
 def about_other_rows(found: dict) -> list[str]:
-    """How many rows beside the one that was asked have a difference, and what they are worth."""
+    """How many other rows have a difference, and how far they can be trusted."""
     sections = [found["variants"], *found["tasks"].values()]
     compared = []
     for rows in sections:
@@ -230,7 +232,7 @@ def about_other_rows(found: dict) -> list[str]:
 
 
 def difference_in_words(variant: dict) -> str:
-    """The difference and its interval in points, that is, in hundredths of the questions."""
+    """The difference and its interval in points: hundredths of the questions."""
     if variant["n"] < LEAST_CHANGES:
         return f"fewer than {LEAST_CHANGES} questions"
     if variant["gained"] + variant["lost"] == 0:
@@ -248,8 +250,10 @@ def row_of_table(label: str, width: int, variant: dict, is_baseline: bool) -> st
 
 
 def table_of_differences(found: dict) -> str:
-    """The report of `summarise`: a row for each variant, over all questions and by kind, and the
-    verdict in words. An asterisk marks the row that was asked. Of many kinds the largest are shown.
+    """The result of `summarise` as text, with the verdict in words.
+
+    There is a row for each variant, over all questions and for each kind of question. An asterisk
+    marks the row that is tested. If there are many kinds, only the largest are shown.
     """
     labels = {name: f"  {escaped(name)}" for name in found["variants"]}
     width = max(14, *(len(label) + 3 for label in labels.values()))

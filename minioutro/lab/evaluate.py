@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 -m minioutro.lab.evaluate QUESTIONS --videos FOLDER --out FILE
     python -m minioutro.lab.evaluate --report FILE.0 FILE.1
 
-One comparison is tested: the baseline with "outro", that is, OutRo at the release's constants.
-Other variants are for exploration, and have differences and intervals alone.
+Only one comparison is tested: the baseline with "outro", which is OutRo with the constants of its
+release. Other variants are for exploration: they get a difference and an interval, but no test.
 An interrupted run goes on with the same command. The processes of torchrun share the videos.
 """
 
@@ -55,9 +55,9 @@ from minioutro.support.cli import (
 from minioutro.weights import HUB_MODEL, TOY
 
 SWITCHES = {"outro": {}, "relax": {"align": False}, "align": {"relax": False}}
-MOST_SAMPLES = 4096                 # values of each tensor by which a model is told from another
+MOST_SAMPLES = 4096                 # values of each tensor that go into a fingerprint
 ERRORS_SHOWN = 5
-OF_ONE_QUESTION = (ValueError, OSError, torch.OutOfMemoryError)    # the next may be answered
+OF_ONE_QUESTION = (ValueError, OSError, torch.OutOfMemoryError)    # the next question may go well
 
 
 # ---- 1. Asking ----------------------------------------------------------------------------------
@@ -67,22 +67,22 @@ OF_ONE_QUESTION = (ValueError, OSError, torch.OutOfMemoryError)    # the next ma
 class How:
     """How a question is asked. None: the checkpoint's own setting."""
     fps: float | None = None
-    frames: int | None = None       # at most
-    generate: bool = False          # generate a text also where there are choices
+    frames: int | None = None       # the most frames of a video
+    generate: bool = False          # generate a text even if the question has choices
     max_new_tokens: int = 64
 
 
 def variants_of(names: Sequence[str] = (), gammas: Sequence[float] = (),
                 **constants) -> dict[str, OutRo | None]:
-    """The variants to ask, by name: always "baseline" and "outro", first.
+    """The variants to ask, by name. The first two are always "baseline" and "outro".
 
-    names: further rows, of "relax" and "align", in which only this switch is on.
-    gammas: each row that aligns is asked at these strengths as well, as "outro gamma 0.5".
+    names: "relax", "align" or both: further variants in which only this switch is on.
+    gammas: strengths at which each variant that aligns is asked as well, as "outro gamma 0.5".
     constants: further fields of every OutRo.
     """
     for name in names:
         if name != "baseline" and name not in SWITCHES:
-            raise ValueError(f"--variants {name!r} is none of baseline, {', '.join(SWITCHES)}")
+            raise ValueError(f"--variants {name!r} is not one of baseline, {', '.join(SWITCHES)}")
     switched = {name: SWITCHES[name] for name in SWITCHES if name == "outro" or name in names}
     found = {"baseline": None}
     for name, switches in switched.items():
@@ -97,7 +97,7 @@ def variants_of(names: Sequence[str] = (), gammas: Sequence[float] = (),
 
 def score_choices(model: VideoLM, processor: Processor, choices: tuple[str, ...],
                   input_ids: Tensor, features: Tensor, outro: OutRo | None) -> Tensor:
-    """log p of each choice: that the answer's first token is its letter, or yes or no."""
+    """For each choice, log p that the answer begins with its letter, or with its yes or no."""
     hidden = model.hidden_states(input_ids, features=features, outro=outro)             # (1,S,C)
     log_p = model.head(hidden[:, -1]).float().log_softmax(-1)[0].cpu()                  # (V,)
     scores = log_p[first_tokens(processor, choices)].logsumexp(0)                       # (choices,)
@@ -108,10 +108,10 @@ def score_choices(model: VideoLM, processor: Processor, choices: tuple[str, ...]
 
 def answer(model: VideoLM, processor: Processor, record: Record, video: Video, features: Tensor,
            outro: OutRo | None, how: How = How()) -> dict:
-    """Answer one question: by the likeliest choice, or greedily.
+    """Answer one question with the likeliest choice, or with a text that is generated greedily.
 
-    Returns: answer and right; scores, log p of each choice; unparsed, where a text was generated
-    that names no choice. Choices are compared by their position.
+    Returns: answer and right. For the likeliest choice also scores, the log p of each choice. For a
+    generated text also unparsed: whether it names no choice.
     """
     pieces = processor.pieces(video, with_choices(record.question, record.choices))
     input_ids = torch.tensor([processor.tokenize(pieces)], device=features.device)      # (1,S)
@@ -138,11 +138,11 @@ def ask(model: VideoLM, processor: Processor, records: list[Record],
         variants: Mapping[str, OutRo | None], folder: Path,
         clips: Mapping[str, Callable[[Path], None]] | None = None,
         done: Collection[tuple[str, str]] = (), how: How = How()) -> Iterator[dict]:
-    """Yield an answer for each question and variant. What cannot be asked has an "error".
+    """Yield an answer for each question and variant. If one cannot be asked, it has an "error".
 
     Each video, or part of one, is decoded and encoded once for all of its questions.
-    clips: the functions that write those videos which are not in the folder yet.
-    done: pairs of id and variant that are left out.
+    clips: functions that write videos which are not in the folder yet, by the name of the video.
+    done: pairs of id and variant that are not asked again.
     """
     device = next(model.parameters()).device
     fps = processor.fps if how.fps is None else how.fps
@@ -176,12 +176,12 @@ def ask(model: VideoLM, processor: Processor, records: list[Record],
 
 # ---- 2. Files of answers ------------------------------------------------------------------------
 
-NEEDED = {"id": str, "variant": str, "right": bool, "settings": str}    # of a line, with types
-OPTIONAL = {"video": str, "task": str, "unparsed": bool}
+NEEDED = {"id": str, "variant": str, "right": bool, "settings": str}    # fields of each line
+OPTIONAL = {"video": str, "task": str, "unparsed": bool}                # fields that may be absent
 
 
 def check_regular(path: Path) -> None:
-    """A pipe or a device would be read for ever."""
+    """Raise ValueError unless this is an ordinary file or nothing yet. A pipe may never end."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a file of answers")
     if path.exists() and not path.is_file():
@@ -189,7 +189,8 @@ def check_regular(path: Path) -> None:
 
 
 def whole_lines(data: bytes) -> int:
-    """The bytes up to the last line break. A run that was killed may leave half a line after it."""
+    """The number of bytes up to the last line break. A killed run may leave half a line after it.
+    """
     return data.rfind(b"\n") + 1
 
 
@@ -206,7 +207,7 @@ def read_answers(path: Path) -> list[dict]:
     half_a_line = data[whole:]
     begins = b'{"id": '
     if not half_a_line.startswith(begins[:len(half_a_line)]):
-        raise ValueError(f"{path} is not a file of answers; give another")
+        raise ValueError(f"{path} is not a file of answers; give another file")
     lines = read_json_lines(path, data[:whole].decode(errors="replace"))
     answers = [checked_line(path, line) for line in lines]
     for line in answers:
@@ -217,7 +218,7 @@ def read_answers(path: Path) -> list[dict]:
 def checked_line(path: Path, line) -> dict:
     """A line of a file of answers with its optional fields. Raises: ValueError if it is not one."""
     if not isinstance(line, dict) or not NEEDED.keys() <= line.keys():
-        raise ValueError(f"{path} is not a file of answers; give another")
+        raise ValueError(f"{path} is not a file of answers; give another file")
     line = {"video": str(line["id"]), "task": "", "error": None, "unparsed": False, **line}
     if type(line["id"]) is int:
         line["id"] = str(line["id"])
@@ -229,15 +230,15 @@ def checked_line(path: Path, line) -> dict:
 
 
 def check_settings(path: Path, there: str, here: str) -> None:
-    """Raises: ValueError that names in what the settings of two runs differ."""
+    """Raises: ValueError that names the settings in which two runs differ."""
     if there == here:
         return
     of_file = there.split("; ")
     of_other = here.split("; ")
     only_there = ", ".join(x for x in of_file if x not in of_other)
     only_here = ", ".join(x for x in of_other if x not in of_file)
-    raise ValueError(f"{path} is of another run, with {only_there or 'less'} instead of "
-                     f"{only_here or 'nothing'}; give another file")
+    raise ValueError(f"{path} is from another run, with {only_there or 'fewer settings'} instead "
+                     f"of {only_here or 'nothing'}; give another file")
 
 
 def read_reports(paths: Sequence[str]) -> list[dict]:
@@ -262,14 +263,15 @@ def seed_of(answers: list[dict], otherwise: int) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the processes of torchrun this one is."""
+    """The part of the work that this process does, if torchrun has started several."""
     rank: int = 0
     world: int = 1
     local_rank: int = 0             # the number of its GPU
 
     @classmethod
     def of_environment(cls) -> "Share":
-        """RANK and WORLD_SIZE count only under torchrun: clusters set them for other purposes."""
+        """Read RANK and WORLD_SIZE, but only under torchrun. Clusters set them for other reasons.
+        """
         if not os.environ.get("TORCHELASTIC_RUN_ID"):
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -280,7 +282,7 @@ class Share:
         return cls(rank, world, rank if local_rank is None else local_rank)
 
     def records(self, records: list[Record]) -> list[Record]:
-        """This process's share. Questions about one video stay together."""
+        """The questions for this process. Questions about one video stay together."""
         videos = list(dict.fromkeys(record.video for record in records))
         mine = set(videos[self.rank::self.world])
         return [record for record in records if record.video in mine]
@@ -288,7 +290,7 @@ class Share:
 
 @dataclass
 class Source:
-    """What is asked about which videos."""
+    """The questions, and where their videos are."""
     records: list[Record]
     folder: Path
     clips: dict[str, Callable[[Path], None]]
@@ -304,8 +306,8 @@ def read_source(args: argparse.Namespace, temporary: Path) -> Source:
     records = read_questions(args.questions, args.format, notes)
     folder = Path(args.videos) if args.videos else Path(args.questions).parent
     if not any(is_there(folder / record.video) for record in records):
-        raise ValueError(f"{folder} has no {records[0].video}, and none of the other videos; give "
-                         f"their folder as --videos")
+        raise ValueError(f"{folder} has neither {records[0].video} nor any of the other videos; "
+                         f"give their folder as --videos")
     return Source(records, folder, {}, notes)
 
 
@@ -317,13 +319,13 @@ def is_there(path: Path) -> bool:
 
 
 def file_of_answers(name: str | None, share: Share) -> Path | None:
-    """The file that this process writes to. Raises: ValueError if it could not.
+    """The file that this process writes to. None: the answers are not kept.
 
-    None: no file; the answers are not kept.
+    Raises: ValueError if the file cannot be written to.
     """
     if name is None or name == os.devnull:
         if share.world > 1:
-            raise ValueError("each process needs a file for its answers; give --out")
+                raise ValueError("each process needs a file for its answers; give --out")
         return None
     path = Path(name).expanduser()
     check_regular(path)
@@ -331,14 +333,14 @@ def file_of_answers(name: str | None, share: Share) -> Path | None:
         path = path.with_name(f"{path.name}.{share.rank}")
         check_regular(path)
     if not path.parent.is_dir():
-        raise ValueError(f"--out {name}: there is no folder {path.parent}; make it")
+        raise ValueError(f"--out {name}: there is no folder {path.parent}; make the folder first")
     writable_folder("--out", path.parent)
     return path
 
 
 def fingerprint(model: VideoLM, processor: Processor) -> str:
-    """What tells this checkpoint from another, wherever it lies: a hash of samples of its weights,
-    of its tokenizer and of its settings for videos."""
+    """Identify a checkpoint, wherever it lies: a hash of samples of its weights, of its tokenizer
+    and of its settings for videos."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         every = max(1, tensor.numel() // MOST_SAMPLES)
@@ -353,7 +355,8 @@ def fingerprint(model: VideoLM, processor: Processor) -> str:
 
 def settings_of(args: argparse.Namespace, records: list[Record], variants: Collection[str],
                 model: VideoLM, processor: Processor) -> str:
-    """All that the answers of a run depend on. --limit and --device are not among it."""
+    """Everything that the answers of a run depend on, as one line. So --limit and --device are not
+    part of it."""
     settings = {
         "seed": args.seed,
         "noise": args.noise,
@@ -373,7 +376,7 @@ def settings_of(args: argparse.Namespace, records: list[Record], variants: Colle
 
 
 def load_model(args: argparse.Namespace, share: Share) -> tuple[VideoLM, Processor]:
-    """The model of --model; without it the bundled toy for its own clips, else the hub's."""
+    """The model that --model names. The default is the toy for its own clips, else the hub's."""
     name = args.model
     if name is None:
         name = TOY if args.toy else HUB_MODEL
@@ -384,14 +387,15 @@ def load_model(args: argparse.Namespace, share: Share) -> tuple[VideoLM, Process
 
 
 def run(args: argparse.Namespace, temporary: Path, share: Share) -> list[dict]:
-    """Ask what has no answer in --out yet. Returns: all answers, the earlier ones first."""
+    """Ask the questions that have no answer in --out yet. Returns: all answers, earlier ones first.
+    """
     variants = variants_of(args.variants, args.gamma, temperature=args.temperature,
                            median_multiple=args.median_multiple, abs_threshold=args.abs_threshold)
     source = read_source(args, temporary)
     out = file_of_answers(args.out, share)
     earlier = [] if out is None or not out.exists() else read_answers(out)
     if args.toy:
-        torch.set_num_threads(1)        # the toy's tensors are too small to be shared
+        torch.set_num_threads(1)        # the toy's tensors are too small for several threads
     model, processor = load_model(args, share)
     settings = settings_of(args, source.records, variants, model, processor)
     if earlier:
@@ -418,7 +422,7 @@ def run(args: argparse.Namespace, temporary: Path, share: Share) -> list[dict]:
 
 
 def with_running_scores(asked: Iterator[dict], total: int, done: int) -> Iterator[dict]:
-    """The answers as they come. A bar shows how many of each variant are right so far."""
+    """Pass the answers on. A progress bar shows the share of right answers of each variant."""
     n, right = Counter(), Counter()
     bar = progress(asked, "questions", total=total, initial=done)
     for line in bar:
@@ -430,9 +434,9 @@ def with_running_scores(asked: Iterator[dict], total: int, done: int) -> Iterato
 
 def write_answers(lines: Iterator[dict], out: Path | None, settings: str,
                   last: Mapping[tuple[str, str], dict]) -> list[dict]:
-    """Append answers to a file as they come, and print the first errors in the end.
+    """Append answers to a file as they come, and print the first errors at the end.
 
-    last: earlier answers. An error that is there already is not written again.
+    last: earlier answers. An error that is in the file already is not written again.
     """
     answers = []
     errors = set()
@@ -474,27 +478,31 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("questions", nargs="?", type=not_empty, help="a file of questions")
     add("--videos", type=not_empty, metavar="DIR",
-        help="folder of the videos (default: that of the questions)")
-    add("--format", choices=tuple(FORMATS), help="of the questions (default: told by the keys)")
-    add("--toy", type=COUNT, metavar="N", help="ask N questions about the toy's world instead")
+        help="folder of the videos (default: the folder of the questions)")
+    add("--format", choices=tuple(FORMATS),
+        help="format of the questions (default: recognised by the keys)")
+    add("--toy", type=COUNT, metavar="N",
+        help="instead of a file, ask N questions about the toy's own clips")
     add("--noise", type=number(0, 255, int), metavar="N",
-        help="of the toy's clips, from 0 to 255 (default: 5 to 20)")
+        help="noise in the toy's clips, from 0 to 255 (default: 5 to 20)")
     add("--seed", type=number(0, 10**9, int), default=0, metavar="N",
-        help="of the toy's clips and of resampling (default: %(default)s)")
-    add("--limit", type=COUNT, metavar="N", help="ask the first N questions alone")
+        help="seed of the toy's clips and of the intervals (default: %(default)s)")
+    add("--limit", type=COUNT, metavar="N", help="ask only the first N questions")
     add("--variants", type=names_of, default=[], metavar="NAME[,NAME]",
-        help="further rows, which are not tested: relax, align or both of them")
+        help="ask further variants, which are not tested: relax, align or both of them")
     add("--gamma", type=strengths_of, default=[], metavar="G[,G]",
-        help="further rows, which are not tested, with these strengths of the alignment")
-    add("--generate", action="store_true", help="generate choices instead of comparing letters")
-    add("--max-new-tokens", type=COUNT, default=64, metavar="N", help="default: %(default)s")
+        help="ask further variants, which are not tested, with these strengths of the alignment")
+    add("--generate", action="store_true",
+        help="generate a text for questions with choices, instead of comparing their letters")
+    add("--max-new-tokens", type=COUNT, default=64, metavar="N",
+        help="end an answer after N tokens (default: %(default)s)")
     add_model_options(parser)
     add_video_options(parser)
     add_outro_constants(parser)
     add("--out", type=not_empty, metavar="FILE",
-        help="append the answers to this file, and go on from those in it")
+        help="append the answers to this file, and do not repeat those that it already has")
     add("--report", nargs="+", type=not_empty, metavar="FILE",
-        help="ask nothing; report the answers in these files together")
+        help="ask nothing, and report all answers in these files as those of one run")
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
     given = [what for what in (args.questions, args.toy, args.report) if what is not None]

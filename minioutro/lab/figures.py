@@ -1,7 +1,7 @@
 """Pictures, each drawn by one function with Pillow alone. `run.py --figures DIR` writes them.
 
 A caption says what is drawn: layer, head, probabilities or cosines, and what was averaged. Tensors
-are those of one prompt, without B. Shapes are named as in model.py, colours are red, green, blue.
+are those of one prompt, without B. Shapes are named as in model.py. Colours are (red, green, blue).
 """
 
 import math
@@ -24,10 +24,10 @@ PALE = (226, 226, 232)
 PAPER = (255, 255, 255)
 MARK = (205, 60, 45)                        # red
 BLUE = (95, 150, 205)
-WIDTH = 880                                 # pixels; about what a README shows unscaled
+WIDTH = 880                                 # pixels: a README shows about this width unscaled
 PAD = 14                                    # pixels around what is drawn
-TITLE = 15                                  # sizes of the font
-SMALL = 12
+TITLE = 15                                  # size of the font of titles
+SMALL = 12                                  # size of the font of all other text
 
 
 # ---- Pieces of all pictures ---------------------------------------------------------------------
@@ -35,15 +35,15 @@ SMALL = 12
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font. It is loaded when something is drawn, since not every Pillow has one.
+    """Pillow's own font. It is loaded only when something is drawn, because some builds lack it.
 
     Raises: ValueError if this Pillow cannot draw text.
     """
     try:
         return ImageFont.load_default(size)
     except ImportError:
-        raise ValueError("this Pillow was built without FreeType and cannot draw text; install it "
-                         "again with pip, or draw no pictures") from None
+        raise ValueError("this Pillow was built without FreeType and cannot draw text; install "
+                         "Pillow again with pip, or draw no pictures") from None
 
 
 def canvas(height: int, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -68,7 +68,7 @@ def heat(shade: Tensor, width: int, height: int) -> Image.Image:
 
 
 def scale_bar(image: Image.Image, x: int, y: int, title: str, labels: list[str]) -> None:
-    """What pale and dark stand for: evenly spaced labels under a strip."""
+    """A strip from pale to dark with evenly spaced labels, which say what the shades stand for."""
     draw = ImageDraw.Draw(image)
     width = 200
     draw.text((x - 10, y), title, INK, font(SMALL), "ra")
@@ -79,20 +79,20 @@ def scale_bar(image: Image.Image, x: int, y: int, title: str, labels: list[str])
 
 
 def position_axis(draw: ImageDraw.ImageDraw, x: float, y: float, width: float, S: int) -> None:
-    """Numbers of some of S positions, at least 90 pixels apart."""
+    """The numbers of some of the S positions, at least 90 pixels apart."""
     for s in range(0, S, math.ceil(S * 90 / width)):
         draw.text((x + (s + 0.5) * width / S, y), str(s), INK, font(SMALL), "ma")
 
 
 def shorten(text: str, width: float) -> str:
-    """A token's text, cut to so many pixels. Letters that are not ASCII are escaped, because the
+    """A token's text, cut to `width` pixels. Letters that are not ASCII are escaped, because the
     font may lack them."""
     length = font(SMALL).getlength
     text = ascii(text)
     if length(text) <= width:
         return text
     kept = ""
-    for letter in text:                     # from the left: a long text is not measured as a whole
+    for letter in text:                     # from the left, so that a long text costs little time
         if length(kept + letter + "...") > width:
             break
         kept += letter
@@ -100,7 +100,7 @@ def shorten(text: str, width: float) -> str:
 
 
 def sketch_positions(is_sink: Tensor, n: int = 8) -> list[int]:
-    """About n positions that stand for a prompt: its ends, evenly spread ones, and up to 3 sinks.
+    """About n positions to draw of a prompt: its two ends, some between, and up to three sinks.
 
     is_sink: bool[S].
     """
@@ -111,7 +111,7 @@ def sketch_positions(is_sink: Tensor, n: int = 8) -> list[int]:
 
 
 def stack(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one width, one below the other."""
+    """One picture of several, one below the other."""
     whole = Image.new("RGB", (WIDTH, sum(image.height for image in images)), PAPER)
     y = 0
     for image in images:
@@ -121,7 +121,7 @@ def stack(images: list[Image.Image]) -> Image.Image:
 
 
 def save(pictures: dict[str, Image.Image], folder: Path) -> None:
-    """Write each as NAME.png."""
+    """Write each picture as NAME.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         with written_whole(folder / f"{name}.png") as half:
@@ -183,9 +183,9 @@ def draw_masks(opened: Tensor, layer: int, tokens: list[str]) -> Image.Image:
 
 def draw_mask(draw: ImageDraw.ImageDraw, corner: tuple[int, int], cell: int, title: str,
               may_attend: Tensor, positions: list[int], marked: Tensor) -> None:
-    """One mask, bool[S,S], at these positions, in cells of so many pixels.
+    """One mask, bool[S,S], at these positions.
 
-    marked: bool[S], the queries whose allowed keys are red.
+    cell: pixels on each side of a cell; marked: bool[S], the queries whose allowed keys are red.
     """
     x0, y0 = corner
     all_have_room = len(may_attend) <= 1000             # a number of four digits needs two columns
@@ -226,7 +226,7 @@ def draw_ratios(ratios: Tensor, is_sink: Tensor, median_multiple: float) -> Imag
     for l in range(0, L, math.ceil(14 / cell)):         # a label needs 14 pixels
         draw.text((left - 8, top + (l + 0.5) * cell), f"layer {l}", INK, font(SMALL), "rm")
 
-    wide = max(width / S, 6)            # of a sink: it is still seen as one token among a thousand
+    wide = max(width / S, 6)            # of a sink: one among a thousand tokens must still be seen
     for l, s in is_sink.nonzero().tolist():
         x = left + min(s * width / S, width - wide)
         y = top + l * cell
@@ -273,7 +273,7 @@ def draw_attention(weights: Tensor, is_image: Tensor, is_sink: Tensor, layer: in
 
 def mark_tokens(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: int, tokens: Tensor,
                 colour: tuple, least: int) -> None:
-    """Mark tokens, bool[S], above and beside a map of size x size, `least` pixels wide or more."""
+    """Mark tokens, bool[S], above and beside a map of size x size. least: pixels for each mark."""
     x0, y0 = corner
     S = len(tokens)
     for s in tokens.nonzero().flatten().tolist():
@@ -285,7 +285,7 @@ def mark_tokens(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: int, t
 
 def draw_attention_on_frames(video: Video, weights: Tensor, is_image: Tensor, opened: Tensor,
                              layer: int, head: int) -> Image.Image:
-    """Which part of which frame is attended to: by the last token, and by a sink that was opened.
+    """Which parts of the frames the last token attends to, and which parts an opened sink.
 
     weights: float[H,S,S], probabilities; is_image, opened: bool[S].
     """
@@ -324,7 +324,7 @@ def attention_rows(weights: Tensor, opened: Tensor, head: int) -> dict[str, Tens
 
 
 def frame_in_red(frame: Image.Image, shares: Tensor, size: int) -> Image.Image:
-    """A frame in grey, size x size pixels, each of its M tokens as red as its share, 0 to 1."""
+    """A frame in grey, size x size pixels. Each of its M tokens is as red as its share, 0 to 1."""
     side = math.isqrt(len(shares))
     alpha = Image.frombytes("L", (side, side), bytes((shares * 230).int().tolist()))
     grey = frame.resize((size, size)).convert("L").point(lambda g: 110 + g // 2).convert("RGB")
@@ -339,8 +339,8 @@ def chart(image: Image.Image, box: tuple[int, int, int, int], x_ticks: dict, y_t
           titles: tuple[str, str], marks: list[tuple]) -> None:
     """Marks in axes that reach from the first to the last tick.
 
-    box: left, top, right and bottom edge in pixels; ticks: the label of each value; titles: of the
-    two axes; marks: ("line" or "dots", [(x, y), ...], colour) each.
+    box: left, top, right and bottom edge in pixels; ticks: value -> label; titles: of the x axis
+    and of the y axis; marks: a list of ("line" or "dots", [(x, y), ...], colour).
     """
     left, top, right, bottom = box
     x_first, x_last = min(x_ticks), max(x_ticks)
@@ -352,7 +352,7 @@ def chart(image: Image.Image, box: tuple[int, int, int, int], x_ticks: dict, y_t
     def down(y: float, scale: int = 1) -> float:            # pixels from the top edge
         return scale * (y_last - y) / (y_last - y_first) * (bottom - top)
 
-    scale = 3                   # the marks are painted larger and averaged, so that they are smooth
+    scale = 3                   # paint the marks larger and average, so that they are smooth
     area = Image.new("RGB", (scale * (right - left), scale * (bottom - top)), PAPER)
     paint = ImageDraw.Draw(area)
     for kind, points, colour in marks:
@@ -378,8 +378,8 @@ def chart(image: Image.Image, box: tuple[int, int, int, int], x_ticks: dict, y_t
 def draw_cosines(before: Tensor, after: Tensor, counts: Tensor) -> Image.Image:
     """Cosine of the heads' outputs to the sink's value, by layer.
 
-    before, after: float[L,H,S]; counts: bool[L,S], the tokens that are averaged. A layer without
-    a sink has none, and no dot.
+    before, after: float[L,H,S]; counts: bool[L,S], the tokens that are averaged. A layer in which
+    no token counts has no dot.
     """
     L = len(before)
     layers = counts.any(1).nonzero().flatten().tolist()
@@ -426,7 +426,7 @@ def draw_rotation(before: Tensor, after: Tensor, layer: int, outro: OutRo) -> Im
 
 
 def aligned_angles(outro: OutRo) -> list[float]:
-    """The angles, in degrees, that the alignment makes of 0, 1, ... 180 degrees to the sink."""
+    """The angles to the sink after the alignment, in degrees, for 0, 1, ... 180 degrees before."""
     angles = torch.arange(0, 181).deg2rad()
     out = torch.stack([angles.cos(), angles.sin()], dim=-1)[None, None]             # (1,1,181,2)
     v_sink = torch.tensor([[[1.0, 0.0]]])                                       # (1,1,2)
@@ -436,7 +436,7 @@ def aligned_angles(outro: OutRo) -> list[float]:
 
 
 def draw_turns(draw: ImageDraw.ImageDraw, turned: list[float]) -> None:
-    """Three outputs as hands of a clock, before and after. The sink's value points to the right."""
+    """Draw three outputs as hands of a clock, before and after. The sink's value points right."""
     x0, y0, r = 650, 300, 190
     draw.line((x0 - r, y0, x0 + r, y0), INK)
     draw.text((x0 + r, y0 + 8), "direction of the sink's value", INK, font(SMALL), "ra")
@@ -453,8 +453,9 @@ def draw_run(model: VideoLM, video: Video, input_ids: Tensor, features: Tensor, 
              outro: OutRo, layer: int) -> Iterator[tuple[str, Image.Image]]:
     """Yield the pictures of a run by name, after one more pass that keeps the attention weights.
 
-    texts: of each token; layer: whose mask, attention and rotation are drawn. The head is the one
-    whose last token attends most to the sinks, or to token 0 if there are none.
+    texts: the text of each token; layer: the layer whose mask, attention and rotation are drawn.
+    The head is the one in which the last token attends most to the sinks, or to token 0 if there
+    are none.
     Raises: ValueError if the attention weights are not finite.
     """
     trace = Trace(weights_of=[layer])
@@ -471,7 +472,7 @@ def draw_run(model: VideoLM, video: Video, input_ids: Tensor, features: Tensor, 
     head = weights[:, -1, attended].sum(1).argmax().item()
     is_image = input_ids[0].cpu() == model.config.image_token_id
     ratio = ratio.nan_to_num(posinf=torch.finfo(torch.float32).max)     # where the median is 0
-    # tokens that were not a sink so far, in the layers with a sink: (L,S)
+    # in the layers with a sink, the tokens that have not been a sink so far: (L,S)
     counts = is_sink.any(1, keepdim=True) & (is_sink.cumsum(0) == 0)
     counted = counts[layer]
 

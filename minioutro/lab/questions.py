@@ -1,8 +1,9 @@
 """Questions: files of them -> records, how choices are asked, and how answers are read.
 
-Our own format is JSON lines: id, video, question and answer, and if wanted choices, task, start and
-end. Four public benchmarks are read as their authors publish them. Each format is one function from
-a row to a Record: for another benchmark, copy one and add it to FORMATS.
+Our own format is JSON lines with the keys id, video, question and answer. The keys choices, task,
+start and end are optional. Four public benchmarks are read as their authors publish them. Each
+format is one function from a row to a Record. For another benchmark, copy one and add it to
+FORMATS.
 """
 
 import math
@@ -28,7 +29,7 @@ class Record(NamedTuple):
     id: str
     video: str                      # its file, below the folder of the videos
     question: str
-    choices: tuple[str, ...]        # without letters, all different; empty if the answer is free
+    choices: tuple[str, ...]        # without letters, all different. Empty: the answer is free
     answer: str                     # one of the choices, if there are any
     task: str                       # the kind of question
     start: float | None = None      # seconds: only this part of the video is shown
@@ -36,7 +37,7 @@ class Record(NamedTuple):
 
 
 # ---- 1. Formats: a row of a file -> a record ----------------------------------------------------
-# number: the row's place in the file, from 1. What is wrong with a row is raised as a ValueError.
+# number: the row's place in the file, from 1. If a row is wrong, a ValueError says what is wrong.
 
 
 def ours(row: dict, number: int) -> Record:
@@ -51,7 +52,7 @@ def ours(row: dict, number: int) -> Record:
     start = seconds_of(row, "start")
     end = seconds_of(row, "end")
     if end is not None and end <= (start or 0.0):
-        raise ValueError(f"its end, {end:g} s, does not come after its start")
+        raise ValueError(f"its end, {end:g} s, is not after its start")
     return Record(
         id=name_of(row, "id"),
         video=name_of(row, "video"),
@@ -64,7 +65,7 @@ def ours(row: dict, number: int) -> Record:
 
 
 def avhbench(row: dict, number: int) -> Record:
-    """Its captions are left out before, in `read_questions`."""
+    """`read_questions` has left out the rows whose answer is a caption."""
     video = name_of(row, "video_id")
     return Record(
         id=f"{video}_{number}",
@@ -120,7 +121,7 @@ def rows_of_worldsense(objects: list[dict]) -> list[dict]:
     for videos in objects:
         for video, tasks in videos.items():
             if not is_video_of_worldsense(tasks):
-                raise ValueError(f"video {shown(video)} has {shown(tasks)}, and no task")
+                raise ValueError(f"video {shown(video)} has {shown(tasks)}, but no task")
             for task, row in tasks.items():
                 if re.fullmatch(r"task\d+", task) and isinstance(row, dict):
                     rows.append({**row, "video": video, "task": task})
@@ -137,11 +138,11 @@ def is_video_of_worldsense(value) -> bool:
 FORMATS: dict[str, Callable[[dict, int], Record]] = {
     "ours": ours, "avhbench": avhbench, "daily-omni": daily_omni, "video-mme": video_mme,
     "worldsense": worldsense}
-KEYS = {            # a file is of the first of these formats whose keys its rows have
+KEYS = {            # a file has the first of these formats whose keys occur in its rows
     "avhbench": {"video_id", "text"}, "daily-omni": {"Choice"}, "video-mme": {"videoID"},
     "worldsense": {"task_domain"}, "ours": {"id"}}
-CAPTIONS = "AV Captioning"          # a task of AVHBench whose answers are captions
-ABOUT_SOUND = {                     # what a reader of the results should know
+CAPTIONS = "AV Captioning"          # a task of AVHBench, whose answers are captions
+ABOUT_SOUND = {                     # notes for the reader of the results
     "avhbench": "two of avhbench's three tasks ask about sound, which the model cannot hear",
     "daily-omni": "daily-omni asks about sound as well, which the model cannot hear",
     "worldsense": "worldsense asks about sound as well, which the model cannot hear"}
@@ -149,11 +150,11 @@ ABOUT_SOUND = {                     # what a reader of the results should know
 
 def read_questions(path, format: str | None = None,
                    notes: list[str] | None = None) -> list[Record]:
-    """The records of a file, whose format is told by its keys unless it is given.
+    """The records of a file. If no format is given, it is recognised by its keys.
 
-    notes: a list that receives what a reader of the results should know.
-    Raises: OSError or ValueError that names the file, the record and what is wrong with it. A
-    record that is not wholly understood is refused; none is skipped.
+    notes: a list to which notes for the reader of the results are added.
+    Raises: OSError or ValueError that names the file, the record and what is wrong with it. No
+    record is skipped silently: one that is not fully understood is an error.
     """
     path = Path(path)
     name, rows = rows_of_format(path, format)
@@ -168,7 +169,7 @@ def read_questions(path, format: str | None = None,
                 check_cells(row)
             record = FORMATS[name](row, number)
             if record.id in records:
-                raise ValueError(f"its id {shown(record.id)} is there twice")
+                raise ValueError(f"an earlier record has the same id, {shown(record.id)}")
         except ValueError as error:
             raise ValueError(f"{path}, record {number}: {error}; correct it (format {name}, with "
                              f"the keys {listed(row)})") from None
@@ -196,11 +197,11 @@ def rows_of_format(path: Path, format: str | None) -> tuple[str, list[dict]]:
         known = [name for name, of_format in KEYS.items() if of_format <= keys]
         format = known[0] if known else "unknown"
     if rows and format not in FORMATS:
-        raise ValueError(f"{path}: its format is {format}, with the keys {listed(keys)}; known "
-                         f"formats are {', '.join(FORMATS)}")
+        raise ValueError(f"{path}: its format is {format}, with the keys {listed(keys)}; give a "
+                         f"file in one of the formats {', '.join(FORMATS)}")
     if rows and format == "worldsense":
-        raise ValueError(f"{path}: a file of worldsense is an object of videos, each with tasks; "
-                         f"the keys here are {listed(keys)}")
+        raise ValueError(f"{path}: a file of worldsense is an object of videos, each with tasks, "
+                         f"but the keys here are {listed(keys)}; give another --format")
     return format, rows
 
 
@@ -233,8 +234,8 @@ def as_text(value, what: str) -> str:
     if is_missing(value):
         raise ValueError(f"{what} is empty")
     if isinstance(value, dict):
-        raise ValueError(f"{what} is the object {shown(value)}, not a text or a number; pandas "
-                         f"writes a row for each record with orient='records'")
+        raise ValueError(f"{what} is the object {shown(value)}, not a text or a number (with "
+                         f"orient='records', pandas writes one row for each record)")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not isinstance(value, str) and not (is_number and math.isfinite(value)):
         raise ValueError(f"{what} is {shown(value)}, not a text or a number")
@@ -248,11 +249,13 @@ def text_of(row: dict, key: str) -> str:
 
 
 def name_of(row: dict, key: str) -> str:
-    """An id or the name of a file. Tables turn whole numbers into 7.0 if some are missing."""
+    """An id or the name of a file.
+
+    A number with a decimal point is refused: pandas turns 7 into 7.0 if another row has no number.
+    """
     name = text_of(row, key)
     if isinstance(row[key], float):
-        raise ValueError(f"its {key!r} is {name}, with a decimal point; write it "
-                         f"as a text")
+        raise ValueError(f"its {key!r} is {name}, with a decimal point; write it as a text")
     return name
 
 
@@ -266,14 +269,14 @@ def seconds_of(row: dict, key: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"its {key!r} is {shown(text)}, not a number of seconds from 0 on")
+        raise ValueError(f"its {key!r} is {shown(text)}, not a number of seconds of at least 0")
     return seconds
 
 
 def options_of(row: dict, key: str) -> list[str]:
-    """The options of a question as the file has them, with letters in front or without.
+    """The options of a question as the file has them, with or without letters in front.
 
-    Raises: ValueError if they are not a list of at least two texts, none empty and all different.
+    Raises: ValueError unless they are a list of at least two texts, all different and none empty.
     """
     options = row.get(key)
     if is_missing(options):
@@ -287,15 +290,15 @@ def options_of(row: dict, key: str) -> list[str]:
         if "" in texts_compared:
             raise ValueError(f"option {texts_compared.index('') + 1} of its {key!r} is empty")
         if len(set(texts_compared)) < len(texts_compared):
-            raise ValueError(f"its {key!r} are {shown(options)}, of which two are equal")
+            raise ValueError(f"its {key!r} are {shown(options)}, and two of them are equal")
     return texts
 
 
 def without_letters(options: list[str]) -> tuple[str, ...]:
-    """The options without the letters in front of them, if all have one, in order.
+    """Remove the letters in front of the options, if every option has its own, in order.
 
-    A letter is only taken for a mark if a space or the end follows it: "A.D." stays. Where nothing
-    follows any of the marks, the options are letters, and stay.
+    A letter counts only if a space or the end follows its mark: "A.D." stays. If every option is a
+    letter and nothing else, the options stay as they are.
     """
     marks = []
     for letter, option in zip(LETTERS, options):
@@ -307,7 +310,8 @@ def without_letters(options: list[str]) -> tuple[str, ...]:
 
 
 def position_by_text(text: str, choices: tuple[str, ...]) -> int | None:
-    """The choice that is this text, or else the only one that is as `plain`."""
+    """The position of the choice with this text, or else of the only one that is `plain`ly equal.
+    """
     if text in choices:
         return choices.index(text)
     alike = [n for n, choice in enumerate(choices) if plain(choice) == plain(text)]
@@ -315,7 +319,10 @@ def position_by_text(text: str, choices: tuple[str, ...]) -> int | None:
 
 
 def position_by_letter(text: str, choices: tuple[str, ...]) -> int | None:
-    """The choice that "B", "(B)" or "B. a boat" names; the last only if that is its text."""
+    """The position of the choice that "B", "(B)" or "B. a boat" names.
+
+    "B. a boat" names a choice only if its text is "a boat".
+    """
     match = re.fullmatch(r"\(?([A-Z])(?:[.):]+(?:\s+(.*))?)?", text, re.DOTALL)
     if match is None or match[1] not in LETTERS[:len(choices)]:
         return None
@@ -326,7 +333,8 @@ def position_by_letter(text: str, choices: tuple[str, ...]) -> int | None:
 
 
 def answer_by_text(answer: str, options: list[str]) -> str:
-    """The choice that an answer names, where a file has its text. Its letter will do as well."""
+    """The choice that an answer names, in a format where answers are texts. A letter is also read.
+    """
     choices = without_letters(options)
     if answer in options:
         return choices[options.index(answer)]
@@ -335,12 +343,12 @@ def answer_by_text(answer: str, options: list[str]) -> str:
         raise ValueError(f"its answer {shown(answer)} is the letter of one choice and the text of "
                          f"another, of {shown(choices)}")
     if not found:
-        raise ValueError(f"its answer {shown(answer)} is none of the choices {shown(choices)}")
+        raise ValueError(f"its answer {shown(answer)} is not one of the choices {shown(choices)}")
     return choices[found.pop()]
 
 
 def answer_by_letter(answer: str, options: list[str]) -> str:
-    """The choice that an answer names, where a file has its letter, as "B" or "B. a boat"."""
+    """The choice that an answer names, in a format where answers are "B" or "B. a boat"."""
     choices = without_letters(options)
     position = position_by_letter(answer, choices)
     return answer_by_text(answer, options) if position is None else choices[position]
@@ -351,10 +359,10 @@ def answer_by_letter(answer: str, options: list[str]) -> str:
 
 def toy_questions(n: int, seed: int = 0, noise: int | None = None
                   ) -> tuple[list[Record], dict[str, Callable]]:
-    """n questions about clips that training never draws.
+    """n questions about clips that the training never draws.
 
     noise: see `Clip`.
-    Returns: the records, and by the name of each video the function that writes it to a path.
+    Returns: the records, and for the name of each video a function that writes it to a path.
     """
     records = []
     clips = {}
@@ -377,12 +385,12 @@ def is_yes_no(choices: tuple[str, ...]) -> bool:
 
 
 def with_choices(question: str, choices: tuple[str, ...]) -> str:
-    """A question that asks for a letter, or for yes or no; without choices it stays as it is.
+    """A question that asks for a letter, or for yes or no. Without choices it stays as it is.
 
-    Source: the sentences are the release's, "Respond with only the letter ..." and, for AVHBench,
-    "Answer yes or no."; the layout is *ours*. The release leaves the latter off where the question
-    has it. Its request for Daily-Omni has one more sentence at each end, and the options bear no
-    letters.
+    Source: the sentences "Respond with only the letter ..." and, for AVHBench, "Answer yes or no."
+    are the release's. The layout is *ours*. The release does not add "Answer yes or no." if the
+    question has it already. For Daily-Omni it adds one more sentence at each end of the request,
+    and gives no letters to the options.
     """
     if not choices:
         return question
@@ -399,10 +407,10 @@ def with_choices(question: str, choices: tuple[str, ...]) -> str:
 
 
 def first_tokens(processor: Processor, choices: tuple[str, ...]) -> Tensor:
-    """The tokens that answer with each choice's letter, or yes and no: int64[forms,choices].
+    """The token with which each choice is answered, a letter or yes or no: int64[forms,choices].
 
-    There are two forms, with a space in front and without. A form counts if it is one token for
-    every choice.
+    There are two forms, with a space in front and without. A form is used if each of its answers is
+    a single token.
     """
     names = choices if is_yes_no(choices) else LETTERS[:len(choices)]
     forms = []
@@ -417,20 +425,20 @@ def first_tokens(processor: Processor, choices: tuple[str, ...]) -> Tensor:
 
 
 def plain(text: str) -> str:
-    """What texts have in common that differ by case, articles, spaces and end marks."""
+    """A text without what does not matter: capitals, articles, double spaces and end marks."""
     words = text.casefold().strip(" \t\n.!?,;:").split()
     without_articles = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(without_articles or words)
 
 
 def chosen(text: str, choices: tuple[str, ...]) -> int | None:
-    """The position of the choice that a generated text names; None if it is unparsed.
+    """The position of the choice that a generated text names. None: it names no choice.
 
-    Yes or no: the first whole word of the two. Otherwise the text begins with a letter, which is
-    alone or has one of . ) : after it, or it is the text of a choice. A text that names several
-    letters, or repeats "yes or no", chooses nothing.
-    Source: *ours*, but for the whole word, which is the release's. The release reads letters more
-    loosely: a text that begins with A, (A), [A] or "Answer: A" is A, so "A boat." is A too.
+    For yes and no, the first whole word of the two counts. For other choices, the text begins with
+    a letter that stands alone or has one of . ) : after it, or it is the text of a choice. A text
+    that names several letters, or repeats "yes or no", names no choice.
+    Source: *ours*, except for the whole word, which is the release's. The release reads letters
+    more loosely: a text that begins with A, (A), [A] or "Answer: A" is A. So "A boat." is A there.
     """
     if is_yes_no(choices):
         return chosen_word(text, choices)
@@ -461,7 +469,7 @@ def chosen_word(text: str, choices: tuple[str, ...]) -> int | None:
 
 
 def letters_named(text: str, letters: str) -> set[str]:
-    """The letters that stand alone in a text, but for the words "A" and "I" of a sentence."""
+    """The letters that stand alone in a text, except for the words "A" and "I" in a sentence."""
     found = set()
     for match in re.finditer(r"(?<![\w.'])([A-Z])(?![\w'])(?!\.\w)", text):
         goes_on = re.match(r"\s+(?!or\b|and\b)\w", text[match.end():])

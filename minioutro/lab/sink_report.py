@@ -46,9 +46,9 @@ from minioutro.support.cli import (
 from minioutro.weights import HUB_MODEL, TOY
 
 FIND_ONLY = OutRo(relax=False, align=False)         # finds the sinks and changes nothing
-UNSCORED = 16           # the first tokens of a text have no loss: they have too little context
-ZEROED = (1, 2, 8)      # so many coordinates of each key are set to zero
-STRENGTHS = (0.5, 1, 3)                             # of the alignment (gamma)
+UNSCORED = 16           # the first tokens of a text are not scored: they have too little context
+ZEROED = (1, 2, 8)      # how many coordinates of each key are set to zero
+STRENGTHS = (0.5, 1, 3)                             # strengths of the alignment (gamma)
 
 
 @torch.inference_mode()
@@ -56,12 +56,12 @@ def analyse(model: VideoLM, input_ids: Tensor, features: Tensor | None = None) -
     """The four tables of `python -m minioutro.lab.sink_report`, about one prompt or one text.
 
     input_ids: int64[1,S]; features: float[1,F*M,C] of `encode`. With features, the losses are those
-    of the model's own greedy answer. Without, they are those of the text itself, after its first
-    UNSCORED tokens and after its sink.
-    Returns: a row for each layer in "who" and "holds" (tables 1 and 2), one for each cut in
-    "without" (table 3) and one for each setting of OutRo in "outro" (table 4), and about the sink
-    what `report` says in words. A change of the loss is a pair: its mean over the scored tokens,
-    and the standard error of that mean.
+    of the model's own greedy answer. Without features, they are those of the text itself, after its
+    first UNSCORED tokens and after its sink.
+    Returns: a row for each layer in "who" and "holds" (tables 1 and 2), one for each way to take a
+    token away in "without" (table 3) and one for each setting of OutRo in "outro" (table 4). The
+    other entries describe the sink and the scored tokens. A change of the loss is a pair: its mean
+    over the scored tokens, and the standard error of that mean.
     Raises: ValueError for a text that is too short, or in which every token is a sink.
     """
     if features is None:
@@ -99,7 +99,7 @@ def prompt_with_answer(model: VideoLM, input_ids: Tensor, features: Tensor) -> E
 
 
 def text_to_continue(input_ids: Tensor) -> Examples:
-    """A text without a video: its last token is the answer to all others."""
+    """A text without a video. Its last token is treated as the answer, all others as the prompt."""
     length = input_ids.shape[1]
     if length < UNSCORED + 2:
         raise ValueError(f"a text of {length} tokens is too short; give a longer one")
@@ -115,13 +115,13 @@ def first_scored(asked: Examples, sink: int) -> int:
 
 
 def scored_after(asked: Examples, sink: int) -> Examples:
-    """The same, with a loss for each token from `first_scored` on."""
+    """The same examples, but every token from `first_scored` on has a loss."""
     both_ids = asked.both_ids
     n_scored = both_ids.shape[1] - first_scored(asked, sink)
     return replace(asked, is_scored=torch.ones_like(both_ids[:, -n_scored:]).bool())
 
 
-# ---- The sink, the tokens it is compared with, and who wrote them -------------------------------
+# ---- The sink, the tokens it is compared with, and which layer wrote them -----------------------
 
 
 @dataclass
@@ -138,14 +138,15 @@ class Sink:
 class Token:
     """A token that table 3 takes away."""
     position: int
-    coordinate: int         # a large one, in the layer where the sink is most massive
-    writer: int             # the layer whose MLP added most to it before; -1: the embedding
+    coordinate: int         # of its vector: a large one, in the layer where the sink is largest
+    writer: int             # the layer whose MLP added most to that coordinate. -1: the embedding
 
 
 def look_inside(model: VideoLM, asked: Examples) -> tuple[Sink, list[Token], list, list]:
-    """Read the prompt once with a trace, which a long prompt makes gigabytes large: it ends here.
+    """Read the prompt once with a trace, and take from it all that tables 1 to 3 need.
 
-    Returns: the sink; the tokens of table 3, the sink first; the rows of tables 1 and 2.
+    The trace of a long prompt has gigabytes, so it does not leave this function.
+    Returns: the sink, the tokens of table 3 (the sink first), the rows of table 1 and of table 2.
     """
     trace, cache = {}, Cache()
     model.hidden_states(asked.input_ids, features=asked.features, outro=FIND_ONLY, cache=cache,
@@ -169,7 +170,8 @@ def look_inside(model: VideoLM, asked: Examples) -> tuple[Sink, list[Token], lis
 def find_sink(trace: dict, is_sink: Tensor) -> Sink:
     """The token with the largest ratio among those that the rule marks.
 
-    If it marks none, the largest of all, in the layers that the rule searches. is_sink: bool[L,S].
+    If it marks none, the token with the largest ratio in the layers that the rule searches.
+    is_sink: bool[L,S].
     """
     L, S = is_sink.shape
     ratio = torch.cat([trace[f"layers.{l}.ratio"] for l in range(L)]).nan_to_num()      # (L,S)
@@ -185,21 +187,22 @@ def find_sink(trace: dict, is_sink: Tensor) -> Sink:
 
 
 def ordinary_tokens(is_marked: Tensor, sink: int, end: int) -> list[int]:
-    """A quarter, a half and three quarters of the way through the tokens that are not sinks.
+    """Three tokens that are not sinks: a quarter, a half and three quarters of the way through.
 
-    is_marked: bool[S], in any layer; end: the first position that is too late.
+    is_marked: bool[S], sinks in any layer; end: the first position that may not be chosen.
     """
     ordinary = [i for i in range(end) if i != sink and not is_marked[i]]
     if not ordinary:
-        raise ValueError(f"all of the first {end} tokens are sinks, and there is none to compare "
-                         f"them with; give a longer prompt")
+        raise ValueError(f"all of the first {end} tokens are sinks, so no other token is left to "
+                         f"compare them with; give a longer prompt")
     return [ordinary[len(ordinary) * quarters // 4] for quarters in (1, 2, 3)]
 
 
 def sources(model: VideoLM, trace: dict, positions: list[int]) -> Tensor:
-    """What the embedding gives to these N tokens, and then the MLP of each layer but the last.
+    """What the embedding, and then the MLP of each layer but the last, add to these N tokens.
 
-    Of item 0. Returns: float[L,N,C]; entry l + 1 is what the MLP of layer l adds.
+    Only item 0 of the batch is looked at. Returns: float[L,N,C]. Entry 0 is the embedding, and
+    entry l + 1 is what the MLP of layer l adds.
     """
     given = [trace["layers.0.hidden"][0, positions]]
     for l, layer in enumerate(model.model.text_model.layers[:-1]):
@@ -210,14 +213,14 @@ def sources(model: VideoLM, trace: dict, positions: list[int]) -> Tensor:
 
 
 def find_writers(trace: dict, given: Tensor, sink: Sink, others: list[int]) -> list[Token]:
-    """A large coordinate of the sink and of each other token, and who wrote it.
+    """A large coordinate of the sink and of each other token, and the layer that wrote it.
 
-    given: float[L,N,C] of `sources`, the sink first. The others' coordinate is the largest that is
-    not the sink's. To silence the row that writes the sink's would take the sink away from all.
+    given: float[L,N,C] of `sources`, the sink first. For the other tokens, the sink's coordinate is
+    not considered: to silence the row of weights that writes it would take the sink away as well.
     """
     sink_coordinate = sink.dimensions[0].item()
     hidden = trace[f"layers.{sink.layer}.hidden"][0]                                    # (S,C)
-    given = given[:sink.layer + 1].abs()                # what came before this layer
+    given = given[:sink.layer + 1].abs()                # what was added before this layer
     tokens = []
     for n, position in enumerate([sink.position, *others]):
         magnitude = hidden[position].abs()
@@ -237,8 +240,8 @@ def find_writers(trace: dict, given: Tensor, sink: Sink, others: list[int]) -> l
 def weights_by_head(model: VideoLM, trace: dict, cache: Cache, l: int):
     """Yield the attention weights of each head of layer l, float[B,1,S,S].
 
-    They are computed anew from the layer's input and the cached keys, because those of all heads
-    together are gigabytes for a long prompt.
+    They are computed again, one head at a time, from the layer's input and the cached keys. For a
+    long prompt, the weights of all heads together would take gigabytes.
     """
     text = model.config.text_config
     H = text.num_attention_heads
@@ -258,19 +261,19 @@ def weights_by_head(model: VideoLM, trace: dict, cache: Cache, l: int):
 
 def attention_of_heads(model: VideoLM, trace: dict, cache: Cache, l: int,
                        sink: int) -> tuple[Tensor, Tensor]:
-    """Of layer l: `attention_mass` of every token, and each query's weight on the sink.
+    """The `attention_mass` of every token in layer l, and the weight of each query on the sink.
 
-    Returns: float32[1,H,S] both.
+    Returns: float32[1,H,S] and float32[1,H,S].
     """
     masses, to_sink = [], []
     for weights in weights_by_head(model, trace, cache, l):
         masses.append(attention_mass(weights))
-        to_sink.append(weights[:, :, :, sink].clone())      # a view would keep all of the weights
+        to_sink.append(weights[:, :, :, sink].clone())      # a view would keep all weights alive
     return torch.cat(masses, dim=1).float(), torch.cat(to_sink, dim=1).float()
 
 
 def who_is_a_sink(trace: dict, l: int, mass: Tensor, sink: Sink) -> dict:
-    """The row of layer l in table 1, without its last column. mass: float[1,H,S]."""
+    """The row of layer l in table 1, except its last column. mass: float[1,H,S]."""
     hidden = trace[f"layers.{l}.hidden"].float()
     ratio = trace[f"layers.{l}.ratio"][0]                                               # (S,)
     found = detectors(hidden, mass, sink.dimensions)
@@ -308,7 +311,7 @@ def what_it_holds(trace: dict, cache: Cache, l: int, mass: Tensor, to_sink: Tens
 
 
 def spread(x: Tensor) -> list[float]:
-    """Least, median and most."""
+    """The smallest value, the median and the largest value."""
     return [x.min().item(), x.median().item(), x.max().item()]
 
 
@@ -321,7 +324,7 @@ def positions_of(is_sink: Tensor) -> list[int]:
 
 
 class Baseline:
-    """What the plain model says, against which every change is measured."""
+    """Logits and losses of the plain model. Every change is measured against them."""
 
     def __init__(self, model: VideoLM, asked: Examples):
         self.asked = asked
@@ -346,7 +349,7 @@ def cut_tokens(model: VideoLM, baseline: Baseline, tokens: list[Token]) -> list[
 
 
 def cut(model: VideoLM, baseline: Baseline, token: Token) -> dict:
-    """The change of the loss by each way to take this token away."""
+    """How the loss changes with each way to take this token away."""
     asked, position = baseline.asked, token.position
     L = model.config.text_config.num_hidden_layers
     masks = [mask_without(asked, position)] * L
@@ -354,7 +357,7 @@ def cut(model: VideoLM, baseline: Baseline, token: Token) -> dict:
     changes = {"column masked": baseline.change(logits_of(model, asked, masks=masks)),
                "left out": without,
                "marked then": marked_then,
-               "writing row silenced": None}            # if the embedding wrote it
+               "writing row silenced": None}            # stays None if the embedding wrote it
     if token.writer >= 0:
         silenced = without_row(model, token.writer, token.coordinate)
         changes["writing row silenced"] = baseline.change(logits_of(silenced, asked))
@@ -374,9 +377,8 @@ def mask_without(asked: Examples, position: int) -> Tensor:
 
 def left_out(model: VideoLM, baseline: Baseline,
              position: int) -> tuple[tuple[float, float], list[int]]:
-    """The change without this token in the prompt, and which tokens the rule marks then.
-
-    Their positions are those that they had before.
+    """The change of the loss without this token in the prompt, and the tokens that the rule then
+    marks. Their positions are counted in the whole prompt.
     """
     shorter = without_token(baseline.asked, position, model.config.image_token_id)
     cache = Cache()
@@ -386,7 +388,7 @@ def left_out(model: VideoLM, baseline: Baseline,
 
 
 def without_token(asked: Examples, position: int, image_token_id: int) -> Examples:
-    """The same, with one token of the prompts left out; all later ones move up."""
+    """The same examples without one token of the prompt. All later tokens move up by one."""
     input_ids = asked.input_ids
     keep = torch.arange(input_ids.shape[1], device=input_ids.device) != position
     features = asked.features
@@ -437,7 +439,7 @@ def table(rows: list[dict]) -> str:
 
 
 def cell(value) -> str:
-    """A value of a row: a pair is a change with its error, a list is shown by its first three."""
+    """One value of a row as text. A pair is a change with its error. Of a list, three are shown."""
     if value is None or value == []:
         return "-"
     if isinstance(value, tuple):
@@ -452,33 +454,38 @@ def cell(value) -> str:
 
 
 def report(found: dict, texts: list[str], scored: str) -> str:
-    """What `analyse` found, as text. texts: of each token; scored: what the losses are of."""
+    """The result of `analyse` as text.
+
+    texts: the text of each token; scored: what the losses belong to, in words.
+    """
     names = [f"token {i} {texts[i]!r}" for i in (found["position"], *found["others"])]
     limit = "20"
     if found["width"] <= 400:
         scaled = 20 / 64 * found["width"]**0.5
         limit = f"{scaled:.1f}: 20 cannot be reached below a width of 400"
-    lowered = "" if found["marked"] else ", its thresholds lowered to this token"
+    lowered = "" if found["marked"] else ", with thresholds that are lowered to this token"
     return f"""\
 {sentence_about_the_sink(found, names[0])}
 
-1. Who is a sink: positions that are marked by activation (OutRo's rule), by the attention of half
-of the heads, and by dimension (phi > {limit}); their overlap; the share
-of the heads that give the sink over 0.3; the entropy of the layer's singular values, from 0 (all
-vectors on one line) to 1; the largest ratio, of which position; what the MLP adds to the sink's
-coordinate.
+1. Who is a sink? The columns are: the positions that are marked by activation (OutRo's rule), by
+the attention of half of the heads, and by dimension (phi > {limit}),
+the overlap of these three, the share of the heads that give the sink over 0.3, the entropy of the
+layer's singular values from 0 (all vectors lie on one line) to 1, the largest ratio and its
+position, and what the MLP adds to the sink's coordinate.
 {table(found['who'])}
 
-2. What it holds, least, median and most over the heads: |k| and |v| by the median token's, share of
-the outputs' variance along its v, length of its term by the output's, attention to it.
+2. What does it hold? Each column has the smallest, the median and the largest value over the heads:
+|k| and |v| divided by those of the median token, the share of the outputs' variance along its v,
+the length of its term divided by that of the output, and the attention to it.
 {table(found['holds'])}
 
-3. What happens without it, and without {', '.join(names[1:])}:
-change of the loss, {found['loss']:.4f} nats a token, over {found['tokens']} tokens of {scored}.
+3. What happens without it, and without {', '.join(names[1:])}?
+The table has the change of the loss over {found['tokens']} tokens of {scored}.
+The loss of the baseline is {found['loss']:.4f} nats a token.
 {table(found['without'])}
 
-4. What OutRo does{lowered}: change of the loss, largest move of a logit, argmaxes changed (share \
-and error).
+4. What does OutRo do{lowered}? The columns are: the change of the loss, the largest move of a
+logit, and the share of argmaxes that change, with its error.
 {table(found['outro'])}"""
 
 
@@ -502,7 +509,8 @@ def read_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("video", nargs="?", type=not_empty,
         help="a video, animation or picture (default: the bundled clip)")
-    add("question", nargs="?", default=QUESTION, help="default: %(default)s")
+    add("question", nargs="?", default=QUESTION,
+        help="a question about it (default: %(default)s)")
     add_model_options(parser)
     add_video_options(parser)
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -510,7 +518,8 @@ def read_arguments() -> argparse.Namespace:
 
 
 def which_model(args: argparse.Namespace):
-    """The checkpoint that --model names, or else the toy for the toy's clip, or the hub's."""
+    """The checkpoint that --model names. The default is the toy for its own clip, else the hub's.
+    """
     if args.model is not None:
         return args.model
     return TOY if args.video is None else HUB_MODEL
@@ -520,7 +529,7 @@ def which_model(args: argparse.Namespace):
 def main() -> None:
     args = read_arguments()
     path = TOY / "clip.mp4" if args.video is None else args.video
-    read_video(path, max_frames=1)      # a wrong file is named before a model is downloaded
+    read_video(path, max_frames=1)      # a wrong file is reported before a model is downloaded
     model, processor = load(which_model(args), args.revision, args.device,
                             getattr(torch, args.dtype))
     fps = processor.fps if args.fps is None else args.fps

@@ -1,8 +1,8 @@
 """What is refused, and in which words: settings, sizes, tensors, devices.
 
-A value is refused by name if transformers' own code for SmolVLM, Llama and SigLIP would read it and
-compute something else than this project does, or if it makes no sense as a number. Any other field
-of a file is ignored.
+A setting is refused in two cases. Either the code of transformers for SmolVLM, Llama and SigLIP
+would read it and then compute something that is not implemented here, or its value makes no sense.
+All other fields of a file are ignored.
 """
 
 from bisect import bisect_right
@@ -16,13 +16,13 @@ import torch
 ENCODER, DECODER = "model.vision_model.", "model.text_model."
 HEAD, TABLE = "lm_head.weight", f"{DECODER}embed_tokens.weight"
 
-# ---- 1. Settings: the value that is implemented. Another one is refused, unless it is null. ------
+# ---- 1. Settings, each with the only value that is implemented. Null means the same. ------------
 
 TEXT = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "rope_type": "default", "partial_rotary_factor": 1, "rope_interleaved": False,
         "qk_layer_norms": False, "use_resampler": False, "sliding_window": 0, "is_causal": True}
 VISION = {"model_type": "smolvlm_vision", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
-# Settings of generation with which even a greedy answer is another one.
+# Settings of generation that change even a greedy answer.
 GREEDY = {"num_beams": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1,
           "guidance_scale": 1}
 # Settings of the preprocessing that change pixels. resample 1 is Pillow's LANCZOS.
@@ -50,7 +50,7 @@ def check_sections(path: Path, config: dict) -> None:
 
 
 def check_settings(config: dict) -> None:
-    """Raise ValueError for a setting of config.json that would be computed differently."""
+    """Raise ValueError for a setting of config.json that is not implemented."""
     check_fixed("config.json, text_config", config["text_config"], TEXT)
     check_fixed("config.json, vision_config", config["vision_config"], VISION)
     check_layer_types("config.json, text_config", config["text_config"].get("layer_types"))
@@ -65,7 +65,10 @@ def check_layer_types(where: str, layer_types) -> None:
 
 
 def check_number(where: str, field: str, value, kind: type, least: float, most: float) -> None:
-    """Raise ValueError unless a value is a boolean, or a number of this kind within its limits."""
+    """Raise ValueError unless a value is of this kind, and a number lies within its limits.
+
+    kind: bool, int or float
+    """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is bool:
         fits, what = isinstance(value, bool), "true or false"
@@ -96,7 +99,7 @@ def check_multiples(config) -> None:
     for name, whole, part, reason in (
             ("num_attention_heads", text.num_attention_heads, text.num_key_value_heads,
              "num_key_value_heads"),
-            ("head_dim", text.head_dim, 2, "positions turn pairs"),
+            ("head_dim", text.head_dim, 2, "rotary positions turn pairs of numbers"),
             ("hidden_size", vision.hidden_size, vision.num_attention_heads, "num_attention_heads"),
             ("image_size // patch_size", patches, config.scale_factor, "scale_factor")):
         if whole < part or whole % part:
@@ -105,7 +108,7 @@ def check_multiples(config) -> None:
 
 
 class Size(NamedTuple):
-    """A tensor's shape, and the fields of config.json that ask for it."""
+    """A tensor's shape, and the fields of config.json that determine it."""
     section: str
     fields: tuple[str, ...]
     tensor: str
@@ -148,9 +151,10 @@ def check_sizes(config, stored: dict) -> None:
         found = stored[weight].shape if weight in stored else "no such tensor"
         if found != shape:
             values = getattr(config, section, config)
-            asked = ", ".join(f"{name} = {getattr(values, name)}" for name in names)
-            raise ValueError(f"config.json, {section}: {asked} ask for {weight} {shape}, but the "
-                             f"weights have {found}; correct it, or fetch the weights again")
+            asked = " and ".join(f"{name} = {getattr(values, name)}" for name in names)
+            raise ValueError(f"config.json, {section}: with {asked} the model needs {weight} "
+                             f"{shape}, but the weights have {found}; correct config.json, or "
+                             f"fetch the weights again")
     for section, prefix in (("text_config", f"{DECODER}layers."),
                             ("vision_config", f"{ENCODER}encoder.layers.")):
         check_layers(section, getattr(config, section).num_hidden_layers, prefix, stored)
@@ -161,7 +165,10 @@ def check_sizes(config, stored: dict) -> None:
 
 
 def check_layers(section: str, layers: int, prefix: str, stored: dict) -> None:
-    """Raise ValueError unless the weights have as many layers, whose names begin with a prefix."""
+    """Raise ValueError unless the weights have this number of layers.
+
+    prefix: how the names of the tensors of these layers begin
+    """
     of_layers = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
     found = len({name.split(".")[0] for name in of_layers})
     if layers != found:
@@ -210,22 +217,22 @@ WORD_MARKS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def check_tokenizer(path: Path, saved: dict) -> None:
-    """Raise ValueError if a tokenizer.json has parts which other tokenizers than SmolVLM2's have.
-    """
+    """Raise ValueError if a tokenizer.json has a part that is not in the lists above."""
     for name, allowed in TOKENIZER_PARTS.items():
         for part in parts_of(saved.get(name)):
             kind = part.get("type", part) if isinstance(part, dict) else part
             if kind not in allowed:
                 raise ValueError(f"{path}: {name} {shown(kind)} is not supported, only "
-                                 f"{', '.join(map(str, allowed))}; give a SmolVLM2 checkpoint's")
+                                 f"{', '.join(map(str, allowed))}; take the file from a SmolVLM2 "
+                                 f"checkpoint")
     for name in WORD_MARKS:
         if saved["model"].get(name):
             raise ValueError(f"{path}: {name} = {shown(saved['model'][name])} is not supported; "
-                             f"give a SmolVLM2 checkpoint's")
+                             f"take the file from a SmolVLM2 checkpoint")
 
 
 def parts_of(value) -> list:
-    """The parts of a tokenizer's Sequence, or the one part that is there instead of a Sequence."""
+    """The parts of a Sequence in a tokenizer.json. A part that is not a Sequence stands alone."""
     if not isinstance(value, dict) or value.get("type") != "Sequence":
         return [value]
     parts = []
@@ -250,7 +257,7 @@ def why_not_fetched(problem: Exception, repo: str, revision: str | None) -> str:
         return (f"{name} asks for a licence on the hub first; accept it on its page, then log in "
                 f"with `hf auth login`")
     if isinstance(problem, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision}; leave it out to get the newest"
+        return f"{repo} has no revision {revision}; leave the revision out to get the newest one"
     if isinstance(problem, errors.RepositoryNotFoundError):
         return (f"{repo} is neither a folder here nor a public repository of the hub; check the "
                 f"name")
@@ -258,15 +265,16 @@ def why_not_fetched(problem: Exception, repo: str, revision: str | None) -> str:
     first_line = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]
     return (f"{name} is not a folder here (check the path), is not in the cache, and cannot be "
             f"fetched from the hub ({first_line[:300]}); try again, or copy its files into a "
-            f"folder and give that")
+            f"folder and give the path of that folder")
 
 
 def check_device(device) -> None:
     """Raise ValueError if this machine has no such device."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):      # the latter where torch was built without CUDA
-        raise ValueError(f"device {device}: there is none here; leave it out") from None
+    except (RuntimeError, AssertionError):      # AssertionError if torch was built without CUDA
+        raise ValueError(f"this machine has no device {device}; leave the device out to use the "
+                         f"CPU") from None
 
 
 def check_pair(model, processor) -> None:
@@ -275,11 +283,11 @@ def check_pair(model, processor) -> None:
     per_frame = (vision.image_size // vision.patch_size // config.scale_factor)**2
     for what, ours, theirs in (
             ("frame size", processor.size, vision.image_size),
-            ("tokens a frame", processor.tokens_per_frame, per_frame),
+            ("number of tokens a frame", processor.tokens_per_frame, per_frame),
             ("id of <image>", processor.image_token_id, config.image_token_id)):
         if ours != theirs:
-            raise ValueError(f"{what}: the processor's files say {ours}, config.json {theirs}; "
-                             f"take all files from one checkpoint")
+            raise ValueError(f"the {what} is {ours} in the processor's files, but {theirs} in "
+                             f"config.json; take all files from one checkpoint")
 
 
 def check_prompt(model, processor, video, question: str, input_ids: torch.Tensor) -> None:
@@ -287,7 +295,7 @@ def check_prompt(model, processor, video, question: str, input_ids: torch.Tensor
     text = model.config.text_config
     largest = input_ids.max().item()
     if largest >= text.vocab_size:
-        raise ValueError(f"tokenizer.json gives token id {largest}, config.json has "
+        raise ValueError(f"tokenizer.json gives token id {largest}, but config.json has only "
                          f"{text.vocab_size} tokens; take all files from one checkpoint")
     length, frames = input_ids.shape[1], len(video.frames)
     context = text.max_position_embeddings
@@ -299,11 +307,11 @@ def check_prompt(model, processor, video, question: str, input_ids: torch.Tensor
 
 
 def advice_on_length(processor, video, question: str, most: int) -> str:
-    """How many of a video's frames fit into a prompt of at most so many tokens."""
+    """What to do if the prompt is too long. most: the number of tokens that the model can take"""
     def length_with(n: int) -> int:
         part = replace(video, frames=video.frames[:n], seconds=video.seconds[:n])
         return len(processor.tokenize(processor.pieces(part, question)))
     fit = bisect_right(range(1, len(video.frames)), most, key=length_with)
     if fit:
-        return f"at most {fit} frames fit, try --frames {fit}"
-    return "not one frame fits, shorten the question"
+        return f"use --frames {fit}, the largest number that fits"
+    return "shorten the question, because not even one frame fits"

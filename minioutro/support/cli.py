@@ -23,7 +23,7 @@ from reprlib import repr as shown  # a value in an error message: cut if it is l
 
 
 def escaped(text) -> str:
-    """A text as one line. What would steer a terminal is escaped: a newline becomes "\\n"."""
+    """A text as one line. Characters that a terminal obeys are escaped: a newline becomes "\\n"."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -44,7 +44,7 @@ def number(least: float, most: float, kind: type = float) -> Callable[[str], flo
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text[:20]!r} is not {what}") from None
         if not least <= value <= most:             # NaN is refused here too
-            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not between {least} and {most}")
         return value
     return convert
 
@@ -64,21 +64,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --revision, --device and --dtype. Without --model, args.model is None."""
     add = parser.add_argument
     add("--model", type=not_empty, metavar="DIR_OR_REPO",
-        help="folder of a checkpoint, or repository of the hub "
-             "(default: SmolVLM2-256M-Video-Instruct; for the toy's own clips the bundled toy)")
+        help="folder of a checkpoint, or repository on the Hugging Face hub (default: "
+             "SmolVLM2-256M-Video-Instruct, or the bundled toy model for the toy's own clips)")
     add("--revision", help="branch, tag or commit of the repository (default: the newest)")
-    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda", "mps"), default="cpu",
+        help="where the model runs (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of weights and activations (default: %(default)s)")
+        help="data type of weights and activations (default: %(default)s)")
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
-    """--frames and --fps. Left out, they are None, and the checkpoint's settings count."""
+    """--frames and --fps. Both are None unless given, which means the checkpoint's settings."""
     add = parser.add_argument
     add("--frames", type=COUNT, metavar="N",
-        help="at most N frames of the video (default: the checkpoint's setting, mostly 64)")
+        help="show the model at most N frames (default: the checkpoint's setting, usually 64)")
     add("--fps", type=number(1e-9, 1e9), metavar="F",
-        help="frames per second of video (default: the checkpoint's setting, mostly 1)")
+        help="show it F frames for each second of video (default: the checkpoint's setting, "
+             "usually 1)")
 
 
 def add_outro_options(parser: argparse.ArgumentParser) -> None:
@@ -87,42 +89,44 @@ def add_outro_options(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=STRENGTH, default=3.0, metavar="G",
         help="strength of the alignment (default: %(default)s)")
     add_outro_constants(parser)
-    add("--no-relax", action="store_true", help="do not open the rows of the sinks")
-    add("--no-align", action="store_true", help="do not align the other tokens with the sinks")
+    add("--no-relax", action="store_true",
+        help="do not open the rows of the sinks: no sink attends to the whole prompt")
+    add("--no-align", action="store_true",
+        help="do not turn the attention outputs of the other tokens towards the sink's value")
 
 
 def add_outro_constants(parser: argparse.ArgumentParser) -> None:
     """--temperature, --median-multiple and --abs-threshold."""
     add = parser.add_argument
     add("--temperature", type=number(1e-12, 1e12), default=0.1, metavar="T",
-        help="of the alignment's gate (default: %(default)s)")
+        help="temperature of the alignment's gate (default: %(default)s)")
     add("--median-multiple", type=STRENGTH, default=1000.0, metavar="M",
         help="a sink has an activation of at least M times the median (default: %(default)s)")
     add("--abs-threshold", type=STRENGTH, default=100.0, metavar="A",
-        help="and of at least A (default: %(default)s)")
+        help="a sink also has an activation of at least A (default: %(default)s)")
 
 
 # ---- 2. Streams, errors and progress ------------------------------------------------------------
 
 
 def run_command(main_function: Callable[[], None], name: str, when_interrupted: str = "") -> None:
-    """Run a command, and end the process as every command ends.
+    """Run a command, and end the process in the way that all commands end.
 
-    An error of the user's (ValueError or OSError) is one line on stderr and exit code 2. The exit
-    code is 130 after Ctrl-C, where `when_interrupted` is printed, and 141 if the reader of stdout
-    has left.
+    A ValueError or OSError is a mistake of the user: one line on stderr, exit code 2.
+    Ctrl-C: `when_interrupted` on stderr, exit code 130.
+    The program that reads stdout has closed it: exit code 141.
     """
     set_up_streams()
     try:
         try:
             main_function()
         finally:
-            sys.stdout.flush()          # a reader who has left is noticed here at the latest
+            sys.stdout.flush()          # raises BrokenPipeError here if the reader has left
     except KeyboardInterrupt:
         if when_interrupted:
             print(f"\n{name}: {when_interrupted}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:             # the reader, `head` for example, has seen enough
+    except BrokenPipeError:             # the reader has left, as `head` does after a few lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
@@ -132,11 +136,11 @@ def run_command(main_function: Callable[[], None], name: str, when_interrupted: 
 
 
 def set_up_streams() -> None:
-    """Make both streams safe to print to: they may be closed, or unable to encode a square."""
+    """Make both streams safe to print to, even if one is closed or its encoding has no "■"."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:              # the caller has closed it
             setattr(sys, name, open(os.devnull, "w"))
-    reconfigure_stdout(errors="replace")            # a character it lacks is printed as "?"
+    reconfigure_stdout(errors="replace")            # print "?" for what cannot be encoded
 
 
 def reconfigure_stdout(**settings) -> None:
@@ -152,11 +156,11 @@ def print_json(value) -> None:
 
 
 def progress(items: Iterable, what: str, total: int | None = None, initial: int = 0):
-    """The items. While they are worked on, a bar is on stderr if a person watches.
+    """Go through the items with a progress bar on stderr, if stderr is a terminal.
 
     Returns: a tqdm, whose set_postfix shows further values beside the bar.
     """
-    from huggingface_hub.utils import tqdm  # imported here because it takes long
+    from huggingface_hub.utils import tqdm  # imported here because it is slow to import
     return tqdm(items, desc=what, total=total, initial=initial, leave=False,
                 disable=not sys.stderr.isatty())
 
@@ -170,7 +174,8 @@ def writable_folder(flag: str, folder) -> Path:
     candidates = [path, *path.absolute().parents]
     nearest = next(parent for parent in candidates if os.path.lexists(parent))
     try:
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()          # the only sure way to know
+        # permissions do not tell it reliably, so try to write
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except OSError:
         raise ValueError(f"{flag} {folder}: {nearest} is not a writable folder; "
                          f"give another one") from None
@@ -181,8 +186,8 @@ def writable_folder(flag: str, folder) -> Path:
 def written_whole(path: Path):
     """Yield another path to write to. If that succeeds, the file is moved to `path`.
 
-    So nobody ever finds half a file. The other path lies in a new folder, so that a link which
-    somebody else put there is not followed.
+    So nobody ever finds half a file. The other path lies in a new folder, where nobody can have put
+    a symbolic link that leads elsewhere.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.half-") as folder:
         half = Path(folder) / path.name

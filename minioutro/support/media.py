@@ -7,9 +7,10 @@ lasts, and it fetches frames by their indices, whole and upright:
     reading.frames([0, 13, 26]) -> an iterator of RGB images
 
 There may be several readings of one file. The first takes the times of the frames from the file's
-packets, without decoding any of them, which is fast. Damaged files may hold other frames than
-their packets announce. Then `frames` yields fewer images than it was asked for, and the caller
-goes on to the next reading, which decodes the whole file to see what is there.
+packets (a packet holds one compressed frame), without decoding any of them, which is fast. In a
+damaged file, the frames may differ from what the packets announce. Then `frames` yields fewer
+images than it was asked for, and the caller goes on to the next reading, which decodes the whole
+file to see what is there.
 """
 
 import logging
@@ -42,25 +43,25 @@ FFMPEG_FORMATS = (CONTAINERS.split() + SOUNDS.split()
                   + [f"{name}_pipe" for name in STILLS.split()])
 FFMPEG_OPTIONS = {"format_whitelist": ",".join(FFMPEG_FORMATS), "protocol_whitelist": "file"}
 
-MAX_PIXELS = 2 ** 26        # in a frame of a video: twice 8K. Pillow has a limit of its own
+MAX_PIXELS = 2 ** 26        # in a frame of a video: twice 8K. For pictures Pillow has its own limit
 MAX_SECONDS = 10 ** 8       # three years. A clock that says more is broken
-USUAL_FPS = 25              # of a stream that states neither times nor a rate
+USUAL_FPS = 25              # assumed for a stream that states neither times nor a rate
 
-# Pillow logs errors of damaged pictures, and Python prints what no handler takes.
+# Pillow logs errors about damaged pictures. Python prints them unless there is a handler.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def readings(path: Path) -> Iterator["Pictures | Clip"]:
     """The ways to read a file, the fastest first. Take the first one whose frames all come.
 
-    Raises: OSError if there is no such file; ValueError that says why it cannot be read.
+    Raises: OSError if the file does not exist. ValueError that says why it cannot be read.
     """
     check_file(path)
     for read in (read_pictures, read_packets, read_decoded):
         reading = read(path)
         if reading.duration > MAX_SECONDS:
-            raise ValueError(f"{path} lasts {reading.duration:.0f} s by its clock; convert it to "
-                             f"mp4")
+            raise ValueError(f"{path} claims to last {reading.duration:.0f} s, so its clock is "
+                             f"broken; convert it to mp4")
         if reading.seconds:
             yield reading
 
@@ -78,7 +79,7 @@ def check_file(path: Path) -> None:
 
 
 def in_background(function: Callable, items: Iterable) -> Iterator:
-    """The function of each item in order, computed in a thread while the next item is fetched.
+    """Apply a function to each item, in order, in a thread while the next item is fetched.
 
     At most one item waits, so that large items do not pile up in memory.
     """
@@ -112,7 +113,7 @@ class Pictures:
 
 
 def read_pictures(path: Path) -> Pictures:
-    """The reading of a picture; without frames if Pillow does not know the file."""
+    """The reading of a picture. It has no frames if Pillow does not know the file."""
     starts = [0]                                    # in milliseconds
     try:
         with open_picture(path) as image:
@@ -127,12 +128,12 @@ def read_pictures(path: Path) -> Pictures:
 
 
 def milliseconds_shown(image: Image.Image, total: int) -> float:
-    """How long the present frame of an animation is shown."""
+    """How long the current frame of an animation is shown."""
     if total > 1:
-        image.load()                                # some formats know the duration only then
-    stated = image.info.get("duration")             # in a PNG it may be some text of that name
+        image.load()                                # some formats state the duration only then
+    stated = image.info.get("duration")             # may be a string: a PNG can hold such a comment
     if not isinstance(stated, (int, float)) or stated <= 10:
-        return 100      # up to 10 ms stand for "not stated", which is 0.1 s in browsers and FFmpeg
+        return 100      # browsers and FFmpeg read 10 ms or less as "not stated" and take 100 ms
     return stated
 
 
@@ -142,12 +143,17 @@ def hidden_frames(image: Image.Image) -> int:
     An animated PNG may begin with a picture that is not part of the animation, for programs that
     cannot show animations. Source: the PNG specification, section 4.9 (APNG).
     """
-    return 1 if image.info.get("default_image") is True else 0      # some text has that name too
+    # compared with True, because a comment in a PNG may have this name as well
+    return 1 if image.info.get("default_image") is True else 0
 
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """Raises: UnidentifiedImageError if Pillow does not know it; ValueError if it is broken."""
+    """Open a picture with Pillow.
+
+    Raises: UnidentifiedImageError if Pillow does not know the format. ValueError if the file is
+    broken.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")             # for example about damaged metadata
         try:
@@ -165,7 +171,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Draw what is transparent on white, as SmolVLM's processor in transformers does."""
-    if image.mode.startswith("I;16"):               # grey up to 65535, which Pillow would clip
+    if image.mode.startswith("I;16"):               # 16-bit grey, which Pillow would clip at 255
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per pixel and does not say which number is white")
@@ -190,7 +196,7 @@ class Clip:
     keyframes: list[int]        # indices of the frames at which decoding can begin, increasing
 
     def frames(self, indices: list[int]) -> Iterator[Image.Image]:
-        """Whole upright images; fewer than asked for if the file is not as this reading says."""
+        """Whole upright images. Fewer than asked for, if the file differs from this reading."""
         found = 0
         if self.is_worth_seeking(indices):
             with open_video(self.path) as stream:
@@ -205,12 +211,12 @@ class Clip:
                     yield upright(frame)
 
     def keyframe_before(self, index: int) -> int:
-        """The index of the last keyframe up to a frame; 0 if there is none."""
+        """The index of the last keyframe at or before a frame. 0 if there is none."""
         earlier = bisect(self.keyframes, index)
         return self.keyframes[earlier - 1] if earlier else 0
 
     def is_worth_seeking(self, indices: list[int]) -> bool:
-        """Whether seeking passes over most of a long video.
+        """Whether seeking would skip most of a long video.
 
         Seeking has a price: frames are no longer decoded in parallel, and broken packets between
         the wanted frames go unnoticed. Source: the numbers 4 and 1000 are *ours*.
@@ -221,7 +227,7 @@ class Clip:
     def seek(self, stream: av.VideoStream, indices: list[int]) -> Iterator[av.VideoFrame]:
         """The frames with these indices, each decoded from the last keyframe before it.
 
-        Ends early where one is not found.
+        Ends early if one of them is not found.
         """
         for keyframe, group in groupby(indices, self.keyframe_before):
             wanted = list(group)
@@ -239,9 +245,10 @@ class Clip:
 
     def pick(self, frames: Iterable[av.VideoFrame], first: int,
              indices: list[int]) -> Iterator[av.VideoFrame]:
-        """Of consecutive frames, the first of which has index `first`, those with these indices.
+        """Choose the frames with these indices. frames: consecutive ones, from index `first` on.
 
-        Ends early where a frame does not have its pts, or where seeking did not reach a keyframe.
+        Ends early if a frame does not have the expected pts, or if seeking did not end at a
+        keyframe.
         """
         wanted = set(indices)
         for index, frame in enumerate(frames, start=first):
@@ -256,7 +263,7 @@ class Clip:
 
 
 def read_packets(path: Path) -> Clip:
-    """The reading of a video by what its packets say of the frames, which are not decoded."""
+    """The reading of a video from what its packets say about the frames. Nothing is decoded."""
     with open_video(path) as stream:
         packets = [packet_facts(packet) for packet in demux(stream) if is_shown(packet)]
         packets.sort()
@@ -273,7 +280,7 @@ def is_shown(packet: av.Packet) -> bool:
 
 
 def packet_facts(packet: av.Packet) -> tuple[int, int, bool]:
-    """pts, duration (0 if not stated), and whether one can seek to this packet."""
+    """pts, duration (0 if the file does not state it), and whether one can seek to this packet."""
     duration = 0 if packet.duration is None else packet.duration
     return packet.pts, duration, packet.is_keyframe and packet.dts is not None
 
@@ -295,14 +302,14 @@ def read_decoded(path: Path) -> Clip:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[av.VideoStream]:
-    """The stream of video that a player would show."""
+    """The video stream that a player would show."""
     try:
         # "file:", because FFmpeg reads some names as patterns or addresses
         with av.open(f"file:{path}", options=FFMPEG_OPTIONS,
                      metadata_errors="replace") as container:
             stream = choose_stream(path, container)
             check_size(path, stream)
-            # the limit again for the decoder, because the header may be wrong
+            # the decoder gets the same limit, because the size in the header may be wrong
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             yield stream
     except av.FFmpegError as error:
@@ -311,7 +318,7 @@ def open_video(path: Path) -> Iterator[av.VideoStream]:
 
 
 def choose_stream(path: Path, container) -> av.VideoStream:
-    """The default stream of video. The cover of an album is not a video."""
+    """The default video stream. The cover picture of an album does not count as a video."""
     streams = [stream for stream in container.streams.video
                if stream.codec_context and not stream.disposition & Disposition.attached_pic]
     if not streams:
@@ -337,11 +344,12 @@ def check_size(path: Path, stream: av.VideoStream) -> None:
 class Clock:
     """Joins the clocks of recordings that follow each other in one file.
 
-    Where pts steps back, another recording begins. It is moved to go on after the last frame.
+    Where the presentation times (pts) step back, another recording begins. Its times are shifted,
+    so that it begins after the last frame of the recording before it. dts are decoding times.
     """
 
     def __init__(self):
-        self.shift = 0                  # is added to the pts of the present recording
+        self.shift = 0                  # is added to the pts of the current recording
         self.start_recording()
 
     def start_recording(self):
@@ -353,7 +361,7 @@ class Clock:
         """Whether a packet is the first of another recording.
 
         pts also decreases at B-frames, which are not keyframes. Some files mark every frame as a
-        keyframe. There dts still increases, and is not above pts.
+        keyframe. In those files, dts still increases at a B-frame and is not above pts.
         """
         if not is_keyframe or pts >= self.latest_pts:
             return False
@@ -377,9 +385,9 @@ class Clock:
 
 def timeline(pts: list[int | None], durations: list[int],
              stream: av.VideoStream) -> tuple[list[float], float]:
-    """Of all frames of a stream: when each appears, and how long all last, both in seconds.
+    """When each frame of a stream appears, and how long the stream lasts, both in seconds.
 
-    durations: how long each frame is shown, as the file states it; 0 if it does not
+    durations: how long each frame is shown, as the file states it. 0 if the file does not.
     """
     if not pts:
         return [], 0.0
@@ -397,10 +405,10 @@ def timeline(pts: list[int | None], durations: list[int],
 
 
 def duration_of_last(times: list[int], durations: list[int]) -> int:
-    """How long the last frame is shown: as long as it says, or else as long as most frames.
+    """How long the last frame is shown: its own duration, or else the median step between frames.
 
-    Durations that are mostly less than half of the step from frame to frame are not believed,
-    because they come from a guessed frame rate.
+    If the median duration is less than half of the median step, no duration is believed: they come
+    from a guessed frame rate.
     """
     step = median_step(times)
     typical = sorted(durations)[len(durations) // 2]
@@ -422,14 +430,14 @@ def median_step(times: list[int]) -> int:
 
 
 def demux(stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The packets of a stream, on one clock. A damaged file ends where it cannot be read on."""
+    """The packets of a stream, on one clock. A damaged file ends where reading fails."""
     clock = Clock()
     try:
         for packet in packets_of(stream):
             if packet.pts is not None:
                 clock.correct(packet)
             yield packet
-    except (av.FFmpegError, OverflowError):         # the latter for times beyond 64 bits
+    except (av.FFmpegError, OverflowError):         # OverflowError: a time does not fit in 64 bits
         pass
 
 
@@ -440,11 +448,11 @@ def packets_of(stream: av.VideoStream) -> Iterator[av.Packet]:
             yield from stream.container.demux(stream)
             return
         except IndexError:
-            pass        # PyAV 18.1 raises it at a packet of a stream that begins late; read on
+            pass        # PyAV 18.1 raises it at a packet of a stream that begins late, so read on
 
 
 def decode(stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """The frames of a stream in the order in which they are shown, without broken ones."""
+    """The frames of a stream, in the order in which they are shown. Broken frames are skipped."""
     for packet in demux(stream):
         try:
             yield from packet.decode()
@@ -478,7 +486,7 @@ def display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
         data = SideDataContainer(frame)["DISPLAYMATRIX"]
         a, b, _, c, d = memoryview(data).cast("i")[:5]
     except (KeyError, ValueError):
-        # There is no matrix, or there is EXIF beside it, at which PyAV 18.1 fails.
+        # There is no matrix, or PyAV 18.1 fails because the frame has EXIF data as well.
         angle = math.radians(frame.rotation)        # counter-clockwise
         a, b, c, d = math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
     return a, b, c, d
