@@ -535,9 +535,8 @@ class Sinks:
             left_alone = self.ever_sink                     # a sink in this or an earlier layer
         else:
             left_alone = torch.zeros_like(out[:, 0, :, 0], dtype=torch.bool)      # (B,S), nobody
-        aligned = align_with_sink(out, self.v_sink[l], left_alone, self.outro.gamma,
-                                  self.outro.temperature)                           # step 6
-        return aligned
+        return align_with_sink(out, self.v_sink[l], left_alone, self.outro.gamma,
+                               self.outro.temperature)                              # step 6
 
 
 # ---- 8. What outlives a layer: the cache and the trace ------------------------------------------
@@ -770,19 +769,20 @@ class VideoLM(nn.Module):
         text = self.config.text_config
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must be (B,S), S from 1 on, not {tuple(input_ids.shape)}")
-        B, S = input_ids.shape
         for token_id in (input_ids.min().item(), input_ids.max().item()):
             if not 0 <= token_id < text.vocab_size:
                 raise ValueError(f"input_ids has {token_id}, and this model's tokens are 0 to "
                                  f"{text.vocab_size - 1}")
-        K, most = cache.length + S, text.max_position_embeddings
+        K, most = cache.length + input_ids.shape[1], text.max_position_embeddings
         if K > most:
             raise ValueError(f"{K} tokens do not fit into the model's context of {most}; use fewer "
                              f"frames or a shorter question")
         if trace:
             raise ValueError("trace must be empty; give each call its own")
-        if cache.length and cache.k[0].shape[0] != B:
-            raise ValueError(f"input_ids has B = {B}, and the cache {cache.k[0].shape[0]}")
+        kept = cache.k[0] if cache.length else input_ids                # an empty cache always fits
+        if (len(kept), kept.device) != (len(input_ids), input_ids.device):
+            raise ValueError(f"input_ids has B = {len(input_ids)} on {input_ids.device}, and the "
+                             f"cache {len(kept)} on {kept.device}; begin with an empty cache")
         read_with = cache.sinks.outro if cache.sinks else None
         if cache.length and outro not in (None, read_with):
             raise ValueError(f"outro is {outro}, and the prompt in the cache was read with "

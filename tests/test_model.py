@@ -58,12 +58,14 @@ def test_context_is_not_overrun(golden):
 def test_wrong_arguments(golden):
     g, cache = golden("dev_a"), Cache()
     g.model(g.input_ids, g.pixels, cache=cache)
+    elsewhere = Cache([k.to("meta") for k in cache.k], [v.to("meta") for v in cache.v], cache.length)
     one = g.input_ids[:, :1]
     for name, call in {
             "pixel_values": lambda: g.model.encode((127 * g.pixels + 128).to(torch.uint8)),
             "input_ids has 128": lambda: g.model(one * 0 + 128), "input_ids has -1": lambda: g.model(one * 0 - 1),
             r"input_ids .* \(1, 0\)": lambda: g.model(one[:, :0]), r"input_ids .* \(1,\)": lambda: g.model(one[0]),
-            "input_ids has B = 2, and the cache 1": lambda: g.model(one.repeat(2, 1), cache=cache),
+            "input_ids has B = 2 on cpu, and .* 1 on cpu": lambda: g.model(one.repeat(2, 1), cache=cache),
+            "input_ids has B = 1 on cpu, and .* 1 on meta": lambda: g.model(one, cache=elsewhere),
             "max_new_tokens must be 1 at least, not 0": lambda: g.model.generate(one, max_new_tokens=0),
             "trace must be empty": lambda: g.model(one, trace={"logits": None})}.items():
         with pytest.raises(ValueError, match=name) as error:
