@@ -147,8 +147,8 @@ class OutRo:
     align: bool = True                   # step 6 on
     gamma: float = 3.0                   # strength of the alignment; 0 is none
     temperature: float = 0.1             # cosines well above it open the gate of step 6 fully
-    relax_every: int | None = None       # step 3 in every so many layers; None: max(1, L // 7)
-    skip_last: int = 2                   # so many layers at the end are left alone
+    relax_every: int | None = None       # step 3 in multiples of this layer; None: max(1, L // 7)
+    skip_last: int = 2                   # the number of layers at the end that are left alone
     rule: Callable[[Tensor], Tensor] | None = None     # float[B,S,C] -> bool[B,S]; None: find_sinks
 
     def __post_init__(self):
@@ -287,8 +287,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x: float[B,H,S,D].
 
     Pair i of a head is (x[i], x[i + D/2]), the split halves of the Hugging Face checkpoints. The
-    original Llama pairs neighbours, (x[2i], x[2i+1]); its weights are the same up to a permutation
-    of the rows of q_proj and k_proj, and the wrong convention looks almost right for ten tokens.
+    original Llama pairs neighbours, (x[2i], x[2i+1]). Its weights are the same up to a permutation
+    of the rows of q_proj and k_proj. The wrong convention looks almost right for ten tokens.
     """
     left, right = x.chunk(2, dim=-1)                            # (B,H,S,D) -> two (B,H,S,D/2)
     # x cos + (-right, left) sin, in one step
@@ -580,10 +580,10 @@ class Cache:
 
 
 class Trace(dict):
-    """A trace that also keeps the attention weights of some layers; a plain {} keeps none.
+    """A trace that also keeps the attention weights of some layers. A plain {} keeps none.
 
-    In float32 a prompt costs up to 4 L B S (C + 2 H D + 2 H) bytes, all its logits 4 B S V, its
-    frames 4 B F P Cv, and the weights of each layer that is named 4 B H S^2.
+    Its size in bytes, in float32: 4 L B S (C + 2 H D + 2 H) for a prompt, 4 B S V for its logits,
+    4 B F P Cv for its frames, and 4 B H S^2 for each layer in weights_of.
     """
     def __init__(self, weights_of=()):
         super().__init__()
@@ -857,7 +857,7 @@ class VideoLM(nn.Module):
         if input_ids.shape[0] != 1:
             raise ValueError(f"stream answers one prompt at a time, not {input_ids.shape[0]}")
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 at least, not {max_new_tokens}")
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         cache = Cache()
         hidden = self.hidden_states(input_ids, pixel_values, features, outro, cache, trace)
         # + 1, because the last token of an answer is not fed back

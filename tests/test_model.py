@@ -66,7 +66,7 @@ def test_wrong_arguments(golden):
             r"input_ids .* \(1, 0\)": lambda: g.model(one[:, :0]), r"input_ids .* \(1,\)": lambda: g.model(one[0]),
             "input_ids has B = 2 on cpu, and .* 1 on cpu": lambda: g.model(one.repeat(2, 1), cache=cache),
             "input_ids has B = 1 on cpu, and .* 1 on meta": lambda: g.model(one, cache=elsewhere),
-            "max_new_tokens must be 1 at least, not 0": lambda: g.model.generate(one, max_new_tokens=0),
+            "max_new_tokens must be at least 1, not 0": lambda: g.model.generate(one, max_new_tokens=0),
             "trace must be empty": lambda: g.model(one, trace={"logits": None})}.items():
         with pytest.raises(ValueError, match=name) as error:
             call()

@@ -282,11 +282,13 @@ def who_is_a_sink(trace: dict, l: int, mass: Tensor, sink: Sink) -> dict:
                    "attention": found["attention"],
                    "dimension": found["phi > 20" if can_exceed_20 else "dimensions"]}
     marked = {name: positions_of(is_sink[0]) for name, is_sink in definitions.items()}
+    others = torch.cat([hidden[:, :sink.position], hidden[:, sink.position + 1:]], dim=1)
     return {"layer": l,
             **marked,
             "overlap": overlap(*definitions.values()),
             "heads": sink_share(mass)[0, sink.position].item(),
             "entropy": singular_entropy(hidden).item(),
+            "others": singular_entropy(others).item(),
             "ratio": ratio.max().item(),
             "of": ratio.argmax().item()}
 
@@ -470,8 +472,8 @@ def report(found: dict, texts: list[str], scored: str) -> str:
 1. Who is a sink? The columns are: the positions that are marked by activation (OutRo's rule), by
 the attention of half of the heads, and by dimension (phi > {limit}),
 the overlap of these three, the share of the heads that give the sink over 0.3, the entropy of the
-layer's singular values from 0 (all vectors lie on one line) to 1, the largest ratio and its
-position, and what the MLP adds to the sink's coordinate.
+layer's singular values (0: all vectors lie on one line), the same without the sink, the largest
+ratio and its position, and what the MLP adds to the sink's coordinate.
 {table(found['who'])}
 
 2. What does it hold? Each column has the smallest, the median and the largest value over the heads:

@@ -112,6 +112,7 @@ class Stage:
     questions: int                          # about each clip; 0 trains the encoder alone
     rate: float = 1.0                       # share of the learning rates that it begins with
     shapes: tuple[int, ...] = (1, 2, 3)     # a clip has one of these numbers of shapes, at random
+    whole_prompt: bool = False              # also before a single frame: see prompt_before_question
 
 
 STAGES = (
