@@ -97,7 +97,7 @@ def test_sampling_by_hand():
     """4 s at 10 fps: 4 frames, the first and the last among them: 0, 13, 26, 39.
 
     120 s at 25 fps are longer than 64 frames at 1 fps, so the first and the last second are left out. Where nothing
-    would remain, none is left out: frame 1 of 3 in 2.5 s is the first after one second, and the last before the end.
+    would remain, none is left out: of 3 frames in 2.5 s, frame 1 is both the first and the last that would remain.
     122 / 14 * 7 is 61, but in floating point and in this order it is 60.999...
     """
     assert sample_indices(40, 10.0, 4.0) == [0, 13, 26, 39]
