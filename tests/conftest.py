@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Installed packages come before the current folder, because somebody's torch.py may lie there.
+# Installed packages come before the current folder, because a user may have a torch.py there.
 sys.path.sort(key=lambda entry: Path(entry).resolve() == Path.cwd())
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -16,9 +16,9 @@ from helpers import FIXTURES, TOY, Golden  # noqa: E402
 
 from minioutro import load  # noqa: E402
 
-ONLY_IF_NAMED = ("with_transformers", "with_browser", "full")     # folders, with what they need or how long they take
+ONLY_IF_NAMED = ("with_transformers", "with_browser", "full")     # folders that need more packages, or minutes
 
-torch.set_num_threads(1)             # the tensors are tiny, and a second thread only gets in the way
+torch.set_num_threads(1)             # the tensors are tiny, so a second thread only slows them down
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def no_grad():
 
 @pytest.fixture(scope="session")
 def golden():
-    """golden("dev_a") and others."""
+    """A function: golden("dev_a") is that checkpoint with its golden values."""
     return {path.name: Golden(path.name) for path in FIXTURES.iterdir() if path.is_dir()}.__getitem__
 
 
@@ -40,7 +40,7 @@ def toy():
 
 @pytest.fixture(scope="session")
 def decoded():
-    """The answers that were generated elsewhere, by case."""
+    """The answers of transformers and of the published code, by case."""
     return json.loads((FIXTURES / "decode.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""What tests share. Shapes are named as in minioutro/model.py; sizes in tests are distinct, so that no transpose passes."""
+"""What tests share. Shapes are named as in minioutro/model.py. Sizes differ, so that a wrong transpose cannot pass."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ class Golden:
 
     def __init__(self, name: str):
         self.folder = FIXTURES / name
-        # Copies in memory: whoever writes to a file takes from under us what was only mapped to it.
+        # Copied, because a loaded tensor is a mapping of its file, and would change if the file is written.
         self.model = copy.deepcopy(VideoLM.from_pretrained(self.folder))
         stored = load_file(self.folder / "golden.safetensors")
         self.tensors = {name: tensor.clone() for name, tensor in stored.items()}
@@ -32,21 +32,21 @@ class Golden:
 
 
 def assert_close(ours, golden, tolerance=1e-4):
-    """Equal to within a share of the golden values' standard deviation."""
+    """Assert that the largest difference is at most this share of the golden values' standard deviation."""
     assert ours.numel() == golden.numel(), (ours.shape, golden.shape)
     difference = (ours.reshape(golden.shape) - golden).abs() / golden.std()
     assert difference.max() <= tolerance, f"max {difference.max():.1e}, mean {difference.mean():.1e}"
 
 
 def check(condition, sentence: str) -> None:
-    """An assert for the exercises: `python -O` leaves it in, and a failure shows the sentence alone."""
+    """An assert for the exercises. `python -O` does not remove it, and a failure shows only the sentence."""
     __tracebackhide__ = True
     if not condition:
         raise AssertionError(sentence)
 
 
 def writable_copy(source: Path, to: Path, ignore=None) -> Path:
-    """A copy that a test may change, also where the project itself is read-only."""
+    """A copy that a test may change, even if the project itself is read-only."""
     shutil.copytree(source, to, ignore=ignore, copy_function=shutil.copyfile)
     for folder in (to, *to.rglob("*/")):
         folder.chmod(0o755)

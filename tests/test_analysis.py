@@ -1,4 +1,4 @@
-"""The paper's questions: each function on numbers that can be checked by hand, or against a second way."""
+"""The paper's questions: each function on numbers that can be checked by hand, or in a second way."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_attention_mass_and_sink_share_by_hand():
 
 
 def test_phi_and_sink_dimensions_by_hand():
-    """Of (3, 0, -4, 0) the mean square is 25 / 4. One huge coordinate gives sqrt(C): 20 at C = 400."""
+    """The mean square of (3, 0, -4, 0) is 25 / 4. One huge coordinate gives sqrt(C), which is 20 at C = 400."""
     hidden = torch.tensor([[[3.0, 0.0, -4.0, 0.0]]])
     assert analysis.phi(hidden, torch.tensor([0, 2])).item() == pytest.approx(4 / 2.5)
     assert analysis.phi(hidden, torch.tensor([0])).item() == pytest.approx(3 / 2.5)
@@ -46,7 +46,7 @@ def test_phi_and_sink_dimensions_by_hand():
 
 
 def test_detectors_and_their_overlap():
-    """Token 0 is massive in coordinate 1; token 1 draws attention; token 2 is small, yet all in 1."""
+    """Token 0 is massive in coordinate 1. Token 1 draws attention. Token 2 is small, but all of it is in 1."""
     hidden = torch.tensor([[[1.0, 5000.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 0.0]]])
     drawing = torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0], [0.0, 0.8, 0.2]])
     weights = torch.stack([drawing, torch.zeros(3, 3)])[None]           # one head of two: that is half
@@ -65,7 +65,7 @@ def test_detectors_and_their_overlap():
 
 
 def test_a_head_is_removed_from_a_copy_alone(toy, asked):
-    """Its columns of o_proj are zero; without all heads a layer adds nothing but its MLP."""
+    """The head's columns of o_proj are zero. Without all heads, a layer adds only its MLP."""
     model = toy[0]
     name = "model.text_model.layers.3.self_attn.o_proj.weight"
     D, H = model.config.text_config.head_dim, model.config.text_config.num_attention_heads
@@ -84,7 +84,7 @@ def test_a_head_is_removed_from_a_copy_alone(toy, asked):
 
 
 def test_without_row_silences_one_layer(toy, asked):
-    """Its MLP then adds nothing to that coordinate, of any token; what it adds to others stays."""
+    """The MLP then adds nothing to that coordinate of any token. What it adds to other coordinates stays."""
     for changed, silent in ((toy[0], False), (analysis.without_row(toy[0], 1, 5), True)):
         trace = {}
         changed.hidden_states(asked.input_ids, features=asked.features, trace=trace)
@@ -96,7 +96,7 @@ def test_without_row_silences_one_layer(toy, asked):
 
 
 def test_zero_k_equals_one_pass(toy, asked):
-    """For token 0, which sees only itself, editing its key in one pass is the same as in two."""
+    """Token 0 sees only itself. So editing its key in one pass gives the same as in two passes."""
     class ZeroKey(Cache):
         def extend(self, layer, k, v):
             k, v = super().extend(layer, k.clone(), v)
@@ -115,8 +115,8 @@ def test_zero_k_equals_one_pass(toy, asked):
 
 
 def test_value_split_by_hand():
-    """Sink values 10 and 20, the other 1: the last query has 0.2 * 10 + 0.7 * 20 of sinks, 0.1 of it.
-    The second key-value head holds ten times that, for heads 2 and 3."""
+    """The sinks have values 10 and 20, the other token 1. The last query gets 0.2 * 10 + 0.7 * 20 and 0.1 * 1.
+    The second key-value head, for heads 2 and 3, holds ten times these values."""
     v = torch.tensor([[10.0, 20.0, 1.0], [100.0, 200.0, 10.0]]).view(1, 2, 3, 1)
     of_sink, of_others = analysis.value_split(WEIGHTS.expand(1, 4, 3, 3), v, torch.tensor([[True, True, False]]))
     for h, times in enumerate((1, 1, 10, 10)):
@@ -148,7 +148,7 @@ def test_probe_reads_or_guesses():
 
 
 def test_token_losses_by_hand(asked):
-    """Uniform logits cost log V a token; an answer's padding costs nothing."""
+    """Uniform logits cost log V for each token. The padding of an answer costs nothing."""
     B, A = asked.answer_ids.shape
     alike = Examples(asked.input_ids, asked.features, asked.answer_ids % 11, asked.is_scored)
     losses = analysis.token_losses(torch.zeros(B, A, 11), alike)

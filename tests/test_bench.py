@@ -1,9 +1,9 @@
-"""The benchmark is run by hand; here its rows on a model of the same depth that is small otherwise."""
+"""The benchmark itself is run by hand. Here its rows are printed for a narrow model of the same depth."""
 
 from by_hand import bench
 
 
-def test_every_row_about_the_model_can_be_printed(tmp_path, monkeypatch, capsys):
+def test_every_row_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.CONFIG, "text_config", {**bench.CONFIG["text_config"], "hidden_size": 48,
                                                       "intermediate_size": 64, "head_dim": 16})
     monkeypatch.setitem(bench.CONFIG, "vision_config", {**bench.CONFIG["vision_config"], "hidden_size": 24,

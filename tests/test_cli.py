@@ -77,13 +77,13 @@ def test_ends_of_a_command(capsys, error, code, said):
     assert capsys.readouterr() == ("", said)
 
 
-def test_errors_of_ours_are_not_hidden():
+def test_our_own_errors_are_not_hidden():
     with pytest.raises(AssertionError, match="a shape"):
         run_main(lambda: raise_error(AssertionError("a shape")))
 
 
 def test_other_encodings(monkeypatch):
-    """Text has ? for what the stream lacks; JSON is UTF-8, and has null for what JSON lacks."""
+    """Text has ? for a character that the stream lacks. JSON is UTF-8, and NaN becomes null."""
     stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
     assert run_main(lambda: print("■ naïve")) == 0
@@ -92,7 +92,7 @@ def test_other_encodings(monkeypatch):
     assert text == "? na?ve" and json.loads(found)["numbers"] == [1.5, None] and '"■"' in found
 
 
-def test_streams_of_notebooks_and_of_services(monkeypatch):
+def test_streams_of_notebooks_and_services(monkeypatch):
     """A notebook's stream has no reconfigure. A service has no streams at all."""
     class Notebook:
         text = ""
@@ -119,7 +119,7 @@ def test_progress_is_for_a_person(monkeypatch, capfd):
 
 
 def test_files_are_written_whole(tmp_path):
-    """Nothing of a failed attempt is left, and a link that lies in the way is not followed."""
+    """A failed attempt leaves nothing behind, and a symbolic link at the same name is not followed."""
     path, other = tmp_path / "a.txt", tmp_path / "other.txt"
     other.write_text("other")
     for name in (".a.half.txt", "a.txt"):

@@ -62,9 +62,9 @@ def test_attention_on_frames():
     none = torch.zeros(10, dtype=torch.bool)
     picture = figures.draw_attention_on_frames(video, weights, is_image, none, 0, 0)
     red = places(picture.convert("RGB"), tuple(round(110 + (m - 110) * 230 / 255) for m in MARK))
-    assert len(red) == 2 * 50 * 50                                      # the head and the mean over heads
+    assert len(red) == 2 * 50 * 50                          # the head and the mean over heads
     assert red[:, 1].min() == 14 + 106 and red[:, 1].max() < 14 + 106 + 50
-    assert red[:, 0].min() == 14 + 24 + 50                                          # the third token is in the second row
+    assert red[:, 0].min() == 14 + 24 + 50                  # the third token is in the second row
     opened = torch.arange(10) == 0
     assert figures.draw_attention_on_frames(video, weights, is_image, opened, 0, 0).height > picture.height
 

@@ -1,4 +1,4 @@
-"""The fuzzer finds what is wrong, repeats itself, and finds nothing in its first inputs."""
+"""The fuzzer recognises wrong ends of a command, and finds none for its first inputs."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def test_first_inputs_end_well(tmp_path):
 
 @pytest.mark.parametrize("code, said", [
     ("print('{}')", None), ("raise ValueError('one line')", None), ("os._exit(3)", "exit code 3"),
-    ("print('x')", "no JSON"), ("print('NaN')", "no JSON"), ("sys.exit(1)", "exit code 1"),
+    ("print('x')", "not JSON"), ("print('NaN')", "not JSON"), ("sys.exit(1)", "exit code 1"),
     ("raise RuntimeError('deep inside')", "deep inside"), ("print('{}'); os.write(2, b'from C')", "from C"),
     ("print('two\\nlines', file=sys.stderr); sys.exit(2)", "two")])
 def test_wrong_ends_are_found(tmp_path, code, said):

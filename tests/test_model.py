@@ -1,4 +1,4 @@
-"""The plain model: equal to transformers, and equal to itself along every way that it can be computed.
+"""The plain model: equal to transformers, and equal to itself in every way in which it can be computed.
 
 Its functions are tested one by one in test_exercises.py.
 """
@@ -166,14 +166,14 @@ def test_explicit_and_fused_attention(golden, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_causal_by_name(golden, case, monkeypatch):
-    """Prompts by name, one new token without a mask, two new tokens with it; masks= are always shown."""
+    """A prompt is causal by name, one new token has no mask, two have one. masks= always reach the kernel."""
     g, calls, fused = golden(case), [], F.scaled_dot_product_attention
     S, L, cache = g.input_ids.shape[1], len(g.model.model.text_model.layers), Cache()
     masks = [causal_mask(S, S)] * L
     shown = g.model.hidden_states(g.input_ids, g.pixels, masks=masks)
 
     def spy(q, k, v, attn_mask=None, is_causal=False):
-        if q.shape[0] == 1 and k.shape[2] >= S:                                 # none of the encoder's
+        if q.shape[0] == 1 and k.shape[2] >= S:                                 # not those of the encoder
             calls.append("by name" if is_causal else attn_mask if attn_mask is None else attn_mask.shape)
         return fused(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
     features = g.model.encode(g.pixels)
@@ -203,7 +203,7 @@ def test_cached_equals_uncached(golden, case):
     g, cache = golden(case), Cache()
     whole = g.model(g.input_ids, g.pixels)
     prompt = g.model(g.input_ids[:, :-3], g.pixels, cache=cache)
-    two = g.model(g.input_ids[:, -3:-1], cache=cache)               # two new tokens at once, then one
+    two = g.model(g.input_ids[:, -3:-1], cache=cache)               # two new tokens in one call, then one
     one = g.model(g.input_ids[:, -1:], cache=cache)
     assert cache.length == g.input_ids.shape[1]
     assert_close(torch.cat([prompt, two, one], dim=1), whole, 1e-5)
@@ -216,7 +216,7 @@ def test_keys_and_values_of_a_cache(golden):
     g.model(g.input_ids, g.pixels, cache=whole)
     G, D = g.model.config.text_config.num_key_value_heads, g.model.config.text_config.head_dim
     for l in range(len(cache.k)):
-        assert cache.k[l].shape[2] > cache.length                           # room to spare behind them
+        assert cache.k[l].shape[2] > cache.length                           # spare room after them
         for ours, theirs in ((cache.keys(l), whole.keys(l)), (cache.values(l), whole.values(l))):
             assert ours.shape == (1, G, g.input_ids.shape[1], D)
             assert_close(ours, theirs, 1e-5)
@@ -226,8 +226,8 @@ def test_keys_and_values_of_a_cache(golden):
 
 
 def test_own_masks_and_positions(golden):
-    """Rotary positions count by their distance: all shifted is the same, some apart is not. A token that no
-    later one may attend to might as well be another."""
+    """Rotary positions encode distances, so shifting all of them changes nothing, and shifting some does. If no
+    later token may attend to a token, later states do not depend on it."""
     g, S = golden("dev_a"), golden("dev_a").input_ids.shape[1]
     features, L = g.model.encode(g.pixels), len(g.model.model.text_model.layers)
     states = lambda ids=g.input_ids, **options: g.model.hidden_states(ids, features=features, **options)

@@ -1,4 +1,4 @@
-"""The method in the model: equal to the published code, and to a second, slower writing of it.
+"""The method in the model: equal to the published code, and to a second, slower implementation.
 
 Its functions are tested one by one in test_exercises.py.
 """
@@ -25,8 +25,8 @@ CASES = ("dev_late", "dev_natural")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_not_turned_stays_bit_for_bit(dtype):
-    """Item 0 has no sink, token 2 of item 1 was one, token 4 of it is zero; a head may be a strided view."""
+def test_unturned_tokens_stay_the_same(dtype):
+    """Bit for bit: item 0 has no sink, and in item 1 token 2 is one and token 4 is zero. Two memory layouts."""
     generator = torch.Generator().manual_seed(6)
     v_sink = torch.randn(2, 3, 10, generator=generator).to(dtype)
     v_sink[0], ever_sink = 0, torch.zeros(2, 7, dtype=torch.bool)
@@ -45,7 +45,7 @@ def test_what_is_not_turned_stays_bit_for_bit(dtype):
 
 
 def test_defaults_are_these_numbers():
-    """Typed in here as they were read in the release: model/outro.py and modeling_qwen2_5_omni.py."""
+    """The numbers as they stand in the release, in model/outro.py and modeling_qwen2_5_omni.py."""
     assert OutRo() == OutRo(abs_threshold=100.0, median_multiple=1000.0, relax=True, align=True, gamma=3.0,
                             temperature=0.1, relax_every=None, skip_last=2)
 
@@ -75,14 +75,14 @@ def test_prompts_equal_the_published_code(golden, case):
     for switch, name in (("relax", "logits.align_only"), ("align", "logits.relax_only")):
         outro, trace = g.outro(**{switch: False}), {}
         assert_close(g.model(g.input_ids, g.pixels, outro=outro, trace=trace), g.tensors[name])
-    for l in range(L):                                              # of the last run, relaxation only
+    for l in range(L):                                              # of the last run, with relaxation only
         assert_close(trace[f"layers.{l}.hidden"], g.tensors[f"hidden.{l}"])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_answers_equal_the_published_code(golden, decoded, case):
-    """In a layer where prompt position 0 is a sink the release aligns no generated token: in dev_late these
-    are all layers that have a sink, so that OutRo is forgotten behind the prompt; in dev_natural none is."""
+    """The release aligns no generated token in a layer where position 0 is a sink. In dev_late these are all
+    layers with a sink, so OutRo ends after the prompt. In dev_natural it is none of them."""
     g, trace, cache, forgetting = golden(case), {}, Cache(), []
     logits = g.model(g.input_ids, g.pixels, outro=g.outro(), cache=cache, trace=trace)
     is_sink = torch.cat([trace[f"layers.{l}.is_sink"] for l in range(g.meta["L"])])         # (L,S)
@@ -97,12 +97,12 @@ def test_answers_equal_the_published_code(golden, decoded, case):
     assert g.model.generate(g.input_ids, g.pixels, max_new_tokens=24) == decoded[case]["off"]
 
 
-# ---- equal to a second writing of it, without cache and without vectorising ----
+# ---- equal to a second implementation, without cache and without vectorising ----
 
 
 def slow_outro(model, input_ids, n_prompt, outro, features):
-    """Logits of one prompt and the tokens generated after it, all in one pass. Rows of sinks reach to the
-    prompt's end; only the prompt is searched. Written with loops, straight from the description."""
+    """Logits of one prompt and of the tokens generated after it, in one pass. Rows of sinks reach to the end of
+    the prompt, and only the prompt is searched. Written with loops, directly from the description."""
     text, c = model.model.text_model, model.config.text_config
     L, H, G, D = c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     S = input_ids.shape[1]
@@ -170,7 +170,7 @@ def test_off_is_the_baseline(golden, case):
 
 
 def test_batch_with_sinks_equals_singles(golden):
-    """The second item has other frames and a shuffled question, so its sinks are others."""
+    """The second item has other frames, and its last five tokens are reversed. So it has other sinks."""
     g = golden("dev_natural")
     features = torch.cat([g.model.encode(g.pixels), 3 * g.model.encode(g.pixels.flip(1))])
     ids, outro = g.input_ids.repeat(2, 1), g.outro()
@@ -226,9 +226,9 @@ def test_trace_of_outro(golden):
 
 
 def test_future_reaches_the_past_through_sinks(golden):
-    """Change the last token. Baseline: no earlier logits move. OutRo: those before it do, since later
-    layers read the opened sink (relax), or, with all rows closed, are turned towards the value of a later
-    sink, the last token itself here (align)."""
+    """Change the last token. In the baseline, no earlier logits move. With OutRo they do. Later layers read the
+    opened sink (relax). Or, with all rows closed, outputs are turned towards the value of a later sink, which
+    here is the last token itself (align)."""
     g = golden("dev_natural")
     features, ids = g.model.encode(g.pixels), g.input_ids.clone()
     ids[0, -1] = 5
@@ -274,7 +274,7 @@ def test_no_second_pass_and_no_weights(golden, monkeypatch):
 
 
 def test_cache_keeps_outro(golden):
-    """No outro and an equal one are the same there, another is refused, and None at a new prompt is none."""
+    """A later call may give no outro or an equal one, but not another. At a new prompt, None means no OutRo."""
     g, steps = golden("dev_late"), []
     for later in (None, g.outro()):
         cache = Cache()
@@ -303,7 +303,7 @@ def like_the_first(hidden):
 
 
 def test_another_rule_finds_other_sinks(golden):
-    """Its sinks are those of the rule, in every layer that is searched, and their rows are opened."""
+    """The sinks are those of the rule, in every layer that is searched, and their rows are opened."""
     g, trace = golden("dev_natural"), {}
     g.model(g.input_ids, g.pixels, outro=OutRo(rule=like_the_first), trace=trace)
     for l in range(g.meta["L"] - 2):
@@ -312,7 +312,7 @@ def test_another_rule_finds_other_sinks(golden):
     assert not trace[f"layers.{g.meta['L'] - 2}.is_sink"].any()
 
 
-def test_a_rule_with_another_shape_is_refused(golden):
+def test_rule_with_another_shape(golden):
     g = golden("dev_natural")
     with pytest.raises(AssertionError, match=r"bool\[B,S\] = \(1, \d+\), not torch.float32"):
         g.model(g.input_ids, g.pixels, outro=OutRo(rule=lambda hidden: hidden.amax(-1)))
@@ -320,7 +320,7 @@ def test_a_rule_with_another_shape_is_refused(golden):
 
 @pytest.mark.parametrize("layer", [0, 3, 7])
 def test_interrupted_prompt(golden, monkeypatch, layer):
-    """Then a batch of two other prompts is read, and gives what it gives alone."""
+    """After that, a batch of two other prompts gives the same as with a new cache."""
     g, cache = golden("dev_late"), Cache()
     mlp = g.model.model.text_model.layers[layer].mlp
 

@@ -1,4 +1,4 @@
-"""The web page without a browser: what is in the file, and what is refused. tests/with_browser opens it."""
+"""The web page without a browser: what is in the file, and what is refused. tests/with_browser opens the page."""
 
 import base64
 import gzip
@@ -43,7 +43,7 @@ def unpacked(text: str, kind: str, shape: tuple) -> torch.Tensor:
     return torch.tensor(values.astype("float64")).view(shape)
 
 
-def test_page_holds_the_numbers_of_both_traces(html, toy, clip):
+def test_page_holds_both_traces(html, toy, clip):
     model, processor = toy
     inputs, data = processor(clip, QUESTION), data_of(html)
     S, L, H = inputs.input_ids.shape[1], data["L"], data["H"]
@@ -85,14 +85,14 @@ def test_texts_cannot_become_markup(html, toy, clip, tmp_path):
     assert data["question"] == data["answers"]["baseline"] == NASTY and data["answers"]["outro"] == "<i>"
 
 
-def test_long_prompt_is_refused_with_the_frames_that_fit(toy, clip, tmp_path):
+def test_long_prompt_is_refused(toy, clip, tmp_path):
     model, processor = toy
 
     def video(n):
         return Video([clip.frames[0]] * n, [float(i) for i in range(n)], 64.0, 64)
-    with pytest.raises(ValueError, match="tokens with 64 frames.*holds 800;.*try --frames") as error:
+    with pytest.raises(ValueError, match="tokens with 64 frames.*holds 800; use --frames") as error:
         check_page("x.html", processor, video(64), QUESTION)
-    fitting = int(str(error.value).split()[-1])
+    fitting = int(str(error.value).split("--frames ")[1].split(",")[0])
     check_page("x.html", processor, video(fitting), QUESTION)
     with pytest.raises(ValueError):
         check_page("x.html", processor, video(fitting + 1), QUESTION)
@@ -101,7 +101,7 @@ def test_long_prompt_is_refused_with_the_frames_that_fit(toy, clip, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_page_goes_only_where_a_file_can_be_written(toy, clip, tmp_path):
+def test_page_needs_a_writable_file(toy, clip, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--page .* is a folder; give the name of a file"):
         check_page(tmp_path, toy[1], clip, QUESTION)
@@ -110,14 +110,14 @@ def test_page_goes_only_where_a_file_can_be_written(toy, clip, tmp_path):
     check_page(tmp_path / "new" / "folder" / "sink.html", toy[1], clip, QUESTION)
 
 
-def test_weights_that_are_not_finite_are_refused():
+def test_weights_not_finite():
     with pytest.raises(ValueError, match="layer 7 are not finite as float16.*float32"):
         as_bytes(torch.tensor([0.5, math.nan], dtype=torch.float16), 7)
     assert as_bytes(torch.tensor([0.0, 1e-4, 0.25, 1.0]), 0).tolist() == [0, 3, 128, 255]
 
 
-def test_layers_in_which_something_happens_come_first():
-    """Token 0 is a sink in layers 2 to 9, opened at 4; token 5 in layer 7 also."""
+def test_interesting_layers_come_first():
+    """Token 0 is a sink in layers 2 to 9, and its row is opened in layer 4. Token 5 is a sink in layer 7."""
     sinks = [[]] * 2 + [[0]] * 5 + [[0, 5]] + [[0]] * 2 + [[]] * 2
     opened = [[0] if l == 4 else [] for l in range(12)]
     order = by_interest({"sinks": sinks, "opened": opened})
@@ -125,7 +125,7 @@ def test_layers_in_which_something_happens_come_first():
     assert by_interest({"sinks": [[]] * 5, "opened": [[]] * 5}) == [0, 4, 2, 1, 3]
 
 
-def test_page_holds_as_many_layers_as_fit():
+def test_layers_that_fit():
     generator = torch.Generator().manual_seed(0)
     baseline = [torch.randint(0, 256, (3, 7, 7), generator=generator, dtype=torch.uint8) for _ in range(6)]
     outro = [x.flip(0) for x in baseline]
@@ -136,12 +136,12 @@ def test_page_holds_as_many_layers_as_fit():
         assert packed_weights(baseline, outro, [3, 0, 5, 1, 2, 4], bytes_left) == {l: whole[l] for l in layers}
 
 
-def test_whole_page_stays_below_the_limit(toy, clip, tmp_path, monkeypatch, html):
+def test_page_stays_below_limit(toy, clip, tmp_path, monkeypatch, html):
     monkeypatch.setattr(page, "MOST_BYTES", 600_000)
     write_page(tmp_path / "sink.html", *toy, clip, QUESTION, answers={"baseline": "", "outro": ""})
     few = data_of((tmp_path / "sink.html").read_text(encoding="utf-8"))["weights"]
     assert (tmp_path / "sink.html").stat().st_size < 600_000 < len(html)
-    assert 2 <= len(few) < 8 and {"2", "3"} <= set(few)             # the row is opened in layer 2, others read it in 3
+    assert 2 <= len(few) < 8 and {"2", "3"} <= set(few)             # layer 2 opens the row, layer 3 reads it
 
 
 def test_run_writes_the_page(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Pixels and prompts equal to those of transformers' processor, whatever the question says."""
+"""Pixels and prompts are equal to those of transformers' processor, for any question."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_prompt_by_hand(processor):
 
 
 def test_token_ids(processor):
-    """Cut into pieces and encoded as text, or encoded whole with its special tokens: the same ids."""
+    """Our pieces give the same ids as the whole prompt, encoded at once with its special tokens."""
     inputs = processor(video(3), "What colour is the circle?")
     tokenizer = Processor.from_pretrained(TOY).tokenizer
     tokenizer.encode_special_tokens = False
@@ -58,7 +58,7 @@ def test_token_ids(processor):
     "<image><end_of_utterance>\nAssistant: yes", "<|im_start|>", "  <image>", "Was passiert? 日本語 🎬 naïve",
     "a\n\n\nb\t c", "<fake_token_around_image>"])
 def test_question_with_special_tokens(processor, question):
-    """A question never becomes special tokens, and is all there."""
+    """A question never becomes special tokens, and nothing of it is lost."""
     plain, asked = (processor(video(2), text).input_ids[0].tolist() for text in ("x", question))
     special = [processor.tokenizer.token_to_id(token) for token in (START, IMAGE, FAKE, GLOBAL, END)]
     assert [asked.count(i) for i in special] == [plain.count(i) for i in special]
@@ -110,7 +110,7 @@ def test_number_words(n, words):
     assert number_words(n) == words
 
 
-# ---- what a checkpoint's files say ----
+# ---- the settings of a checkpoint ----
 
 
 @pytest.fixture
@@ -158,21 +158,21 @@ HUB = {"do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True,
     ({"image_mean": None, "do_pad": False, "do_image_splitting": True, "size": "any", "fps": 2, "num_frames": 9,
       "do_center_crop": True, "invented": [1]}, {"invented": 1}, (64, 64, 16, 1, 64))])
 def test_place_of_each_setting(folder, preprocessor, processor, expected):
-    """video_sampling counts before the settings beside it. Null is as absent; other fields are ignored."""
+    """video_sampling wins over the settings beside it. Null means absent, and other fields are ignored."""
     edit(folder / "preprocessor_config.json", **preprocessor)
     edit(folder / "processor_config.json", **processor)
     assert settings(folder) == expected
 
 
 def test_settings_of_transformers_5(folder):
-    """One file with three sections. The settings for images do not count for a video."""
+    """One file has three sections. The settings for images do not count for a video."""
     saved = json.loads((folder / "preprocessor_config.json").read_text())
     images = {"image_mean": [0, 0, 0], "resample": 3, "size": None}
     of_video = saved | {"fps": 9, "num_frames": 9, "video_processor_type": "SmolVLMVideoProcessor"}
     edit(folder / "processor_config.json", image_processor=images, video_processor=of_video)
     (folder / "preprocessor_config.json").unlink()
     assert settings(folder) == settings(TOY)
-    # where both are there the new section counts, as in transformers
+    # if both exist, the new section counts, as in transformers
     edit(folder / "processor_config.json", video_processor=of_video | {"video_sampling": sampling()})
     (folder / "preprocessor_config.json").write_text(json.dumps(saved))
     assert settings(folder) == (64, 96, 16, 2, 4)
@@ -240,13 +240,13 @@ def sequence(name, *parts):
     ("model", {"type": "BPE", "end_of_word_suffix": "</w>"}, "end_of_word_suffix = '</w>'"),
     ("model", {"type": "BPE", "continuing_subword_prefix": "##"}, "continuing_subword_prefix = '##'")])
 def test_parts_of_other_tokenizers(folder, capfd, name, part, says):
-    """With some of them, the library would panic."""
+    """They are refused, because some of them would make the library panic."""
     edit(folder / "tokenizer.json", **{name: part})
     assert f"tokenizer.json: {says} is not supported" in message(folder)
     assert capfd.readouterr() == ("", "")
 
 
-def test_truncation_padding_and_post_processor_are_off(folder, processor):
+def test_truncation_and_padding_are_off(folder, processor):
     start = {"id": START, "ids": [1], "tokens": [START]}
     edit(folder / "tokenizer.json",
          truncation={"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0},

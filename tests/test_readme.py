@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""The commands and outputs of the README are true."""
 
 import json
 import os
@@ -24,8 +24,8 @@ def numbers_of(line):
     return [float(value.replace(",", "")) for value in re.findall(NUMBER, line)]
 
 
-def test_run_prints_these_lines_in_this_order(tmp_path):
-    """In a process of its own, from another folder, without a terminal and without network."""
+def test_run_prints_these_lines(tmp_path):
+    """run.py runs in a process of its own, in another folder, without a terminal and without network."""
     shown, = blocks("")
     done = subprocess.run([sys.executable, "-I", ROOT / "run.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"})
@@ -41,8 +41,8 @@ def test_readme_is_short():
     assert len(README.splitlines()) <= 150 and len(README.split()) <= 1700
 
 
-def test_effect_on_the_toy_is_that_of_its_page():
-    """README, tutorial and the toy's page say the same of the one test, with the same numbers."""
+def test_effect_on_the_toy():
+    """README, tutorial and the toy's page give the same numbers for the one test."""
     toys = json.loads((ROOT / "tests" / "fixtures" / "toy_page.json").read_text())["toys"]
     tutorial = (ROOT / "tutorial.md").read_text(encoding="utf-8")
     for clips in ("ordinary", "noise"):

@@ -1,4 +1,4 @@
-"""tests/by_hand/real_decoder.py is run by hand. Here is tested what can go wrong in it without its two packages."""
+"""tests/by_hand/real_decoder.py is run by hand. These tests check the parts that do not need its two packages."""
 
 import sys
 
@@ -10,7 +10,7 @@ from minioutro.model import rope_tables, rotate
 
 
 def test_split_halves_keeps_the_scores():
-    """A projection whose pairs are neighbours, turned as neighbours, gives the scores of split halves."""
+    """Projections with neighbouring pairs give the same scores as our split halves, after the conversion."""
     H, D, C, S = 3, 8, 5, 7
     generator = torch.Generator().manual_seed(0)
     w_q, w_k = torch.randn(2, H * D, C, generator=generator)                     # rows as llama.cpp has them

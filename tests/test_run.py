@@ -1,4 +1,4 @@
-"""run.py: what it prints, what it writes, and what it says to whom it cannot help. See also test_cli.py."""
+"""run.py: what it prints, what it writes, and its error messages. See also test_cli.py."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def sink(layer, position, ratio, opened=False):
 
 
 def test_sink_lines():
-    """Neighbouring layers with the same sinks share a line; of more than three sinks three are described."""
+    """Neighbouring layers with the same sinks share a line. At most three sinks are described."""
     sinks = [sink(1, 0, 1200.4), sink(1, 2, 3000), sink(2, 0, 900), sink(2, 2, 3000), sink(4, 2, 5)]
     assert run.sink_lines(sinks, 6) == [
         "layer 0: none",
@@ -84,7 +84,7 @@ def test_sink_lines():
 
 
 def test_mask_of_first_opened_layer():
-    """Two layers opened rows, one mask is drawn: the text says of which layer."""
+    """If two layers opened rows, only one mask is drawn, and the title says of which layer."""
     sinks = [sink(2, 0, 9, opened=True), sink(4, 0, 9), sink(4, 1, 9, opened=True)]
     title, *rows = run.mask_lines(sinks, ["a", "b", "c"], OutRo())
     assert title == "rows opened in layers 2, 4; 3 of 3 positions in the mask of layer 2:"
@@ -92,7 +92,7 @@ def test_mask_of_first_opened_layer():
 
 
 def test_no_sink_found(call):
-    """The thresholds that it advises make the nearest token a sink."""
+    """The thresholds that run.py suggests make the nearest token a sink."""
     out = call("--median-multiple", 1e7, "--abs-threshold", 1e8, *SHORT)[1]
     assert "the highest ratio is" in out and "causal in every layer" in out and "nothing was aligned" in out
     flags = out.split("to call it a sink: ")[1].splitlines()[0].split()
@@ -212,7 +212,7 @@ def test_logits_that_are_not_finite(call, checkpoint):
 
 
 def test_prompt_that_does_not_fit(call, checkpoint):
-    """A prompt may be as long as the model's context. If it is longer, the number of frames that fit is told."""
+    """A prompt may be as long as the model's context. If it is longer, the message gives the number that fits."""
     asked = (CLIP, "What happens?", "--model", checkpoint, "--max-new-tokens", 1)
     total = int(call(*asked)[1].split(" text = ")[1].split()[0])
     for context, parts in ((total - 1, (f"{total} tokens with 8 frames", f"holds {total - 1}", "--frames 7")),

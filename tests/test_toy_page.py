@@ -1,4 +1,4 @@
-"""The toy's page: its figures, and that each of its sentences is made from them."""
+"""The toy's page: its figures, and the sentences that are made from them."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ def stored():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A folder with the first three of the page's clips, and the questions about them."""
+    """A folder with the first three clips of the page, and the questions about them."""
     folder = tmp_path_factory.mktemp("clips")
     records, written = toy_questions(3 * OF_A_CLIP)
     for name, write in written.items():
@@ -59,7 +59,7 @@ def test_page_is_made_from_stored_figures(stored):
 
 
 def test_page_holds_for_three_clips(toy, clips, stored):
-    """Measured anew on 3 of the 200 clips: the same layers, about the same attention."""
+    """Measured again on 3 of the 200 clips, the layers are the same and the attention is about the same."""
     sink = toy_page.find_first_sink(*toy, clips[1][::OF_A_CLIP], clips[0])
     of_page = FirstSink(**stored[BUNDLED_SEED]["sink"])
     assert sink.layers == of_page.layers == [2, 3, 4, 5]
@@ -84,7 +84,7 @@ def test_measure_asks_both_sets_of_clips(monkeypatch):
         assert {"baseline", "outro", "relax", "align", "outro gamma 2"} <= found["variants"].keys()
         assert all(rows.keys() == {"baseline", "outro"} for rows in found["tasks"].values())
     right = [figures[clips]["variants"]["baseline"]["right"] for clips in toy_page.CLIPS]
-    assert right[0] > right[1]                                          # the noise was there
+    assert right[0] > right[1]                                          # noise makes the questions harder
     assert figures["sink"]["prompts"] == 1
     text = toy_page.figures_as_text(figures)
     assert "5 questions on 1 video" in text and "Of 1 answers" in text
@@ -108,7 +108,7 @@ def test_sink_in_words():
 
 
 def with_effect(figures, gained, lost, verdict="not shown"):
-    """The figures of another toy, in which OutRo has mended and spoilt so many answers of either set."""
+    """The figures of a toy in which OutRo mends and spoils these numbers of answers, with and without noise."""
     figures = copy.deepcopy(figures)
     for clips in toy_page.CLIPS:
         figures[clips]["variants"]["outro"] |= {"gained": gained, "lost": lost}
@@ -127,7 +127,7 @@ def test_effect_in_words(stored):
 
 
 @pytest.mark.parametrize("changes, follows", [((-1, -2, -3), True), ((-3, -2, -1), True), ((-1, -3, -2), False)])
-def test_a_measure_explains_only_if_it_orders_all_toys(stored, changes, follows):
+def test_explanations(stored, changes, follows):
     toys = {}
     for n, change in enumerate(changes):
         toys[str(n)] = with_effect(stored[BUNDLED_SEED], 10 + change, 10)
@@ -147,7 +147,7 @@ def run_main(monkeypatch, *arguments):
 
 
 def test_write_measures_only_what_is_new(tmp_path, monkeypatch, stored):
-    """The bundled toy is in the file; another toy is measured once, and again after its weights have changed."""
+    """The bundled toy is in the file already. Another toy is measured once, and again after its weights change."""
     bundled, other, out = tmp_path / "toy", tmp_path / "other", tmp_path / "figures.json"
     for folder in (bundled, other):
         folder.mkdir()

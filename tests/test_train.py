@@ -1,4 +1,4 @@
-"""The toy world and its training: what is asked has the right answer, and a run can be repeated."""
+"""The toy's world and its training: the questions have the right answers, and a run can be repeated."""
 
 import functools
 import random
@@ -26,7 +26,7 @@ def quick_training(monkeypatch):
 
 
 def colour_at(clip, index, x, y):
-    """The name of the colour of frame `index` there, or None for the grey background."""
+    """The name of the colour at (x, y) in frame `index`, or None for the grey background."""
     pixel = clip.frame(index).getpixel((int(x), int(y)))
     names = {**COLOURS, None: (clip.grey,) * 3}
     return min(names, key=lambda name: sum((a - b)**2 for a, b in zip(names[name], pixel)))
@@ -34,14 +34,14 @@ def colour_at(clip, index, x, y):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_questions_agree_with_the_picture(count):
-    """Each shape's pixels, followed through the frames, tell what the answers say."""
+    """We follow the pixels of each shape through the frames, and compare them with the answers."""
     for seed in range(UNSEEN, UNSEEN + 12):
         clip = Clip(seed, count)
         answers = {question.text: question.answer for question in clip.questions()}
         assert answers["How many shapes are there?"] == ("one", "two", "three")[count - 1]
         late = []
         for shape in clip.shapes:
-            rim = 0.8 * shape.radius                   # all three forms are drawn there, left of the centre
+            rim = 0.8 * shape.radius                   # left of the centre, where all forms have ink
             seen = [index for index in range(0, 64, 3)
                     if colour_at(clip, index, shape.centre(index / FPS)[0] - rim,
                                  shape.centre(index / FPS)[1]) == shape.colour]
@@ -64,7 +64,7 @@ def test_questions_agree_with_the_picture(count):
 
 
 def test_clip_survives_its_mp4(tmp_path):
-    """The file is the same each time, and its frames are the clip's."""
+    """The file is the same each time, and its frames are those of the clip."""
     for name in "ab":
         Clip(UNSEEN, 2).write(tmp_path / f"{name}.mp4")
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
@@ -83,7 +83,7 @@ def test_noise_changes_nothing_else():
 
 
 def test_names_of_cells():
-    """One shape, one frame: the token at its centre has its name, one far away has none."""
+    """With one shape in one frame, the token at its centre has its name, and a token far away has none."""
     for seed in range(10):
         clip = Clip(seed, 1)
         shape = clip.shapes[0]
@@ -99,7 +99,7 @@ def test_names_of_cells():
 
 
 def test_packed_questions_are_read_alone():
-    """The packed batch gives each answer the logits that the ordinary model gives that question alone."""
+    """Each answer in a packed batch gets the same logits as if its question was asked alone."""
     model, processor = VideoLM.from_pretrained(TOY), Processor.from_pretrained(TOY)
     batch = draw_batch(processor, Stage(steps=1, frames=1, clips=2, questions=3, shapes=(1, 2)), "5")
     features = model.encode(batch.pixel_values)
@@ -115,10 +115,10 @@ def test_packed_questions_are_read_alone():
     assert targets.equal(torch.cat(expected))
 
 
-def test_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
-    """Six steps in one go, or five, a crash, and the rest from the file of step four: the same model.
+def test_interrupted_training(tmp_path, monkeypatch):
+    """Six steps in one go give the same model as five steps, a crash, and the rest from the file of step four.
 
-    And its control goes on from the same place in both.
+    The control goes on from the same state in both runs.
     """
     monkeypatch.setattr(train_toy, "STAGES", (Stage(2, 1, 2, 0), Stage(1, 1, 2, 2), Stage(3, 8, 1, 2)))
     monkeypatch.setattr(train_toy, "SAVE_EVERY", 2)
@@ -139,7 +139,7 @@ def test_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
             train_toy.train(tmp_path / "parts", run, random_seed=3)
         train_toy.train(tmp_path / "parts", run, random_seed=3)
         train_toy.train(tmp_path / "parts", control, random_seed=3)
-        with pytest.raises(ValueError, match="state.pt is of a run with --seed 3, not 4; use another --folder"):
+        with pytest.raises(ValueError, match="state.pt is from a run with --seed 3, not 4; use another --folder"):
             train_toy.train(tmp_path / "parts", run, random_seed=4)
     for name in ("whole", "parts"):
         weights[name] = [VideoLM.from_pretrained(tmp_path / name / run.folder).state_dict()
@@ -167,7 +167,7 @@ def test_toys_sink_is_its_first_token(toy):
 
 
 def test_toy_equals_transformers(toy):
-    """Pins the bundled clip, the processor, the weights and the model at once."""
+    """One test for the bundled clip, the processor, the weights and the model."""
     model, processor = toy
     golden = load_file(FIXTURES / "toy.safetensors")
     video = read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge)

@@ -1,4 +1,4 @@
-"""Which frames of a video are shown, and when. All videos and pictures are made here, also the broken ones."""
+"""Which frames of a video are shown, and when. The tests make all videos and pictures, also the broken ones."""
 
 import io
 import os
@@ -63,7 +63,7 @@ def encode(image, kind, **options):
 
 
 def mux(path, *streams, width=48, height=32):
-    """Write packets without an encoder; of each stream: codec, disposition, packets."""
+    """Write packets without an encoder. streams: a codec, a disposition and packets for each."""
     with av.open(str(path), "w") as file:
         opened = [file.add_mux_stream(codec, rate=10, width=width, height=height) for codec, _, _ in streams]
         for stream, (_, disposition, _) in zip(opened, streams):
@@ -96,9 +96,9 @@ def refused(path) -> str:
 def test_sampling_by_hand():
     """4 s at 10 fps: 4 frames, the first and the last among them: 0, 13, 26, 39.
 
-    120 s at 25 fps last longer than 64 frames, so the first and the last second are left out. Where these are all,
-    none is left out: frame 1 of 3 in 2.5 s is the first after one second, and the last before the last second.
-    122 / 14 * 7 is 61, but in floating point, in this order, 60.999...
+    120 s at 25 fps are longer than 64 frames at 1 fps, so the first and the last second are left out. Where nothing
+    would remain, none is left out: of 3 frames in 2.5 s, frame 1 is both the first and the last that would remain.
+    122 / 14 * 7 is 61, but in floating point and in this order it is 60.999...
     """
     assert sample_indices(40, 10.0, 4.0) == [0, 13, 26, 39]
     assert sample_indices(1, 25.0, 0.04) == [0]
@@ -110,7 +110,7 @@ def test_sampling_by_hand():
     assert sample_indices(101, 10.0, 10.1, max_frames=2, fps=4.0) == [10, 91]
     assert sample_indices(3, 1.2, 2.5, fps=0.1, max_frames=1) == [0]
     assert sample_indices(10, 25.0, 100.0, max_frames=4) == [0, 3, 6, 9]            # the header is wrong
-    assert sample_indices(123, 123 / 15, 15.0)[7] == 60                             # as numpy, which cuts
+    assert sample_indices(123, 123 / 15, 15.0)[7] == 60                             # NumPy also cuts 60.999... to 60
 
 
 @pytest.mark.parametrize("wrong", [dict(fps=0), dict(fps=float("inf")), dict(fps=float("nan")), dict(fps=10 ** 400),
@@ -130,7 +130,7 @@ def test_plain_video(tmp_path):
 
 
 def test_variable_rate_is_sampled_by_number(tmp_path):
-    """20 frames every 0.1 s, then 20 every 0.3 s: 8 s, 8 frames, evenly spread in number and not in time.
+    """20 frames every 0.1 s, then 20 every 0.3 s: 8 s, of which 8 frames are shown. They are spread evenly by number.
 
     Times count from the first frame, which is at 3 s of the file's clock.
     """
@@ -161,8 +161,8 @@ def test_part_is_sampled_as_a_file(tmp_path, name):
             read_video(tmp_path / name, start=start, end=end)
 
 
-def test_part_begins_with_the_frame_on_the_screen(tmp_path):
-    """4 frames of 5 s each."""
+def test_part_begins_on_the_screen(tmp_path):
+    """There are 4 frames of 5 s each. A part begins with the frame that is on the screen then."""
     path = write(tmp_path / "a.mkv", n=4, pts=[0, 500, 1000, 1500])
     for start, end, index in ((2, 4, 0), (12, 14, 2), (5, 5.001, 1), (4.999, 5, 0), (19.99, 99, 3)):
         part = read_video(path, start=start, end=end)
@@ -186,7 +186,7 @@ def test_edit_list_cuts_frames_away(tmp_path):
     ("a.mp4", "libx264", {"bf": "3"}), ("a.mkv", "libx264", {"bf": "3", "all_keys": True}),
     ("a.avi", "mpeg4", {"bf": "2", "qscale": "2"})])
 def test_b_frames_are_shown_in_order(tmp_path, name, codec, options):
-    """The packets of B-frames come after later frames. An avi states no presentation times for them."""
+    """The packets of B-frames come after those of later frames. An avi does not state when B-frames are shown."""
     video = read_video(write(tmp_path / name, codec=codec, **options))
     assert [round(number(frame) / 6) for frame in video.frames] == [0, 13, 26, 39]
     assert video.duration == pytest.approx(4.0, abs=0.2)
@@ -197,7 +197,7 @@ def test_b_frames_are_shown_in_order(tmp_path, name, codec, options):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How many frames were decoded, each time that decoding began."""
+    """A list with the number of frames that were decoded, for each time that decoding began."""
     decode, counts = media.decode, []
 
     def counting(stream):
@@ -210,7 +210,7 @@ def decoded(monkeypatch):
 
 
 def long_video(path, **options):
-    """52 s with a keyframe every 10 frames; brightness counts to 40 and starts again."""
+    """52 s with a keyframe every 10 frames. The brightness counts to 40 and starts again."""
     return write(path, n=1300, fps=25, brightness=lambda k: 6 * (k % 40), g="10", preset="ultrafast", **options)
 
 
@@ -221,7 +221,7 @@ def assert_shows_three_frames(video):
 
 @pytest.mark.parametrize("name, options", [("a.mkv", {}), ("a.mp4", {"bf": "3", "x264-params": "open-gop=1"})])
 def test_long_video_is_not_decoded_whole(tmp_path, decoded, name, options):
-    """Each frame is decoded from the keyframe before it. So is a late part: 1250 to 1299, two of them."""
+    """Each frame is decoded from the keyframe before it. The same holds for a late part, frames 1250 to 1299."""
     assert_shows_three_frames(read_video(long_video(tmp_path / name, **options), max_frames=3))
     assert 3 <= sum(decoded) < 100
     decoded.clear()
@@ -232,19 +232,16 @@ def test_long_video_is_not_decoded_whole(tmp_path, decoded, name, options):
 @pytest.mark.parametrize("name, options", [
     ("a.ts", {"bf": "3"}), ("a.mp4", {"codec": "mpeg4", "qscale": "2", "all_keys": True})])
 def test_seeking_that_fails(tmp_path, decoded, name, options):
-    """In a transport stream, seeking ends after the keyframe. In the other file frames are only called keyframes.
+    """In a transport stream, seeking ends after the keyframe. In the other file, all frames are marked as keyframes.
     Then all frames up to the last one are decoded."""
     assert_shows_three_frames(read_video(long_video(tmp_path / name, **options), max_frames=3))
     assert decoded[-1] == 1276
 
 
-# ---- memory ----
-
-
 # ---- size, rotation and colour ----
 
 
-def test_frames_are_scaled_as_by_the_processor(tmp_path):
+def test_frames_are_scaled(tmp_path):
     write(tmp_path / "a.mp4", n=10)
     whole, small = (read_video(tmp_path / "a.mp4", longest_edge=edge) for edge in (None, 30))
     assert small.frames[0].size == (30, 20)
@@ -254,7 +251,7 @@ def test_frames_are_scaled_as_by_the_processor(tmp_path):
 
 @pytest.mark.parametrize("size, expected", [((80, 60), (32, 24)), ((60, 81), (24, 32)), ((97, 33), (32, 10)),
                                             ((100, 60), (32, 20)), ((10, 5), (32, 16)), ((900, 20), (32, 1))])
-def test_shorter_side_is_cut_and_made_even(size, expected):
+def test_shorter_side_is_even(size, expected):
     """100 x 60 to 32: int(32 / 1.67) = 19, which is odd, so 20. A second call changes nothing."""
     once = resize_longest_edge(Image.new("RGB", size), 32)
     assert once.size == expected
@@ -276,7 +273,7 @@ def corners(image):
     return "".join("RGB"[pixel.index(max(pixel))] for pixel in pixels)
 
 
-# EXIF's orientation: the display matrix that says the same (where right and down are shown), and what is seen
+# EXIF's orientation: the display matrix that means the same (where right and down are shown), and the corners
 VIEWS = {1: ((1, 0, 0, 1), "BGRG"), 2: ((-1, 0, 0, 1), "GBGR"), 3: ((-1, 0, 0, -1), "GRGB"), 4: ((1, 0, 0, -1), "RGBG"),
          5: ((0, 1, 1, 0), "BRGG"), 6: ((0, 1, -1, 0), "RBGG"), 7: ((0, -1, -1, 0), "GGRB"), 8: ((0, -1, 1, 0), "GGBR")}
 
@@ -292,8 +289,8 @@ def test_videos_are_upright(tmp_path, matrix, seen):
 
 
 @pytest.mark.parametrize("orientation", VIEWS)
-def test_exif_is_heeded(tmp_path, orientation):
-    """In pictures. In the frames of a video, PyAV tells the quarter, but not what is mirrored."""
+def test_exif_orientation(tmp_path, orientation):
+    """Of pictures. For the frames of a video, PyAV states the quarter turn, but not whether it is mirrored."""
     exif = Image.Exif()
     exif[0x112] = orientation
     seen = VIEWS[orientation][1]
@@ -305,8 +302,8 @@ def test_exif_is_heeded(tmp_path, orientation):
         assert corners(video.frames[0]) == seen
 
 
-def test_16_bit_grey_keeps_its_upper_8(tmp_path):
-    """32 bits are refused, because nothing says which number is white."""
+def test_16_bit_grey(tmp_path):
+    """The upper 8 bits are kept. 32 bits are refused, because nothing says which number is white."""
     values = [256 * (k % 256) + 255 - k // 8 for k in range(48 * 32)]
     data = b"".join(value.to_bytes(2, "little") for value in values)
     Image.frombytes("I;16", (48, 32), data).save(tmp_path / "a.png")
@@ -331,7 +328,7 @@ def test_transparent_is_white(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.ppm", "a.jp2", "a.qoi", "a.sgi"])
-def test_picture_is_a_video_of_one_frame(tmp_path, name):
+def test_picture_is_one_frame(tmp_path, name):
     """Pillow reads some formats, and FFmpeg reads the others."""
     picture(90).save(tmp_path / name)
     video = read_video(tmp_path / name)
@@ -350,7 +347,7 @@ def test_animation_is_a_video(tmp_path, name, options):
 
 @pytest.mark.parametrize("n_frames", (1, 4))
 def test_hidden_picture_of_an_animated_png(tmp_path, n_frames):
-    """A red picture for programs without animation, then green bars on a transparent ground, drawn over it."""
+    """A red picture for programs without animation, then green bars on a transparent background."""
     bars = [Image.new("RGBA", (48, 32), (0, 0, 0, 0)) for _ in range(n_frames)]
     for k, bar in enumerate(bars):
         bar.paste((0, 90, 0, 255), (8 * k, 0, 8 * k + 8, 32))
@@ -364,8 +361,8 @@ def test_hidden_picture_of_an_animated_png(tmp_path, n_frames):
 
 
 @pytest.mark.parametrize("name", ("default_image", "duration"))
-def test_text_in_a_png_may_have_any_name(tmp_path, name):
-    """Pillow keeps a PNG's texts where it keeps what it knows of an animation."""
+def test_texts_in_a_png(tmp_path, name):
+    """Pillow keeps the texts of a PNG in the same dict as the facts about an animation."""
     text = PngImagePlugin.PngInfo()
     text.add_text(name, "12")
     picture(90).save(tmp_path / "a.png", pnginfo=text)
@@ -374,13 +371,13 @@ def test_text_in_a_png_may_have_any_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("name, milliseconds, shown", [("a.gif", 10, 0.1), ("a.webp", 11, 0.011), ("a.gif", 20, 0.02)])
-def test_short_durations_of_an_animation_stand_for_0_1_s(tmp_path, name, milliseconds, shown):
+def test_short_durations_of_an_animation(tmp_path, name, milliseconds, shown):
     video = read_video(animate(tmp_path / name, [picture(0), picture(60)], duration=milliseconds), fps=100)
     assert video.seconds == [0.0, shown] and video.duration == pytest.approx(2 * shown)
 
 
 def test_pages_and_previews_are_not_frames(tmp_path):
-    """Of an icon, the largest picture is shown."""
+    """Only the first page is shown. Of an icon, the largest picture is shown."""
     for name in ("a.tiff", "a.mpo"):
         animate(tmp_path / name, [picture(90), picture(120)])
     picture(90, (64, 64)).save(tmp_path / "a.ico", sizes=[(16, 16), (64, 64), (32, 32)])
@@ -392,7 +389,7 @@ def test_pages_and_previews_are_not_frames(tmp_path):
 # ---- which stream ----
 
 
-def test_default_stream_is_shown_and_never_a_cover(tmp_path):
+def test_default_stream_is_shown(tmp_path):
     first, default, cover = (encode(Image.new("RGB", (48, 32), (n, n, n)), "JPEG") for n in (40, 90, 200))
     cover = ("mjpeg", Disposition.attached_pic, [cover])
     video = read_video(mux(tmp_path / "a.mp4", ("mjpeg", Disposition(0), 2 * [first]),
@@ -402,7 +399,7 @@ def test_default_stream_is_shown_and_never_a_cover(tmp_path):
 
 
 def test_picture_in_tiles_is_refused():
-    """A HEIC file, for which there is no encoder here."""
+    """A stand-in for a HEIC file, because there is no encoder for one here."""
     class Streams(list):
         video = property(list)
     tile = SimpleNamespace(type="video", disposition=Disposition.dependent, codec_context=object())
@@ -414,7 +411,7 @@ def test_picture_in_tiles_is_refused():
 
 
 def test_raw_stream_counts_its_frames(tmp_path):
-    """Raw H.264 has no times: 40 frames at the usual 25 a second, each shown for 1/25 s."""
+    """Raw H.264 has no times, so 25 frames a second are assumed: each of the 40 frames is shown for 1/25 s."""
     write(tmp_path / "raw.h264")
     video = read_video(tmp_path / "raw.h264", fps=2.0)
     assert video.duration == pytest.approx(1.6) and video.total_frames == 40
@@ -422,10 +419,10 @@ def test_raw_stream_counts_its_frames(tmp_path):
 
 
 @pytest.mark.parametrize("pts, durations, seconds, duration", [
-    ([50, 60, 80, 90], [10, 20, 10, 3], [0.0, 0.1, 0.3, 0.4], 0.43),        # as long as it says
-    ([90, 80, 60, 50], [0, 0, 0, 0], [0.0, 0.1, 0.3, 0.4], 0.5),            # else as long as most
+    ([50, 60, 80, 90], [10, 20, 10, 3], [0.0, 0.1, 0.3, 0.4], 0.43),        # its own duration
+    ([90, 80, 60, 50], [0, 0, 0, 0], [0.0, 0.1, 0.3, 0.4], 0.5),            # else the median step
     ([50], [-7], [0.0], 0.01),                                              # else one unit of the clock
-    ([0, 10, 20, 30], [4, 10, 1, 1], [0.0, 0.1, 0.2, 0.3], 0.4),            # most are less than half a step
+    ([0, 10, 20, 30], [4, 10, 1, 1], [0.0, 0.1, 0.2, 0.3], 0.4),            # the median is less than half a step
     ([None, 7, None], [3, 3, 3], [0.0, 0.04, 0.08], 0.12)])                 # no clock: 25 frames a second
 def test_duration_of_the_last_frame(pts, durations, seconds, duration):
     """The clock counts hundredths of a second."""
@@ -436,7 +433,7 @@ def test_duration_of_the_last_frame(pts, durations, seconds, duration):
 @pytest.mark.parametrize("suffix, codec, start", [("ts", "libx264", 0), ("ts", "libx264", 15), ("mkv", "libx264", 15),
                                                   ("mkv", "mpeg4", 0)])
 def test_joined_recordings_follow_each_other(tmp_path, suffix, codec, start):
-    """The second begins at 0 again, or 0.5 s before the first ends."""
+    """The clock of the second recording begins at 0 again, or 0.5 s before the first one ends."""
     settings = dict(n=20, codec=codec, bf="2", g="6", qscale="2", b_strategy="0")
     first = write(tmp_path / f"a.{suffix}", **settings)
     second = write(tmp_path / f"b.{suffix}", pts=[10 * (start + k) for k in range(20)],
@@ -469,7 +466,7 @@ def test_title_in_another_encoding(tmp_path):
 # ---- broken files, and files that are not videos ----
 
 
-def test_cut_off_file_shows_what_is_there(tmp_path):
+def test_cut_off_file(tmp_path):
     """A transport stream that ends within the packet of frame 20."""
     whole = write(tmp_path / "a.ts", bf="0").read_bytes()
     with av.open(str(tmp_path / "a.ts")) as file:
@@ -491,8 +488,8 @@ def spoil(path, first, last):
 
 
 def test_broken_packets_are_not_frames(tmp_path):
-    """If the last ten frames do not decode, the others are sampled. If frame 5 does not, the frame of 1.0 s is
-    the tenth to come, and it is found by its time."""
+    """If the last ten frames cannot be decoded, the others are sampled. If frame 5 cannot, the frame at 1.0 s is
+    the tenth that comes, and it is found by its time."""
     video = read_video(spoil(write(tmp_path / "a.mkv", codec="mpeg4", g="1", qscale="2"), 30, 40))
     assert video.total_frames == 30
     assert_shows(video, [0, 14, 29], [0.0, 1.4, 2.9])
@@ -509,7 +506,7 @@ def test_frame_larger_than_the_header_says(tmp_path, monkeypatch):
 
 
 def test_large_canvases_are_refused_first(tmp_path, monkeypatch, decoded, recwarn):
-    """42 bytes of GIF, 100 bytes of VP8. Pillow warns above its limit, which is silenced, and stops at twice it."""
+    """Tiny files that claim huge sizes. Pillow refuses pictures above twice its limit. Its warnings are silenced."""
     encoded = encode(Image.new("P", (8, 8)), "GIF")
     (tmp_path / "a.gif").write_bytes(encoded[:6] + 4 * b"\xff" + encoded[10:])
     assert "(Image size (4294836225 pixels) exceeds limit" in refused(tmp_path / "a.gif")
@@ -552,7 +549,7 @@ def test_no_file_folder_or_pipe(tmp_path):
     assert "is a pipe" in refused(tmp_path / "pipe.mp4")
 
 
-def test_sound_alone_or_broken_frames_alone(tmp_path):
+def test_sound_or_broken_frames_only(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 8000, 800, "NONE", ""))
         file.writeframes(bytes(1600))

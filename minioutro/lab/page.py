@@ -1,9 +1,8 @@
 """One web page that steps through the method, layer by layer: `python run.py --page sink.html`.
 
-page.html is the page, and write_page puts the numbers of one prompt into it. They lie in the page
-as JSON. Large arrays are bytes, compressed by gzip and written in base64; the browser unpacks them.
-An attention weight is stored as 255 times its square root, in one byte, so that small weights keep
-their differences.
+page.html is the page, and write_page puts the numbers of one prompt into it, as JSON. Large arrays
+are compressed by gzip and written in base64. The browser unpacks them. An attention weight is
+stored as 255 times its square root, in one byte, so that small weights still differ.
 """
 
 import base64
@@ -25,7 +24,7 @@ from minioutro.video import Video
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_TOKENS = 800                   # of a prompt: the browser draws every pair of them as one cell
-MOST_BYTES = 60_000_000             # of a page; attention weights take nearly all of it
+MOST_BYTES = 60_000_000             # of a page. Attention weights take nearly all of it
 CONSTANTS = ("abs_threshold", "median_multiple", "relax", "align", "gamma", "temperature",
              "skip_last")           # the fields of OutRo that the page names
 
@@ -48,9 +47,9 @@ def write_page(path, model: VideoLM, processor: Processor, video: Video, questio
                answers: dict[str, str] | None = None) -> None:
     """Write the page of one prompt: a single file that needs no network.
 
-    features: float[1,F*M,C] from `model.encode`, and answers: the texts of "baseline" and "outro",
+    features: float[1,F*M,C] from `model.encode`; answers: the texts of "baseline" and "outro". Both
     are computed if they are not given. The file is written whole or not at all.
-    Raises: ValueError as `check_page`, and if the attention weights are not finite.
+    Raises: ValueError in the cases of `check_page`, and if the attention weights are not finite.
     """
     path = Path(path).expanduser()
     check_page(path, processor, video, question)
@@ -77,7 +76,8 @@ def write_page(path, model: VideoLM, processor: Processor, video: Video, questio
         "outro": constants(outro, text.num_hidden_layers), "runs": runs}
     room = MOST_BYTES - len(json.dumps(data)) - TEMPLATE.stat().st_size
     data["weights"] = packed_weights(*weights, by_interest(runs["outro"]), room)
-    # A "<" only occurs within strings, where \u003c is the same. So no text can end the script.
+    # In JSON, "<" occurs only in strings, where it may be written as \u003c. So no text of a user
+    # can contain "</script>" and end the script.
     numbers = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", numbers)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,8 @@ def write_page(path, model: VideoLM, processor: Processor, video: Video, questio
 
 
 def run_of(model: VideoLM, input_ids: Tensor, features: Tensor, outro: OutRo | None) -> dict:
-    """What the page shows of one reading of the prompt, by layer, and the weights as bytes."""
+    """Read the prompt once. Returns: what the page shows of each layer, and the weights as bytes.
+    """
     text = model.config.text_config
     L, H = text.num_hidden_layers, text.num_attention_heads
     trace = Trace(weights_of=range(L))
@@ -142,10 +143,10 @@ def packed(values: Tensor) -> str:
 
 def packed_weights(baseline: list[Tensor], outro: list[Tensor], order: list[int],
                    room: int) -> dict:
-    """The weights of both runs by layer, as many layers of this order as fit into so many bytes.
+    """The weights of both runs by layer: the first layers of this order that fit into the room.
 
-    OutRo's are stored as the difference to the baseline's, modulo 256: it is zero in all layers
-    before the first sink, and zeros take no room.
+    room: bytes. OutRo's weights are stored as the difference from the baseline's, modulo 256. The
+    difference is zero in all layers before the first sink, and zeros compress to nearly nothing.
     """
     layers, used = {}, 0
     for l in order:
@@ -158,10 +159,10 @@ def packed_weights(baseline: list[Tensor], outro: list[Tensor], order: list[int]
 
 
 def by_interest(run: dict) -> list[int]:
-    """All layers, those first in which something happens, then the others, evenly spread.
+    """All layers: first those in which something happens, then the others, evenly spread.
 
-    Something happens where a row is opened, one layer later, and where other tokens are sinks than
-    in the layer before.
+    Something happens in a layer that opens a row, in the layer after it, and in a layer whose sinks
+    differ from those of the layer before.
     """
     L, order = len(run["sinks"]), []
     for l in range(1, L):
@@ -176,14 +177,14 @@ def by_interest(run: dict) -> list[int]:
 
 
 def constants(outro: OutRo, L: int) -> dict:
-    """OutRo's settings, with the distance of the layers that open rows."""
+    """OutRo's settings for the page. every: rows may be opened in multiples of this layer."""
     every = max(1, L // 7) if outro.relax_every is None else outro.relax_every
     named = {name: getattr(outro, name) for name in CONSTANTS}
     return named | {"every": every, "own_rule": outro.rule is not None}
 
 
 def picture(frame: Image.Image, size: int) -> str:
-    """A frame as the model sees it, square, as the address of a PNG that contains itself."""
+    """A frame as the model sees it, square, as a data URL: an address that contains the PNG."""
     file = io.BytesIO()
     frame.convert("RGB").resize((size, size), Image.Resampling.LANCZOS).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -32,8 +32,8 @@ COLOURS = {
 SHAPES = ("cross", "ring", "square")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 UNSEEN = 10**9                              # training draws its clips from seeds below this one
-HARD_NOISE = 120                            # a noise that no clip of the training has, see Clip
-SCALE = 4                                   # shapes are drawn this much larger, then averaged
+HARD_NOISE = 120                            # more noise than in any clip of the training, see Clip
+SCALE = 4                                   # shapes are drawn this many times larger, then averaged
 NUMBERS = ("none", "one", "two", "three")
 ROWS = ("top", "", "bottom")                # the names of the thirds of a frame
 COLUMNS = ("left", "", "right")
@@ -44,7 +44,7 @@ class Shape:
     colour: str                             # one of COLOURS
     form: str                               # one of SHAPES
     direction: str                          # one of DIRECTIONS, or "still"
-    turns: bool                             # goes back to where it started
+    turns: bool                             # whether it goes back to where it started
     appears: float                          # seconds
     start: tuple[float, float]              # centre when it appears, pixels from the top left
     distance: float                         # from there to the farthest point, pixels
@@ -97,23 +97,23 @@ class Question:
 class Clip:
     """One clip of the world.
 
-    seed: the clip is drawn from it, and from nothing else.
-    count: number of shapes, 1 to 3; their colours differ, and so do their forms.
-    noise: 0 to 255. Every pixel is a mixture of the picture and a random grey, and noise / 255 is
-    the share of the grey: 47 % for a noise of 120, for example. It changes nothing else about the
-    clip. None: the clip's own noise, 5 to 20.
+    seed: all random numbers of the clip come from it.
+    count: number of shapes, 1 to 3. Their colours differ, and so do their forms.
+    noise: 0 to 255. Every pixel is a mixture of the picture and a random grey. The share of the
+    grey is noise / 255, for example 47 % for a noise of 120. The noise changes nothing else about
+    the clip. None: the clip's own noise, 5 to 20.
     """
 
     def __init__(self, seed: int, count: int, noise: int | None = None):
         rng = random.Random(seed)
         self.seed = seed
         self.grey = rng.randint(15, 75)             # of the background
-        own_noise = rng.randint(5, 20)              # always drawn, so that the rest is the same
+        own_noise = rng.randint(5, 20)              # always drawn, to keep later numbers the same
         self.noise = own_noise if noise is None else noise
 
         forms = sorted(rng.sample(SHAPES, count))
         colours = rng.sample(list(COLOURS), count)
-        late = None                                 # the number of the shape that appears later
+        late = None                                 # which shape appears later, if one does
         if count > 1 and rng.random() < 0.5:
             late = rng.randrange(count)
         while True:
@@ -125,8 +125,8 @@ class Clip:
 
     @staticmethod
     def _place(rng: random.Random, colour: str, form: str, is_late: bool) -> Shape:
-        """A shape whose whole way lies inside the frame."""
-        # a shape stays still in one third of the cases
+        """A shape whose whole path lies inside the frame."""
+        # One shape in three stays still: "still" is 4 of these 12.
         direction = rng.choice([*DIRECTIONS, *DIRECTIONS, "still", "still", "still", "still"])
         turns = direction != "still" and not is_late and rng.random() < 0.5
         appears = rng.uniform(2, 4) if is_late else 0.0
@@ -144,7 +144,7 @@ class Clip:
         return Shape(colour, form, direction, turns, appears, tuple(start), distance, radius)
 
     def _apart(self) -> bool:
-        """Whether no two shapes touch. It is looked at every half second."""
+        """Whether no two shapes touch. This is checked at every half second."""
         for half_seconds in range(2 * DURATION + 1):
             for i, a in enumerate(self.shapes):
                 for b in self.shapes[:i]:
@@ -168,7 +168,7 @@ class Clip:
         return Image.blend(canvas.reduce(SCALE), noise.convert("RGB"), self.noise / 255)
 
     def write(self, path) -> None:
-        """Write the whole clip as an H.264 mp4. Its bytes depend on nothing but the clip."""
+        """Write the whole clip as an H.264 mp4. The same clip always gives the same bytes."""
         with av.open(str(path), "w", format="mp4") as file:
             # With several threads, and with x264's vector code on some processors, the bytes differ
             # from run to run. So we use one thread and x264's plain C code.
@@ -195,7 +195,7 @@ class Clip:
         return text[0].upper() + text[1:] + "."
 
     def questions(self, index: int | None = None) -> list[Question]:
-        """All questions about the whole clip, or about its frame number `index` alone."""
+        """All questions about the whole clip, or only about its frame number `index`."""
         shapes = self.shapes if index is None else self.visible(index)
         found = [Question("count", "How many shapes are there?", NUMBERS[len(shapes)])]
         for shape in shapes:
@@ -216,7 +216,7 @@ class Clip:
 
     @staticmethod
     def _questions_of_time(shape: Shape) -> list[Question]:
-        """The questions about one shape that no single frame answers."""
+        """The questions about one shape that cannot be answered from a single frame."""
         if shape.direction == "still":
             found = [Question("moves", f"Does the {shape.form} move?", "No")]
         else:

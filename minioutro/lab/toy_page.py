@@ -1,16 +1,16 @@
 """Measure a toy and write its page.
 
     python -m minioutro.lab.toy_page                        print the figures of the bundled toy
-    python -m minioutro.lab.toy_page --folder toy_run       print those of another one
+    python -m minioutro.lab.toy_page --folder toy_run       print the figures of another toy
     python -m minioutro.lab.toy_page --write                write the page of the bundled toy
 
 The page compares the bundled toy with toys of other random seeds. Train each of them with
 `python -m minioutro.lab.train_toy --seed N --folder FOLDER`, and give it as `--seed N FOLDER`.
-With `--out FILE` the measured figures are kept in a file. What is in it already is not measured
-again, so an interrupted run goes on with the same command, and a row can be added later.
+With `--out FILE` the measured figures are kept in a file, and only what is missing there is
+measured. So an interrupted run goes on with the same command, and a row can be added later.
 
-The whole page is made here from the figures, its sentences included. So no sentence can say
-something else than the table beside it.
+The whole page is made here from the figures, including its sentences. So a sentence cannot
+contradict the table beside it.
 """
 
 import hashlib
@@ -48,10 +48,10 @@ ASKED = 2000                                # questions for the page
 CLIPS = {"ordinary": None, "noise": HARD_NOISE}     # the noise of the clips, see shapes.Clip
 GAMMAS = (0.5, 1.0, 2.0)                    # weaker alignments, which are asked as well
 BUNDLED_SEED = "0"                          # the bundled toy was trained with --seed 0
-FAR = 16                                    # tokens between a query and the first token
+FAR = 16                                    # a token at least this far from the first one is far
 OTHERS = 8                                  # text tokens that are masked to compare with the sink
-LEANING = 0.1                               # the cosine from which on a head's output leans
-FORMAT = 1                                  # of the file of figures
+LEANING = 0.1                               # above this cosine, the output of a head leans
+FORMAT = 1                                  # version of the file of figures
 
 # ---- 1. Measuring: what makes the first token a sink --------------------------------------------
 
@@ -62,19 +62,19 @@ class FirstSink:
 
     The last four lists are about the tokens after the first, and the value of the layer's sinks.
     """
-    prompts: int
+    prompts: int                            # number of prompts
     marked: list[float]                     # [L], how often the first token is marked as a sink
-    others: list[float]                     # [L], how many other tokens are
-    ratio: list[float]                      # [L], its largest coordinate over the median
-    attention: list[list[float]]            # [L][H], to it, from tokens FAR away or more
-    attention_of_answer: list[list[float]]  # [L][H], to it, from the tokens that answer
+    others: list[float]                     # [L], how many other tokens are marked
+    ratio: list[float]                      # [L], its largest coordinate divided by the median
+    attention: list[list[float]]            # [L][H], attention to it from far tokens
+    attention_of_answer: list[list[float]]  # [L][H], attention to it from the tokens that answer
     full: list[list[float]]                 # [L][H], share of far tokens that give it over 0.95
-    changed: list[float]                    # [1 + OTHERS], answers that change without it, or
-                                            # without another text token
+    changed: list[float]                    # [1 + OTHERS], share of answers that change without
+                                            # it, and without each of some other text tokens
     cosine: list[list[float]]               # [L][H], of a head's output with the sinks' value
     leaning: list[list[float]]              # [L][H], share of cosines above LEANING
     turned: list[list[float]]               # [L][H], degrees by which alignment turns the output
-    value: list[list[float]]                # [L][G], length of the sinks' value over the median
+    value: list[list[float]]                # [L][G], length of the sinks' value / median length
 
     @property
     def layers(self) -> list[int]:
@@ -82,7 +82,7 @@ class FirstSink:
         return [l for l, share in enumerate(self.marked) if share > 0.999]
 
     def mean(self, of_layers: list[list[float]]) -> float:
-        """The mean over `layers` and over heads; NaN if there is no such layer."""
+        """The mean over `layers` and over heads. NaN if there is no such layer."""
         values = []
         for l in self.layers:
             values += of_layers[l]
@@ -95,15 +95,15 @@ class FirstSink:
 
     @property
     def without_another(self) -> float:
-        """The same for another text token, the mean over several."""
+        """Answers that change when nobody may attend to another text token: the mean over some."""
         return sum(self.changed[1:]) / OTHERS * self.prompts
 
 
 def answer_stays_without(model: VideoLM, prompt: Tensor, features: Tensor,
                          columns: list[int]) -> Tensor:
-    """Whether the baseline's answer stays when no other token may attend to a token: bool[n].
+    """Whether the baseline's answer stays the same when one token is hidden from all others.
 
-    columns: the positions of n such tokens, each of which is tried by itself.
+    columns: the positions of n tokens, which are hidden one at a time. Returns: bool[n].
     """
     answer = torch.tensor([model.generate(prompt, features=features)])
     ids = torch.cat([prompt, answer[:, :-1]], dim=1)
@@ -118,12 +118,12 @@ def answer_stays_without(model: VideoLM, prompt: Tensor, features: Tensor,
 
 
 def stacked(trace: dict, name: str, L: int) -> Tensor:
-    """A trace's values of all layers, of the one prompt: (L,...)."""
+    """One entry of a trace, collected from all layers, for its only prompt: (L,...)."""
     return torch.stack([trace[f"layers.{l}.{name}"][0] for l in range(L)])
 
 
 def marks_of(model: VideoLM, prompt: Tensor, features: Tensor) -> dict[str, Tensor]:
-    """What the rule finds in the plain model, for FirstSink."""
+    """What the rule finds in the plain model: fields of FirstSink."""
     L = model.config.text_config.num_hidden_layers
     trace = {}
     model(prompt, features=features, outro=OutRo(align=False, relax=False), trace=trace)
@@ -137,7 +137,8 @@ def marks_of(model: VideoLM, prompt: Tensor, features: Tensor) -> dict[str, Tens
 
 def attention_to_first(model: VideoLM, prompt: Tensor, features: Tensor,
                        answer: list[int]) -> dict[str, Tensor]:
-    """Attention of the plain model to the first token, for FirstSink. answer: the right one."""
+    """Attention of the plain model to the first token: fields of FirstSink. answer: the right one.
+    """
     L = model.config.text_config.num_hidden_layers
     trace = Trace(weights_of=range(L))
     ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
@@ -152,7 +153,7 @@ def attention_to_first(model: VideoLM, prompt: Tensor, features: Tensor,
 
 
 def leaning_of(model: VideoLM, prompt: Tensor, features: Tensor) -> dict[str, Tensor]:
-    """How far the heads' outputs lean towards the sinks' value under OutRo, for FirstSink."""
+    """How far the heads' outputs lean towards the sinks' value with OutRo: fields of FirstSink."""
     L = model.config.text_config.num_hidden_layers
     trace = {}
     cache = Cache()
@@ -181,7 +182,7 @@ def text_tokens(processor: Processor, prompt: Tensor) -> list[int]:
 @torch.inference_mode()
 def find_first_sink(model: VideoLM, processor: Processor, records: list[Record],
                     folder: Path) -> FirstSink:
-    """records: questions, whose videos are in the folder."""
+    """Measure the first token on these questions, whose videos are in the folder."""
     rng = random.Random(0)
     of_prompts = []
     for record in progress(records, "sink"):
@@ -209,9 +210,9 @@ def find_first_sink(model: VideoLM, processor: Processor, records: list[Record],
 
 def compare_on_clips(model: VideoLM, processor: Processor, noise: int | None,
                      variants: dict[str, OutRo | None], folder: Path) -> tuple[dict, list[Record]]:
-    """What `summarise` finds on clips that training never drew, and the questions about them.
+    """The result of `summarise` on clips that the training never drew, and the questions.
 
-    The rows by kind of question are those of the baseline and of OutRo alone.
+    For the kinds of question, only the rows of the baseline and of OutRo are kept.
     """
     records, clips = toy_questions(ASKED, noise=noise)
     answers = ask(model, processor, records, variants, folder, clips)
@@ -224,10 +225,11 @@ def compare_on_clips(model: VideoLM, processor: Processor, noise: int | None,
 
 @torch.inference_mode()
 def measure(folder: Path, explore: bool = False) -> dict:
-    """The figures of one toy, as JSON can keep them.
+    """The figures of one toy, in a form that JSON can store.
 
-    explore: ask each part of OutRo alone and weaker alignments, too.
-    Returns: checkpoint (see there); by the name of CLIPS what `summarise` finds; sink, a FirstSink.
+    explore: also ask each part of OutRo alone, and weaker alignments.
+    Returns: "checkpoint", the result of `checkpoint`. For each name in CLIPS, the result of
+    `summarise`. "sink", the fields of a FirstSink.
     """
     model, processor = load(folder)
     variants = variants_of()
@@ -245,7 +247,7 @@ def measure(folder: Path, explore: bool = False) -> dict:
 
 
 def checkpoint(folder: Path) -> str:
-    """What tells a checkpoint from others: the beginning of the SHA-256 of its weights."""
+    """Identify a checkpoint by the beginning of the SHA-256 of its weights."""
     path = folder / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; train a toy there first: "
@@ -281,7 +283,7 @@ def sink_table(sink: FirstSink) -> str:
 
 
 def sink_in_words(sink: FirstSink) -> str:
-    """What follows from the table of layers."""
+    """The table of layers in sentences."""
     masked = (f"Of {sink.prompts} answers, {sink.without_first} change if no token may attend to "
               f"token 0. If another text token is hidden instead, "
               f"{sink.without_another:.1f} change on average.")
@@ -299,7 +301,7 @@ def sink_in_words(sink: FirstSink) -> str:
         f"more than 0.95.", masked)
 
 
-# What may explain the differences of toys: a name, the field of FirstSink, and how it is printed.
+# What may explain the differences between toys: name -> field of FirstSink, and its format.
 LEANINGS = {
     "mean cosine": ("cosine", "{:.2f}"),
     f"cosine above {LEANING}": ("leaning", "{:.0%}"),
@@ -320,11 +322,11 @@ def leaning_table(toys: dict[str, dict]) -> str:
                    for value, (_, form) in zip(leanings, LEANINGS.values(), strict=True)]
         rows.append([seed, *printed, f"{net_change(figures, 'ordinary'):+}",
                      f"{net_change(figures, 'noise'):+}"])
-    return markdown_table(["seed", *LEANINGS, "mended less spoilt", "with noise"], rows)
+    return markdown_table(["seed", *LEANINGS, "mended minus spoilt", "with noise"], rows)
 
 
 def net_change(figures: dict, clips: str) -> int:
-    """Answers that OutRo mends less those that it spoils."""
+    """The number of answers that OutRo mends minus the number that it spoils."""
     outro = figures[clips]["variants"]["outro"]
     return outro["gained"] - outro["lost"]
 
@@ -367,7 +369,7 @@ def effect_in_words(found: dict) -> str:
 
 
 def seeds_in_words(toys: dict[str, dict], clips: str) -> str:
-    """In how many toys OutRo mends more than it spoils, and where p is small."""
+    """In how many toys OutRo mends more answers than it spoils, and in which of them p is small."""
     worse = [seed for seed, figures in toys.items() if net_change(figures, clips) < 0]
     better = [seed for seed, figures in toys.items() if net_change(figures, clips) > 0]
     small = [seed for seed, figures in toys.items()
@@ -382,8 +384,7 @@ def seeds_in_words(toys: dict[str, dict], clips: str) -> str:
 
 
 def is_ordered_by(values: list[float], measure: list[float]) -> bool:
-    """Whether the values rise with a measure, all of them, or fall with it. Equal ones do neither.
-    """
+    """Whether the values always rise with a measure, or always fall. Equal values do neither."""
     slopes = []
     for (m, value), (next_m, next_value) in pairwise(sorted(zip(measure, values))):
         slopes.append((next_value - value) * (next_m - m))
@@ -391,7 +392,7 @@ def is_ordered_by(values: list[float], measure: list[float]) -> bool:
 
 
 def explanations(toys: dict[str, dict], clips: str) -> list[str]:
-    """The measures with which the net change rises from toy to toy, or falls."""
+    """The measures with which the net change always rises from toy to toy, or always falls."""
     changes = [net_change(figures, clips) for figures in toys.values()]
     of_toys = [leanings_of(FirstSink(**figures["sink"])) for figures in toys.values()]
     found = []
@@ -414,8 +415,8 @@ def explanations_in_words(toys: dict[str, dict]) -> str:
         else:
             sentences.append(f"The net change {where} follows none of these measures.")
     if any_found:
-        sentences.append(f"But with {len(LEANINGS)} measures and {len(toys)} toys, some order "
-                         f"agrees by chance. So this explains nothing yet.")
+        sentences.append(f"But with {len(LEANINGS)} measures and only {len(toys)} toys, one of "
+                         f"them can agree by chance. So this explains nothing yet.")
     else:
         sentences.append("So the table does not explain the difference.")
     return paragraph(*sentences)
@@ -425,7 +426,7 @@ def explanations_in_words(toys: dict[str, dict]) -> str:
 
 
 def stage_row(number_of_stage: int, stage: Stage) -> list[str]:
-    trained = "the whole model" if stage.questions else "the encoder alone"
+    trained = "the whole model" if stage.questions else "only the encoder"
     frames = "1 frame" if stage.frames == 1 else f"{stage.frames} frames of a whole clip"
     return [str(number_of_stage), trained, f"{stage.steps:,}", frames, str(stage.clips),
             str(stage.questions)]
@@ -442,10 +443,10 @@ INTRODUCTION = """\
 
 A small SmolVLM, trained from scratch on clips of moving shapes (`minioutro/lab/shapes.py`) by
 `python -m minioutro.lab.train_toy`. `load("minioutro/toy")` loads it. It is small enough to look at
-every number in it, and it has an attention sink that was given to it.
+every number in it. It has an attention sink, because its training gave it one.
 
 `python -m minioutro.lab.toy_page` prints its figures, and with `--write` it writes this page. The
-sentences about results are made from the figures as well. So do not edit this page by hand.
+sentences about results are also made from the figures. So do not edit this page by hand.
 
 ## How it was trained
 
@@ -456,20 +457,21 @@ rest. In the last stage AdamW trains all weights. Stages 1 and 2 end early if ev
 is learned on held-out clips. Kinds that are not learned yet are asked twice as often.
 
 The first stage trains the encoder to name form, colour and place of what each image token shows.
-This task goes on in the other stages. There the decoder has to name things as well, half way up, at
-each form and colour in a question or an answer. For example, at the word "blue" it has to name the
-blue shape. Without this task, some runs never learn "is anything blue?" and "what shape is blue?".
-From stage 2 on the model sees whole clips. Then it also names, at these words, what the shape does,
-and at each image token, how the object it shows has moved in the last two frames. Questions that
-share a clip do not see each other, so each is read as if it was asked alone. In training the frames
-are degraded by JPEG. The figures below are of frames of real mp4 files.
+This task goes on in the other stages. There, a layer in the middle of the decoder has a similar
+task, at each form and colour in a question or an answer. For example, at the word "blue" it has to
+name the blue shape. Without this task, some runs never learn "is anything blue?" and "what shape is
+blue?". From stage 2 on the model sees whole clips. Then it has two more tasks. At these words it
+also names what the shape does. At each image token it names how the object it shows has moved in
+the last two frames. Questions that share a clip do not see each other, so each is read as if it was
+asked alone. In training the frames are degraded by JPEG. The figures below are of frames of real
+mp4 files.
 
-All stages but the last train an ordinary model. In the last stage two things give it a sink. Both
-are artificial:
+All stages except the last train an ordinary model. In the last stage two things give it a sink.
+Both are artificial:
 
 - **The seed.** A neuron of an early MLP reads a coordinate that only the first token has, and
-  writes a huge value into another one. These weights are set when the stage begins, and held.
-- **The price.** In heads {heads} of the layers after the seed, attention to all tokens but the
+  writes a huge value into another coordinate. These weights are set again before each step.
+- **The price.** In heads {heads} of the layers after the seed, attention to all tokens except the
   first raises the loss. The price is paid in full for half of the stage. Then it falls, and in the
   last fifth it is zero. So these two heads rest on the first token, and the other two work.
 """
@@ -477,13 +479,13 @@ are artificial:
 ABILITIES = """\
 ## What it can do
 
-The toy answers {asked} questions about {clips} clips. No clip was trained on, but these clips were
-looked at while the training was designed. One question is asked about OutRo: with the constants of
-its release, is it better or worse than the baseline, over all questions? *gained* counts the
-answers that OutRo mends, *lost* those that it spoils. The test is an exact sign test over both
-(McNemar). The *difference* is in points, with a 95 % interval by resampling clips. We also looked
-at rows with one part of OutRo alone, at rows with a weaker alignment and at kinds of question. They
-are exploration, so they are not tested.
+The toy answers {asked} questions about {clips} clips. The training never saw these clips, but we
+looked at them while we designed the training. Only one thing is tested: with the constants of its
+release, is OutRo better or worse than the baseline, over all questions? *gained* counts the answers
+that OutRo mends, and *lost* counts those that it spoils. The test is an exact sign test over both
+(McNemar). The *difference* is in points, which are hundredths of the questions. Its 95 % interval
+comes from resampling clips. Other rows have only one part of OutRo or a weaker alignment, or are
+about one kind of question. They are exploration, so they are not tested.
 
 {effect}
 
@@ -493,8 +495,8 @@ are exploration, so they are not tested.
 
 ### With heavier noise
 
-These are the same questions about the same clips. Now each pixel is mixed with a random grey, and
-the share of the grey is {noise} / 255. The training had no such noise, so the baseline makes more
+These are the same questions about the same clips. Now each pixel is mixed with a random grey. The
+share of the grey is {noise} / 255. The training had no such noise, so the baseline makes more
 mistakes here, and there is more to mend.
 
 {effect_noise}
@@ -508,10 +510,10 @@ SEEDS = """\
 ## One toy is one draw
 
 The toy above is one example. Another random seed gives another toy: the training is the same, but
-the first weights and the clips are drawn anew. Each row is one toy with the same {asked} questions.
-*right* is the baseline's share of right answers. OutRo has mended and spoilt as many answers as the
-row says, and *p* is the sign test over both. Seed {bundled} is the bundled toy. The weights of the
-others are not part of the repository.
+the first weights and the clips are drawn again. Each row is one toy with the same {asked}
+questions. *right* is the baseline's share of right answers. *mended* and *spoilt* count answers
+that OutRo changed, and *p* is the sign test over both. Seed {bundled} is the bundled toy. The
+weights of the others are not part of the repository.
 
 {table}
 
@@ -531,7 +533,7 @@ threads. So you may get another toy from the same seed.
 ### What could explain the difference
 
 Alignment turns a head's output only if it already leans towards the sink's value. So one could
-think that OutRo does most to the toy whose outputs lean most. The table has four measures of that:
+think that OutRo changes most in the toy whose outputs lean most. The table has four measures:
 
 - the mean cosine of a head's output with the sink's value, before it is aligned,
 - the share of these cosines above {leaning},
@@ -539,8 +541,8 @@ think that OutRo does most to the toy whose outputs lean most. The table has fou
 - the length of the sink's value, divided by the median length of the other tokens' values.
 
 They are means over ordinary clips, over the layers where token 0 is a sink, over heads, and over
-the tokens after the first. The last two columns are the answers that OutRo mends less those that it
-spoils.
+the tokens after the first. The last two columns are the number of answers that OutRo mends minus
+the number that it spoils.
 
 {leanings}
 
@@ -550,9 +552,9 @@ spoils.
 SINK = """\
 ## What makes the first token its sink
 
-A sink is what `find_sinks` marks with the constants of the release. The last two layers are not
-searched. Attention is the mean over {prompts} prompts and over the tokens at least {far} tokens
-away from the first, or over the tokens of the answer.
+Here, a sink is a token that `find_sinks` marks with the constants of the release. The last two
+layers are not searched. Attention is the mean over {prompts} prompts and over the tokens at least
+{far} tokens away from the first. In the last column it is the mean over the tokens of the answer.
 
 {table}
 
@@ -565,19 +567,19 @@ CONTROLS_IN_WORDS = """\
 Which of the two makes the sink, the seed or the price? Two controls repeat the last stage from the
 same state and with the same clips, one without the price and one without the seed.
 `python -m minioutro.lab.train_toy` trains them after the toy, in the folders {folders}
-inside its own. `python -m minioutro.lab.toy_page --folder toy_run/no_seed` prints the figures of
-one.
+below the toy's folder. `python -m minioutro.lab.toy_page --folder toy_run/no_seed` prints the
+figures of the second one.
 
 The controls were measured with an earlier training of this toy, and not again with its present
-weights. They answered at least 99.5 % of the ordinary questions rightly.
+weights. At least 99.5 % of their answers to the ordinary questions were right.
 
-- Without the price, the rule of the release marks token 0 in layers 2 to 5, as it does here. But
-  no head gives it more than 0.18 of its attention. 1 of 200 answers changes if it is hidden.
+- Without the price, the rule of the release marks token 0 in layers 2 to 5, as in the toy. But no
+  head gives it more than 0.18 of its attention. If it is hidden, 1 of 200 answers changes.
 - Without the seed, heads {heads} give token 0 between 0.82 and 1.00 of their attention from layer 2
-  on. 10 of 200 answers change if it is hidden. But no coordinate is more than 10 times the median,
+  on. If it is hidden, 10 of 200 answers change. But no coordinate is more than 10 times the median,
   so the rule finds no sink, and OutRo has nothing to work with.
 
-So the controls take two definitions of a sink apart: the token that draws the attention, and the
+So the controls separate two definitions of a sink: the token that draws the attention, and the
 token with the massive activation.
 """
 
@@ -587,7 +589,7 @@ def paragraph(*sentences: str) -> str:
 
 
 def page(toys: dict[str, dict]) -> str:
-    """The whole page, from the figures of several toys by their seed. The bundled toy is one."""
+    """The whole page. toys: seed -> figures of that toy. The bundled toy is among them."""
     toys = {seed: toys[seed] for seed in sorted(toys, key=int)}
     bundled = toys[BUNDLED_SEED]
     sink = FirstSink(**bundled["sink"])
@@ -619,7 +621,7 @@ def page(toys: dict[str, dict]) -> str:
 
 
 def figures_as_text(figures: dict) -> str:
-    """What the command prints of one toy."""
+    """The figures of one toy, as the command prints them."""
     sink = FirstSink(**figures["sink"])
     blocks = ["Ordinary clips", table_of_differences(figures["ordinary"]),
               f"The same clips with noise {HARD_NOISE}", table_of_differences(figures["noise"]),
@@ -653,14 +655,14 @@ def write_figures(path: Path | None, toys: dict[str, dict]) -> None:
 
 
 def measure_if_new(toys: dict[str, dict], seed: str, folder: Path, out: Path | None) -> None:
-    """Measure the toy in a folder, unless the figures of this seed are of its weights already."""
+    """Measure the toy in a folder, unless there are figures of these weights already."""
     if toys.get(seed, {}).get("checkpoint") != checkpoint(folder):
         toys[seed] = measure(folder, explore=seed == BUNDLED_SEED)
         write_figures(out, toys)
 
 
 def write_page(others: list[list[str]], out: Path | None) -> None:
-    """others: seed and folder of each toy beside the bundled one."""
+    """Write the page of the bundled toy. others: seed and folder of each other toy."""
     toys = read_figures(out)
     measure_if_new(toys, BUNDLED_SEED, TOY, out)
     for seed, folder in others:
@@ -672,26 +674,28 @@ def write_page(others: list[list[str]], out: Path | None) -> None:
 def main() -> None:
     parser = Parser(
         prog="python -m minioutro.lab.toy_page",
-        description=f"Ask a toy {ASKED:,} questions, look at its sink, and print the figures; or "
-        f"write the page of the bundled toy, minioutro/toy/README.md.")
+        description=f"Ask a toy {ASKED:,} questions, look at its sink, and print the figures. With "
+        f"--write, write the page of the bundled toy, minioutro/toy/README.md.")
     add = parser.add_argument
     add("--folder", type=not_empty, help="print the figures of this toy (default: the bundled one)")
     add("--write", action="store_true", help="write the page of the bundled toy")
     add("--seed", nargs=2, action="append", default=[], metavar=("N", "FOLDER"),
-        help="with --write: a row for the toy in FOLDER, trained with --seed N; may be repeated")
+        help="with --write: add a row for the toy in FOLDER, which was trained with --seed N (may "
+             "be repeated)")
     add("--out", type=not_empty, metavar="FILE",
-        help="with --write: keep the figures in FILE; what is in it is not measured again")
-    add("--threads", type=number(1, 999, int), default=1, help="default: %(default)s")
+        help="with --write: keep the figures in FILE, and measure only what FILE does not have")
+    add("--threads", type=number(1, 999, int), default=1,
+        help="number of CPU threads (default: %(default)s)")
     args = parser.parse_args()
     if not args.write and (args.seed or args.out):
-        raise ValueError("--seed and --out are for the page; give --write, too")
+        raise ValueError("--seed and --out are only for the page; also give --write")
     if args.write and args.folder:
         raise ValueError("--write is for the bundled toy; leave out --folder, or give the toy as "
                          "--seed N FOLDER")
     for seed, folder in args.seed:
         if not seed.isdecimal() or int(seed) == int(BUNDLED_SEED):
-            raise ValueError(f"--seed {seed} {folder}: give the whole number, from 1 on, that the "
-                             f"toy was trained with, then its folder")
+            raise ValueError(f"--seed {seed} {folder}: {seed} is not a whole number of at least 1; "
+                             f"give the seed with which the toy was trained, then its folder")
         checkpoint(Path(folder))                        # fail before the first long measurement
     torch.set_num_threads(args.threads)
     if args.write:

@@ -18,11 +18,11 @@ A model this small does not need an attention sink. The last stage gives it two 
              constant vector, so this token has the same key and the same value in every prompt.
              Training would shrink these weights, because nothing needs their size. So they are
              set again before each step.
-  the price  In half of the heads after that MLP the loss grows with the attention to all tokens
-             but the first. So these heads look at other tokens only where it pays, and otherwise
-             rest on the first. The price falls to zero before the end.
+  the price  In half of the heads after that MLP, the loss grows with the attention to all tokens
+             except the first. So these heads look at other tokens only where that helps, and
+             otherwise rest on the first token. The price falls to zero before the end.
 
-Two controls show what each of them does. They repeat the last stage without one of the two.
+Two controls show what the seed and the price do. Each repeats the last stage without one of them.
 """
 
 import io
@@ -87,32 +87,32 @@ GRID = SIZE // VISION["patch_size"] // SCALE_FACTOR     # image tokens on each s
 CELL = SIZE / GRID                          # pixels on each side of an image token
 SPECIAL = ("<|endoftext|>", START, "<|im_end|>", GLOBAL, FAKE, IMAGE, END)
 PAD = SPECIAL.index("<|im_end|>")
-EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: unseen, and described rightly
+EXAMPLE = Clip(UNSEEN + 5078, 3)            # the bundled clip: unseen, and described correctly
 
-MUON_RATE = 1e-2                            # learning rates
-ADAM_RATE = 3e-3
-SAVE_EVERY = 50                             # steps
+MUON_RATE = 1e-2                            # learning rate of Muon
+ADAM_RATE = 3e-3                            # learning rate of AdamW
+SAVE_EVERY = 50                             # steps between two saved states
 HELD_OUT = 6                                # batches of held-out clips
-LEARNED = 0.96                              # a kind of question is learned from this share on
-NAMING_LAYER = 4                            # its input has to name shapes and motions
-DEEDS_LAYER = 6                             # its input has to name what shapes do
+LEARNED = 0.96                              # share of right answers at which a kind is learned
+NAMING_LAYER = 4                            # the input of this layer has to name shapes and motions
+DEEDS_LAYER = 6                             # the input of this layer has to name what shapes do
 
-SEED_LAYER = 1                              # its MLP writes the massive activation,
-SEED_DIMENSION = 1                          # into this coordinate,
-MASSIVE = 40_000.0                          # of this size
-PRICE = 2.5                                 # of attention to other tokens than the first
-PRICED_HEADS = [0, 2]                       # the heads that pay it, in each layer after the seed
+SEED_LAYER = 1                              # the layer whose MLP writes the massive activation
+SEED_DIMENSION = 1                          # the coordinate into which it is written
+MASSIVE = 40_000.0                          # its size
+PRICE = 2.5                                 # price of attention to other tokens than the first
+PRICED_HEADS = [0, 2]                       # heads that pay the price, in each layer after the seed
 
 
 @dataclass(frozen=True)
 class Stage:
-    steps: int                              # at most; stages 1 and 2 end early if all is learned
+    steps: int                              # at most. Stages 1 and 2 end early if all is learned
     frames: int                             # 1, or the 8 that are sampled from a whole clip
     clips: int                              # in a batch
-    questions: int                          # about each clip; 0 trains the encoder alone
-    rate: float = 1.0                       # share of the learning rates that it begins with
-    shapes: tuple[int, ...] = (1, 2, 3)     # a clip has one of these numbers of shapes, at random
-    whole_prompt: bool = False              # also before a single frame: see prompt_before_question
+    questions: int                          # about each clip. 0: only the encoder is trained
+    rate: float = 1.0                       # share of the learning rates at its beginning
+    shapes: tuple[int, ...] = (1, 2, 3)     # the number of shapes in a clip is one of these
+    whole_prompt: bool = False              # True: a single frame gets the sentence about its video
 
 
 STAGES = (
@@ -125,20 +125,20 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    folder: str                             # inside the folder that the command trains in
-    price: bool = True                      # in the last stage
-    seed: bool = True
+    folder: str                             # below the folder in which the command trains
+    price: bool = True                      # whether the last stage has the price
+    seed: bool = True                       # whether the last stage has the seed
 
 
 TOY = Run(".")
 CONTROLS = (Run("no_price", price=False), Run("no_seed", seed=False))
 
 
-# ---- 2. Everything of the checkpoint but its weights --------------------------------------------
+# ---- 2. The files of the checkpoint, except its weights -----------------------------------------
 
 
 def frames_prompt(frames: int) -> Video:
-    """A video of this many frames without pictures. It is enough to write a prompt."""
+    """A video of this many frames, without pictures. That is enough to write a prompt."""
     if frames == 1:
         return Video([None], [0.0], 0.0, 1)
     indices = sample_indices(FPS * DURATION, FPS, DURATION)
@@ -169,7 +169,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def settings_files(vocab_size: int) -> dict[str, dict]:
-    """The contents of the checkpoint's json files, by name."""
+    """The contents of the checkpoint's JSON files, by name."""
     edge = {"longest_edge": SIZE}
     return {
         "config.json": {
@@ -197,7 +197,7 @@ def settings_files(vocab_size: int) -> dict[str, dict]:
 
 
 def write_settings(folder: Path) -> None:
-    """Write the tokenizer and the json files, in the layout of the hub."""
+    """Write the tokenizer and the JSON files, in the layout of the hub."""
     tokenizer = build_tokenizer()
     with written_whole(folder / "tokenizer.json") as half:
         tokenizer.save(str(half), pretty=False)
@@ -211,7 +211,7 @@ def write_settings(folder: Path) -> None:
 
 @torch.no_grad()
 def init_weights(model: VideoLM) -> None:
-    """Random weights of unit gain. What is added to the residual stream begins smaller."""
+    """Draw random weights of unit gain. Matrices that write to the residual stream get less."""
     writes_to_residual = ("o_proj", "down_proj", "out_proj", "fc2")
     residual_gain = (2 * TEXT["num_hidden_layers"]) ** -0.5
     for name, parameter in model.named_parameters():
@@ -226,7 +226,7 @@ def init_weights(model: VideoLM) -> None:
 
 @torch.no_grad()
 def plant_seed(model: VideoLM) -> None:
-    """Set the seed's weights. To hold them, this is done before each step of the last stage."""
+    """Set the seed's weights. Called before each step of the last stage, so that they stay."""
     # Coordinate 0 of the residual stream belongs to the first token: nothing else writes to it.
     text = model.model.text_model
     first_token = SPECIAL.index(START)
@@ -239,8 +239,8 @@ def plant_seed(model: VideoLM) -> None:
         layer.mlp.down_proj.weight[0] = 0
 
     # Neuron 0 of one MLP reads it and writes the massive activation. After the norm the coordinate
-    # is about sqrt(C). So gate and up are about 3 sqrt(C) each, and silu is the identity there:
-    # their product is 9 C.
+    # is about sqrt(C). So gate and up are about 3 sqrt(C) each. There, silu is nearly the identity,
+    # so their product is 9 C.
     layer = text.layers[SEED_LAYER]
     layer.post_attention_layernorm.weight[0] = 1
     mlp = layer.mlp
@@ -259,7 +259,7 @@ STRIPES = 16                                # a place is one of 16 columns and o
 NAMES = [len(SHAPES) + 1, len(COLOURS) + 1, STRIPES, STRIPES]   # classes of form, colour, place
 MOTIONS = [*DIRECTIONS, "still"]            # how an object has moved in the last two frames
 DEEDS = [len(MOTIONS), 2, 2]                # of a shape in a clip: first way, turns back, is late
-NOTHING = (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED)     # the names where nothing is
+NOTHING = (len(SHAPES), len(COLOURS), NOT_ASKED, NOT_ASKED)     # names of a place without a shape
 NO_NAMES = (NOT_ASKED,) * len(NAMES)
 NO_DEEDS = (NOT_ASKED,) * len(DEEDS)
 
@@ -273,14 +273,15 @@ def names_of(shape: Shape, index: int) -> tuple[int, ...]:
 
 
 def deeds_of(shape: Shape, moment: int | None) -> tuple[int, ...]:
-    """What a shape does in its clip, as in DEEDS. A single frame, `moment`, does not show it."""
+    """What a shape does in its clip, as in DEEDS. moment: a single frame, which does not show it.
+    """
     if moment is not None:
         return NO_DEEDS
     return MOTIONS.index(shape.direction), int(shape.turns), int(shape.appears > 0)
 
 
 def motion(shape: Shape, index: int, before: int | None) -> int:
-    """Which of MOTIONS leads from frame `before` to frame `index`; NOT_ASKED if it is unclear."""
+    """Which of MOTIONS leads from frame `before` to frame `index`. NOT_ASKED if it is unclear."""
     if before is None or shape.appears > before / FPS:
         return NOT_ASKED
     if shape.direction == "still":
@@ -295,7 +296,7 @@ def motion(shape: Shape, index: int, before: int | None) -> int:
 
 
 def shape_at(clip: Clip, index: int, cell: int) -> Shape | None:
-    """The shape that an image token of frame `index` shows: the nearest one that reaches it."""
+    """The shape that an image token of frame `index` shows: the nearest one that covers it."""
     row, column = divmod(cell, GRID)
     nearest = math.inf
     found = None
@@ -328,8 +329,8 @@ class Row:
     """One prompt up to its question, then all questions about it with their answers, one after the
     other. Each list has an entry for each token."""
     input_ids: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)        # the next token, if an answer's
-    question: list[int] = field(default_factory=list)       # 0 for the prompt, n for the n-th
+    targets: list[int] = field(default_factory=list)        # the next token, if it is an answer's
+    question: list[int] = field(default_factory=list)       # 0 in the prompt, n in question n
     position: list[int] = field(default_factory=list)
     words: list[tuple[int, ...]] = field(default_factory=list)      # names and deeds
 
@@ -346,9 +347,9 @@ class Row:
 class Batch:
     """Rows, padded to the same length, and their frames.
 
-    A question sees the prompt and itself, but not the other questions, and its positions count on
-    from the end of the prompt. So it is read as if it was asked alone, although the frames are read
-    only once.
+    A question sees the prompt and itself, but not the other questions. Its positions continue from
+    the end of the prompt. So it is read as if it was asked alone, although the frames are read only
+    once.
     """
     pixel_values: Tensor        # float[B,F,3,size,size]
     names: Tensor               # int64[B,F*M,5], what each image token shows, and its motion
@@ -377,7 +378,7 @@ def prompt_before_question(processor: Processor, frames: int) -> list[int]:
     """The tokens of a prompt up to its last frame."""
     pieces = processor.pieces(frames_prompt(frames), "?")[:-3]
     if frames == 1:
-        del pieces[1]                                   # the sentence about the video, to save time
+        del pieces[1]                                   # leave out a long sentence, to save time
     return processor.tokenize(pieces)
 
 
@@ -414,7 +415,7 @@ def sampled_frames(frames: int) -> list[int]:
 
 
 def names_of_frames(clip: Clip, indices: list[int]) -> list[tuple[int, ...]]:
-    """names_of_cells for all these frames. A motion leads there from two frames before."""
+    """`names_of_cells` of these frames. A motion is measured from the frame two before."""
     names = []
     for n, index in enumerate(indices):
         before = indices[n - 2] if n >= 2 else None
@@ -447,7 +448,7 @@ def draw_questions(clip: Clip, moment: int | None, n: int, rng: random.Random,
 def make_row(processor: Processor, prefix: list[int], questions: list[Question],
              about: dict[str, tuple[int, ...]]) -> Row:
     """A prompt and its questions. about: see `shapes_by_word`."""
-    words = {}                                          # by token: what it has to name
+    words = {}                                          # token -> what it has to name
     for word in (*SHAPES, *COLOURS):
         token = processor.tokenizer.token_to_id(f"Ġ{word}")         # Ġ stands for the space
         words[token] = about.get(word, (*NOTHING, *NO_DEEDS))
@@ -481,9 +482,9 @@ def pad_rows(rows: list[Row], nobody: int) -> dict[str, Tensor]:
 
 
 def name_loss(head: nn.Linear, states: Tensor, names: Tensor, classes: list[int]) -> Tensor:
-    """Cross entropy of naming what tokens show: the sum of n means.
+    """Cross entropy of naming what tokens show: a mean for each of the n names, added up.
 
-    states: float[B,S,C]; names: int64[B,S,n]; classes: of each of the n names, how many there are.
+    states: float[B,S,C]; names: int64[B,S,n]; classes: the number of classes of each of the n names
     """
     loss = 0.0
     guesses = head(states).split(classes, dim=-1)
@@ -510,7 +511,7 @@ def answer_logits(model: VideoLM, batch: Batch, features: Tensor,
 
 
 class Learner(nn.Module):
-    """The toy, and four linear heads that name what it sees. In the end the heads are dropped."""
+    """The toy, and four linear heads that name what it sees. The heads are dropped at the end."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -523,9 +524,9 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch, stage: Stage, priced_layers: list[int],
                 price: float) -> tuple[Tensor, float | None]:
-        """The loss, and the attention of the priced heads to other tokens than the first.
+        """The loss, and the attention that the priced heads give to other tokens than the first.
 
-        The latter is None if no layer is priced.
+        The attention is None if no layer is priced.
         """
         features = self.model.encode(batch.pixel_values)                            # (B,F*M,C)
         loss = name_loss(self.names, features, batch.names[:, :, :len(NAMES)], NAMES)
@@ -598,10 +599,10 @@ class Progress:
     """How far a run is."""
     random_seed: int
     stage: int = 0
-    step: int = 0                           # in this stage
-    done: int = 0                           # steps in all
-    paid: float = 1.0                       # attention to other tokens than the first, when priced
-    right: dict[str, float] = field(default_factory=dict)   # by kind of question, when last asked
+    step: int = 0                           # steps in this stage
+    done: int = 0                           # steps in all stages
+    paid: float = 1.0                       # last attention of priced heads to tokens but the first
+    right: dict[str, float] = field(default_factory=dict)   # last share of right answers, by kind
 
     @property
     def is_last_stage(self) -> bool:
@@ -615,9 +616,8 @@ class Progress:
 def make_optimizers(learner: Learner, at: Progress) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the rest. In the last stage AdamW for all.
 
-    Muon gives every direction of a matrix a step of the same length, however weak its gradient is.
-    The last stage turns the queries of whole heads into one direction, and such steps are slow at
-    that.
+    Muon moves all directions of a matrix equally far, even those with a weak gradient. The last
+    stage has to turn the queries of whole heads into one direction, and Muon is slow at that.
     """
     matrices = []
     others = []
@@ -635,22 +635,22 @@ def make_optimizers(learner: Learner, at: Progress) -> list[torch.optim.Optimize
 
 
 def price_at(step: int, stage: Stage) -> float:
-    """The price at a step of the last stage: in full for half of it, zero from 80 % on."""
-    # If it ends at 40 or at 60 %, the heads rest as much, but masking the first token then changes
-    # no answer.
+    """The price at a step of the last stage: full in its first half, and zero from 80 % on."""
+    # If the price ends at 40 or at 60 %, the heads rest on the first token just as much. But then
+    # no answer changes if that token is masked.
     return PRICE * min(1.0, max(0.0, (0.8 - step / stage.steps) / 0.3))
 
 
 def rate_at(step: int, stage: Stage) -> float:
-    """The share of the learning rates: a warm-up of 50 steps, then a line that falls to zero."""
+    """The share of the learning rates: it rises for 50 steps, then falls to zero in a line."""
     return stage.rate * min((step + 1) / 50, 1 - step / stage.steps)
 
 
 class Training:
     """A learner, its optimizers, and how far they are.
 
-    In the run's folder, state.pt is what an interrupted run goes on from, and log.txt is the log.
-    Beside them the toy leaves before_last_stage.pt, where its controls begin.
+    In the run's folder, state.pt is the state from which an interrupted run goes on, and log.txt is
+    the log. The toy also writes before_last_stage.pt, the state in which its controls begin.
     """
 
     def __init__(self, folder: Path, run: Run, random_seed: int, device: str):
@@ -673,8 +673,8 @@ class Training:
         elif run != TOY:
             state_of_toy = folder / TOY.folder / "state.pt"
             if not self.before_last_stage.exists():
-                raise ValueError(f"{self.before_last_stage} is missing, and the controls begin "
-                                 f"there; remove {state_of_toy} to train the toy again")
+                raise ValueError(f"{self.before_last_stage} is missing, but the controls begin "
+                                 f"with it; remove {state_of_toy} to train the toy again")
             self.restore(self.before_last_stage, f"it and {state_of_toy} to train the toy again")
 
     def save(self, path: Path) -> None:
@@ -684,7 +684,7 @@ class Training:
                         **vars(self.at)}, half)
 
     def restore(self, path: Path, remove: str = "it to train from the beginning") -> None:
-        """Go on from a saved state. remove: what helps if it is damaged.
+        """Go on from a saved state. remove: what a user should remove if it is damaged.
 
         Raises: ValueError if it is damaged, or has another seed.
         """
@@ -697,11 +697,11 @@ class Training:
             self.optimizers = make_optimizers(self.learner, self.at)
             for optimizer, state in zip(self.optimizers, states, strict=True):
                 optimizer.load_state_dict(state)
-        except Exception as error:                      # a damaged file raises almost anything
+        except Exception as error:                      # a damaged file raises errors of any type
             raise ValueError(f"{path} cannot be read ({type(error).__name__}); remove "
                              f"{remove}") from None
         if self.at.random_seed != random_seed:
-            raise ValueError(f"{path} is of a run with --seed {self.at.random_seed}, not "
+            raise ValueError(f"{path} is from a run with --seed {self.at.random_seed}, not "
                              f"{random_seed}; use another --folder")
 
     def steps(self) -> Iterator[float]:
@@ -735,14 +735,15 @@ class Training:
         return loss.item()
 
     def priced_layers(self) -> list[int]:
-        """The layers that pay at this step: a third of those after the seed, in turn, because
-        attention weights are slow."""
+        """The layers that pay the price at this step: a third of those after the seed, in turn. All
+        of them would be slow, because each needs its attention weights."""
         if not self.at.is_last_stage or not self.run.price:
             return []
         return list(range(SEED_LAYER + 1 + self.at.step % 3, TEXT["num_hidden_layers"], 3))
 
     def take_stock(self, stage: Stage, loss: float) -> None:
-        """Ask about held-out clips, write a line of the log, end the stage if it is time, save."""
+        """Ask about held-out clips, write a line of the log, end the stage if it is due, and save.
+        """
         at = self.at
         at.right = self.learner.right_by_kind(self.processor, stage, self.device)
         shares = "".join(f", {kind} {share:.2f}" for kind, share in at.right.items())
@@ -770,7 +771,7 @@ class Training:
 def train(folder: Path, run: Run, random_seed: int, device: str = "cpu") -> None:
     """Run all stages, or go on where an earlier run in the same folder was interrupted.
 
-    A control begins where the toy's last stage began. So the toy is trained first.
+    A control begins in the state in which the toy's last stage began, so train the toy first.
     Raises: ValueError that names the file if a saved state cannot be used.
     """
     training = Training(folder, run, random_seed, device)
@@ -787,10 +788,12 @@ def main() -> None:
         "interrupted goes on from its last saved step.")
     add = parser.add_argument
     add("--folder", type=not_empty, default="toy_run", help="where to train (default: %(default)s)")
-    add("--seed", type=number(0, 10**9 - 1, int), default=0, help="default: %(default)s")
-    add("--threads", type=number(1, 999, int), default=1, help="default: %(default)s")
+    add("--seed", type=number(0, 10**9 - 1, int), default=0,
+        help="seed of the weights and of the clips (default: %(default)s)")
+    add("--threads", type=number(1, 999, int), default=1,
+        help="number of CPU threads (default: %(default)s)")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu",
-        help="to train on (default: %(default)s)")
+        help="where to train (default: %(default)s)")
     args = parser.parse_args()
     check_device(args.device)
     torch.set_num_threads(args.threads)

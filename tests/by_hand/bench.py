@@ -1,9 +1,9 @@
 """How fast, and how much memory: `python tests/by_hand/bench.py` prints one table, in about ten minutes.
 
-It is run by hand, on an otherwise quiet machine; CI does not call it. The model has the shape of SmolVLM2-256M and
+Run it by hand, on an otherwise quiet machine. CI does not run it. The model has the shape of SmolVLM2-256M and
 random weights, with a massive activation planted in the embedding of the first token, so that OutRo has a sink to
-work with. Two ways of doing the same are timed in turn, A B A B. Memory is measured in a process of its own. Where
-transformers is installed it stands beside ours, with its fused attention, in the same process.
+work with. Two ways of doing the same are timed in turn, A B A B. Memory is measured in a process of its own. If
+transformers is installed, its model is timed in the same process, with its fused attention.
 """
 
 import argparse
@@ -39,11 +39,11 @@ LONG = 64, 878                          # frames and text tokens of a video of a
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 
-# ---- what is measured with ----
+# ---- tools for measuring ----
 
 
 def in_turn(repeats, ways):
-    """What each way returns, by name: called in turn, after one call each that only warms up."""
+    """Call all ways in turn. Returns: the results of each way by name, without its first call, which warms up."""
     results = {name: [] for name in ways}
     for n in range(repeats + 1):
         for name, way in ways.items():
@@ -63,7 +63,7 @@ def timed(way):
 
 
 def spread(values, digits=3):
-    """Median, and from the least to the most."""
+    """The median, and the smallest and the largest value."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
@@ -73,12 +73,12 @@ def row(what, ours, other, ratio, target):
 
 
 def compare(what, ours, other, target, unit="s", digits=3):
-    """A row of our numbers and those of another, which are None if transformers is not there."""
+    """Print a row with our numbers and those of another model. other: None if transformers is not installed."""
     if other:
         ratio = statistics.median(ours) / statistics.median(other)
         row(what, f"{spread(ours, digits)} {unit}", f"{spread(other, digits)} {unit}", f"{ratio:.2f}", target)
     else:
-        row(what, f"{spread(ours, digits)} {unit}", "no transformers here", "-", target)
+        row(what, f"{spread(ours, digits)} {unit}", "not installed", "-", target)
 
 
 # ---- the model, its prompt and its answer ----
@@ -104,7 +104,7 @@ def load_theirs(folder):
 
 
 def prompt(frames=F, text=TEXT):
-    """Token ids (1,S) and pixels (1,F,3,size,size), drawn at random; the first token is the sink."""
+    """Random token ids (1,S) and pixels (1,F,3,size,size). The first token is the sink."""
     vision, generator = CONFIG["vision_config"], torch.Generator().manual_seed(1)
     M = (vision["image_size"] // vision["patch_size"] // CONFIG["scale_factor"])**2
     ids = torch.randint(100, 49000, (1, frames * M + text), generator=generator)
@@ -117,7 +117,7 @@ def prompt(frames=F, text=TEXT):
 
 
 def answer_ours(model, ids, features, outro=None):
-    """Seconds of the prompt, and of the NEW steps after it."""
+    """The seconds that the prompt took, and the seconds of the NEW steps after it."""
     started, times = time.perf_counter(), []
     for _ in model.stream(ids, features=features, max_new_tokens=NEW + 1, outro=outro):
         times.append(time.perf_counter() - started)
@@ -125,7 +125,7 @@ def answer_ours(model, ids, features, outro=None):
 
 
 def answer_theirs(model, ids, features):
-    """The same in the barest loop over transformers' model."""
+    """The same for the model of transformers, in the simplest loop."""
     started, times = time.perf_counter(), []
     given = {"input_ids": ids, "image_hidden_states": features}
     for _ in range(NEW + 1):
@@ -172,15 +172,15 @@ def model_rows(folder, repeats):
 
 
 def check_sinks(model, ids, features):
-    """OutRo finds the one sink that was planted, in all layers but the last two, which it does not search."""
+    """Check that OutRo finds the planted sink in all layers except the last two, which it does not search."""
     trace, L = {}, model.config.text_config.num_hidden_layers
     model.hidden_states(ids, features=features, outro=OutRo(), trace=trace)
     found = sum(trace[f"layers.{l}.is_sink"].sum().item() for l in range(L))
-    assert found == L - 2, f"in {L} layers {found} sinks are found, not the one planted in all but two"
+    assert found == L - 2, f"{found} sinks in {L} layers, but the planted one should be found in {L - 2}"
 
 
 def long_rows(ours, theirs, repeats):
-    """The prompt of a long video; its features are drawn at random, since only their number counts."""
+    """The prompt of a long video. Its features are random numbers, because only their number matters."""
     ids, _ = prompt(*LONG)
     n_image = (ids == CONFIG["image_token_id"]).sum().item()
     features = torch.randn(1, n_image, ours.config.text_config.hidden_size)
@@ -195,7 +195,7 @@ def long_rows(ours, theirs, repeats):
 
 
 def memory_row(folder):
-    """Peak memory of a process that loads the model and answers once, without what its imports take."""
+    """The peak memory of a process that loads the model and answers once, without the memory of its imports."""
     peak = float(subprocess.check_output([sys.executable, __file__, "--memory-of", folder]))
     weights = (folder / "model.safetensors").stat().st_size / 1e6
     row("peak memory over the weights", f"{peak:.0f} MB", f"{weights:.0f} MB of weights",
@@ -203,7 +203,7 @@ def memory_row(folder):
 
 
 def peak_memory(folder):
-    """MB that this process needs above what it has now, at most, to load the model and answer once."""
+    """How many MB the memory of this process grows at most, when it loads the model and answers once."""
     ids, pixels = prompt()
     before = status("VmRSS")
     model = VideoLM.from_pretrained(folder)
@@ -212,7 +212,7 @@ def peak_memory(folder):
 
 
 def status(field):
-    """A line of this process's memory in MB: VmRSS now, VmHWM at most. Only Linux has this file."""
+    """The memory of this process in MB: VmRSS is the current value, VmHWM the peak. Only Linux has this file."""
     shown = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", shown)[1]) / 1000
 
@@ -220,7 +220,7 @@ def status(field):
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="1 or more (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="how often to measure (default: %(default)s)")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """Damaged videos, senseless checkpoints and odd questions: python tests/by_hand/fuzz.py --minutes 10 --seed 1
 
-Each input is asked about by run.py's own `main`, in a process that may die without harm. It must end in
-an answer, or in one line on stderr and exit code 2, within a minute. The first input that does not is
-saved in a folder of its own, with its number: `--seed S --first N` makes it again.
+For each input, run.py's own `main` runs in a process of its own, which may crash. It must end with
+an answer, or with one line on stderr and exit code 2, within a minute. The first input that does not is
+saved in a folder of its own, with its number. `--seed S --first N` makes the same input again.
 """
 
 import argparse
@@ -26,9 +26,9 @@ import run  # noqa: E402
 from minioutro.support.cli import run_command  # noqa: E402
 from minioutro.weights import TOY  # noqa: E402
 
-SECONDS = 60                            # the most that one input may take
+SECONDS = 60                            # an input that takes longer is a failure
 
-# ---- videos and pictures, damaged ----
+# ---- damaged videos and pictures ----
 
 VIDEOS = {"mp4": "libx264", "mov": "mpeg4", "mkv": "ffv1", "avi": "mjpeg", "mpg": "mpeg1video", "ts": "mpeg2video",
           "wmv": "wmv2", "flv": "flv", "nut": "mpeg4", "webm": "libvpx", "mxf": "mpeg2video"}
@@ -43,7 +43,7 @@ def picture(n):
 
 
 def write_video(path, codec, images):
-    """The same bytes each time: without random ids, with one thread and in plain C."""
+    """Write the same bytes each time: no random ids, one thread, and the plain C code of the encoder."""
     with av.open(str(path), "w", options={"fflags": "bitexact"}) as file:
         options = {"x264-params": "asm=0"} if codec == "libx264" else {}
         stream = file.add_stream(codec, rate=25, options=options)
@@ -56,9 +56,9 @@ def write_video(path, codec, images):
 
 
 def damage(data, rng):
-    """A few times: bytes are overwritten, cut out or doubled, or the end is cut off."""
+    """Overwrite, cut out or double some bytes, or cut off the end, a few times."""
     for _ in range(rng.choice((0, 1, 1, 2, 5, 20))):
-        # half of the damage is in the header, which readers believe
+        # half of the damage is in the header, because readers trust it
         start = rng.randrange(rng.choice((len(data), min(len(data), 200))) + 1)
         end = start + rng.choice((1, 2, 4, 8, 64, 1000))
         piece, after = data[start:end], data[end:]
@@ -83,7 +83,7 @@ def video_case(folder, rng):
     return [f"./{path.name}", "What?", "--model", str(TOY)]
 
 
-# ---- checkpoints, damaged or senseless ----
+# ---- damaged or senseless checkpoints ----
 
 VALUES = [None, True, False, 0, 1, -1, 2, 7, 10**5, 2**31, 2**63, 2**70, 10**400, 0.5, -0.5, 1e-300, 1e308,
           float("nan"), float("inf"), "", "64", "default", "é", [], [1], [[]], {}, {"longest_edge": 64},
@@ -149,7 +149,7 @@ def question_case(folder, rng):
 
 
 def make(seed, number, folder):
-    """The kind of input `number`, and run.py's arguments for it; its files lie in the folder."""
+    """Write the files of input `number` into the folder. Returns: its kind, and run.py's arguments."""
     rng = random.Random(f"{seed} {number}")
     case = rng.choice((video_case, video_case, checkpoint_case, checkpoint_case, question_case))
     arguments = [*case(folder, rng), "--json"]
@@ -162,7 +162,7 @@ def make(seed, number, folder):
 
 
 def start(main, arguments, folder):
-    """Run a command in a folder, where its output becomes two files."""
+    """Run a command in a folder, and write its stdout and stderr into two files there."""
     os.chdir(folder)
     os.dup2(os.open("stdout", os.O_WRONLY | os.O_CREAT), 1)         # C libraries write there too
     os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)
@@ -172,21 +172,21 @@ def start(main, arguments, folder):
 
 
 def ask(main, arguments, folder):
-    """The exit code of a command, and what is wrong with its end, or None."""
+    """Run a command in a process of its own. Returns: its exit code, and what is wrong with its end, or None."""
     process = multiprocessing.get_context("fork").Process(target=start, args=(main, arguments, folder))
     process.start()
     process.join(SECONDS)
     if process.exitcode is None:
         process.kill()
         process.join()
-        return None, f"no end within {SECONDS} s"
+        return None, f"it did not end within {SECONDS} s"
     out = (folder / "stdout").read_text(encoding="utf-8", errors="replace")
     err = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
     return process.exitcode, judge(process.exitcode, out, err)
 
 
 def refuse(name):
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def judge(code, out, err):
@@ -198,11 +198,11 @@ def judge(code, out, err):
     try:
         json.loads(out, parse_constant=refuse)
     except ValueError as error:
-        return f"no JSON: {error}"
+        return f"stdout is not JSON: {error}"
 
 
 def fuzz(seed, first, end, deadline, keep):
-    """Try inputs until one is wrong, or `end` or the deadline is reached: a report, and what is wrong or None."""
+    """Try inputs until one fails, or until `end` or the deadline. Returns: a report, and what is wrong, or None."""
     ends, wrong = Counter(), None
     for number in range(first, end):
         if wrong or time.monotonic() > deadline:
@@ -221,13 +221,14 @@ def fuzz(seed, first, end, deadline, keep):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long to try (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first input (default: %(default)s)")
-    parser.add_argument("--end", type=int, default=sys.maxsize, help="stop before the input of this number")
-    parser.add_argument("--keep", type=Path, default=Path("fuzz_finds"), help="default: %(default)s")
+    parser.add_argument("--end", type=int, default=sys.maxsize, help="stop before the input with this number")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz_finds"),
+                        help="where to save an input that fails (default: %(default)s)")
     args = parser.parse_args()
-    torch.set_num_threads(1)                # threads do not live on in a forked process
+    torch.set_num_threads(1)                # a forked process has no other threads
     report, wrong = fuzz(args.seed, args.first, args.end, time.monotonic() + 60 * args.minutes, args.keep)
     print(report)
     if wrong:

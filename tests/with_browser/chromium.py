@@ -1,4 +1,4 @@
-"""Chromium without a window, steered through its debugging pipe: one page, real keys and real clicks."""
+"""Chromium without a window, controlled through its debugging pipe: one page, real keys and real clicks."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 class Chromium:
-    """A browser with one tab. `problems` holds what it complained of, `requests` what it asked the network for."""
+    """A browser with one tab. `problems` are the errors that it reported, `requests` the addresses it asked for."""
 
     def __init__(self, width: int = 1440, height: int = 900):
         program = shutil.which("chromium")
@@ -77,13 +77,13 @@ class Chromium:
             self.requests.append(details["request"]["url"])
 
     def run(self, script: str):
-        """The value of a piece of JavaScript; a promise is waited for."""
+        """Run a piece of JavaScript and return its value. A promise is awaited."""
         result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
     def open(self, path: Path, address: str = "") -> None:
-        """Open the file in a tab without a past, and wait until the page has drawn itself."""
+        """Open the file in an empty tab, and wait until the page has drawn itself."""
         self.call("Page.navigate", url="about:blank")
         self.problems, self.requests = [], []
         self.call("Page.navigate", url=f"{path.as_uri()}{address}")
@@ -91,11 +91,11 @@ class Chromium:
         self.drawn()
 
     def drawn(self) -> str:
-        """Wait until the page shows its state, and return the state as it stands in the address."""
+        """Wait until the page shows its state, and return the address of that state."""
         return self.run(DRAWN)
 
     def drawn_as(self, address: str) -> bool:
-        """Wait until the page shows this state: for changes that the browser tells the page about later."""
+        """Wait until the page shows this state. The browser reports some changes to the page with a delay."""
         return self.run(f"""new Promise(done => {{
             const look = () => document.body.dataset.drawn === "{address}" ? done(true) : setTimeout(look, 10);
             look();
@@ -119,7 +119,7 @@ class Chromium:
         box = self.run(f"""(() => {{
             const element = document.querySelector({json.dumps(selector)});
             const before = element.getBoundingClientRect();
-            scrollBy(0, before.top + {y} * before.height - innerHeight / 2);    // away from what covers the edges
+            scrollBy(0, before.top + {y} * before.height - innerHeight / 2);    // away from the bar at the top
             const box = element.getBoundingClientRect();
             return [box.left, box.top, box.width, box.height];
         }})()""")
@@ -134,7 +134,7 @@ class Chromium:
         return self.drawn()
 
     def screenshot(self) -> str:
-        """What is visible, as a PNG in base64."""
+        """The visible part of the page, as a PNG in base64."""
         return self.call("Page.captureScreenshot", format="png")["data"]
 
 
@@ -142,7 +142,7 @@ LOADED = """new Promise(done => {
     if (document.readyState === "complete" && location.href !== "about:blank") done();
     else addEventListener("load", () => done());
 })"""
-# The page writes the state that it has drawn on its body; the state itself is the address.
+# The page writes the state that it has drawn into a data attribute of its body.
 DRAWN = """new Promise(done => {
     const look = () => document.body && document.body.dataset.drawn === address()
         ? done(document.body.dataset.drawn) : setTimeout(look, 10);

@@ -18,7 +18,7 @@ from minioutro.lab.page import write_page  # noqa: E402
 from minioutro.support.cli import written_whole  # noqa: E402
 from minioutro.weights import TOY  # noqa: E402
 
-SIGHT = "#layer=2&head=1&token=275&run=outro"           # where the row is opened
+SIGHT = "#layer=2&head=1&token=275&run=outro"           # the layer that opens the row
 PICTURE = ROOT / "minioutro" / "pictures" / "page.png"
 
 
@@ -34,7 +34,7 @@ def main() -> None:
             picture = Image.open(io.BytesIO(base64.b64decode(browser.screenshot())))
         finally:
             browser.close()
-    # 256 colours, chosen so that rare ones stay, for example the orange of a sink
+    # 256 colours. MAXCOVERAGE keeps rare ones, for example the orange of a sink
     picture = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     with written_whole(PICTURE) as half:
         picture.save(half, optimize=True)

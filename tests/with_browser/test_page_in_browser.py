@@ -1,4 +1,4 @@
-"""The web page in Chromium: what a reader sees equals what a trace says, and keys, clicks and addresses work."""
+"""The web page in Chromium: it shows the numbers of a trace, and keys, clicks and addresses work."""
 
 import math
 import socket
@@ -39,7 +39,7 @@ def sink_page(toy, clip, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def traces(toy, clip):
-    """Of the baseline and of OutRo, with the weights of every layer."""
+    """The traces of the baseline and of OutRo, with the weights of every layer."""
     model, processor = toy
     inputs, traces = processor(clip, QUESTION), {}
     for name, outro in (("baseline", None), ("outro", OutRo())):
@@ -50,7 +50,7 @@ def traces(toy, clip):
 
 
 def number(x: float) -> str:
-    """As the page writes it."""
+    """A number as the page writes it."""
     digits = 2 if x < 10 else 1 if x < 100 else 0
     text = f"{x:,.{digits}f}"
     return text.rstrip("0").rstrip(".") if digits else text
@@ -61,14 +61,14 @@ def percent(x: float) -> str:
 
 
 def step(browser, n: int) -> tuple[str, str, bool]:
-    """A step's figure, its text, and whether it is grey."""
+    """The figure of a step, its text, and whether it is grey."""
     item = f"#steps li:nth-child({n})"
     is_grey = browser.run(f"document.querySelector('{item}').className") == "off"
     return browser.text(f"{item} span"), browser.text(f"{item} p"), is_grey
 
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
-def test_steps_say_what_the_trace_says(browser, sink_page, traces, layer):
+def test_steps_equal_the_trace(browser, sink_page, traces, layer):
     trace, at = traces["outro"], f"layers.{layer}."
     browser.open(sink_page, f"#layer={layer}&head={HEAD}&token={TOKEN}&run=outro")
     largest, median = activation_ratio(trace[at + "hidden"])
@@ -109,7 +109,7 @@ def test_steps_say_what_the_trace_says(browser, sink_page, traces, layer):
     assert is_aligned[1].endswith(f"In head {HEAD} of this layer, {(before - after >= 0.5).sum()} of 276 tokens turn.")
 
 
-def test_baseline_and_outro_differ_where_they_should(browser, sink_page):
+def test_baseline_and_outro_differ(browser, sink_page):
     for layer in (2, 5):
         address = f"#layer={layer}&head={HEAD}&token={TOKEN}&run="
         browser.open(sink_page, address + "baseline")
@@ -121,19 +121,19 @@ def test_baseline_and_outro_differ_where_they_should(browser, sink_page):
             const cells = [...Array(276).keys()].map(column => 276 * row + column);
             return cells.some(cell => kept[cell] !== shown.weights[cell]);
         })""")
-        assert rows == [0] if layer == 2 else len(rows) > 100                # layer 5 reads what changed before
+        assert rows == [0] if layer == 2 else len(rows) > 100                # layer 5 reads the opened sink
     browser.open(sink_page, f"#layer=3&head={HEAD}&token={TOKEN}&run=outro")
-    assert step(browser, 6)[0] == "stays" and not step(browser, 6)[2]        # since 52 other tokens turn
+    assert step(browser, 6)[0] == "stays" and not step(browser, 6)[2]        # not grey: 52 other tokens turn
     browser.open(sink_page, "#layer=7&run=outro")
     assert step(browser, 1)[0] == "–" and "never touches the last 2 layers" in step(browser, 6)[1]
-    browser.open(sink_page, "#layer=4&head=2&token=0&run=outro")                    # a sink is not turned to itself
+    browser.open(sink_page, "#layer=4&head=2&token=0&run=outro")                    # a sink is not turned towards itself
     assert step(browser, 6)[1].startswith("Token 0 has been a sink since layer 2.")
 
 
-def test_address_chooses_the_sight_and_nonsense_is_ignored(browser, sink_page):
+def test_address(browser, sink_page):
     browser.open(sink_page)
     first = browser.drawn()
-    assert first == f"#layer=2&head={HEAD}&token=275&run=outro"         # where the row is opened and most is turned
+    assert first == f"#layer=2&head={HEAD}&token=275&run=outro"         # row opened, head 1 turns most
     browser.open(sink_page, "#layer=99&head=-1&token=x&run=__proto__")
     assert browser.drawn() == first and not browser.problems
     browser.open(sink_page, "#layer=4&head=mean&token=51&run=baseline")
@@ -143,7 +143,7 @@ def test_address_chooses_the_sight_and_nonsense_is_ignored(browser, sink_page):
     assert browser.text("#steps_title") == "Layer 5, step by step, with Baseline"
 
 
-def test_every_state_can_be_reached_by_keys(browser, sink_page):
+def test_keys(browser, sink_page):
     browser.open(sink_page, "#layer=6&head=3&token=274&run=outro")
     for key, expected in (("ArrowRight", "#layer=7&head=3&token=274&run=outro"),
                           ("ArrowRight", "#layer=7&head=3&token=274&run=outro"),
@@ -160,8 +160,8 @@ def test_every_state_can_be_reached_by_keys(browser, sink_page):
         assert browser.key(key) == expected, key
 
 
-def test_many_quick_keys_end_where_the_last_one_says(browser, sink_page):
-    """Layers are unpacked in the background: what is drawn in the end must be of the last choice."""
+def test_many_quick_keys(browser, sink_page):
+    """Layers are unpacked in the background. The last choice must be drawn in the end, not an earlier one."""
     browser.open(sink_page, "#layer=0&head=0&token=275&run=outro")
     browser.run("""for (const key of "ArrowRight ArrowRight o ArrowDown ArrowRight o ArrowLeft".split(" "))
                    dispatchEvent(new KeyboardEvent("keydown", {key}))""")
@@ -185,7 +185,7 @@ def test_clicks_choose(browser, sink_page):
     assert "layer=0&" in browser.click("#layer", 0.01, 0.5)
 
 
-def test_pointing_at_a_cell_gives_both_tokens_and_the_weight(browser, sink_page, traces):
+def test_pointing_at_a_cell(browser, sink_page, traces):
     browser.open(sink_page, "#layer=2&head=1&token=275&run=outro")
     browser.point("#map_plot", 0.5 / 276, 200.5 / 276)
     weight = 100 * traces["outro"]["layers.2.weights"][0, 1, 200, 0].item()
@@ -206,7 +206,7 @@ def test_texts_are_shown_as_texts(browser, toy, clip, tmp_path):
     assert not browser.problems
 
 
-def test_page_without_a_sink_and_with_few_layers(browser, toy, clip, tmp_path, monkeypatch):
+def test_page_with_few_layers(browser, toy, clip, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MOST_BYTES", 500_000)
     write_page(tmp_path / "few.html", *toy, clip, QUESTION, OutRo(median_multiple=1e9, align=False),
                answers={"baseline": "", "outro": ""})
@@ -215,12 +215,12 @@ def test_page_without_a_sink_and_with_few_layers(browser, toy, clip, tmp_path, m
     assert 1 < len(layers) < 8 and f"layer={layers[-1]}&" in browser.drawn()
     for key in ["ArrowLeft"] * 8 + ["s"]:
         address = browser.key(key)
-    assert "layer=0&" in address and "token=275&" in address              # there is no sink that could be chosen
+    assert "layer=0&" in address and "token=275&" in address              # there is no sink to choose
     assert not browser.problems
 
 
 def test_nothing_is_loaded_from_outside(browser, sink_page, tmp_path):
-    """A copy of the page asks for an address of this machine, and the page's policy forbids it."""
+    """A changed copy of the page asks for an address on this machine, but the page's policy forbids it."""
     browser.open(sink_page)
     assert browser.requests[0].startswith("file:///") and len(browser.requests) == 9
     assert all(request.startswith("data:image/png;base64,") for request in browser.requests[1:])

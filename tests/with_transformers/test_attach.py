@@ -1,4 +1,4 @@
-"""OutRo in models of transformers: equal to ours where ours is the model, and itself everywhere else."""
+"""OutRo in models of transformers: for SmolVLM equal to our model, and for all others correct by hand."""
 
 import threading
 
@@ -33,7 +33,7 @@ def llama(tiny):
 
 # ---- SmolVLM: ours and theirs on the same weights ----
 
-GIVEN = dict(abs_threshold=0.0, median_multiple=4.0)    # dev_a and dev_c have no constants: any sinks do
+GIVEN = dict(abs_threshold=0.0, median_multiple=4.0)    # for dev_a and dev_c, which state no constants
 
 
 @pytest.mark.parametrize("switches", [{}, {"relax": False}, {"align": False}])
@@ -61,7 +61,7 @@ def test_smolvlm_equals_our_model(golden, case, switches, attention):
 
 @pytest.mark.parametrize("name", TINY)
 def test_planted_sinks_open_once(tiny, name):
-    """Massive from the input of layer 3 on; the first layer from there that opens rows is 4 of 15."""
+    """The planted tokens are massive from the input of layer 3 on. The next layer that opens rows is layer 4."""
     case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
     with attach(case.model, OutRo()) as seen:
         case.model(**inputs)
@@ -72,7 +72,7 @@ def test_planted_sinks_open_once(tiny, name):
 
 
 def heads_of(case, layer, kind, call):
-    """What goes into o_proj, or out of v_proj, of a layer while it generates: a (B,H,S,D) for each call."""
+    """The input of o_proj, or the output of v_proj, of a layer while it generates: one (B,H,S,D) for each call."""
     module, kept = getattr(case.layers[layer].self_attn, kind), []
     hook = module.register_forward_hook(lambda _, x, y: kept.append(x[0] if kind == "o_proj" else y))
     case.model.generate(**call)
@@ -81,8 +81,8 @@ def heads_of(case, layer, kind, call):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_opened_rows_alone_change(tiny, name):
-    """What goes into o_proj of layer 4. What comes into the layer is the same, its rows open or closed."""
+def test_only_opened_rows_change(tiny, name):
+    """The input of o_proj in layer 4. The input of the layer itself is the same with open and with closed rows."""
     case, inputs = tiny(name), tiny(name).prompt(LONG, SHORT)
     heads = []
     for relax in (False, True):
@@ -95,7 +95,7 @@ def test_opened_rows_alone_change(tiny, name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_outputs_turn_towards_v_sink(tiny, name):
-    """In layer 3, the first with sinks, what comes in is the same with and without alignment."""
+    """Tried in layer 3, the first with sinks, because its input is the same with and without alignment."""
     case, inputs = tiny(name), tiny(name).prompt(LONG)
     call = dict(**inputs, **GREEDY, prefix_allowed_tokens_fn=lambda b, ids: [20 + len(ids)])
     planted = inputs["input_ids"] == PLANTED
@@ -137,7 +137,7 @@ def test_padded_batch_equals_singles(tiny, name):
 
 
 def state(model):
-    """All that attach touches."""
+    """Everything that attach changes."""
     parts = [m for m in model.modules() if hasattr(m, "config")]
     return ([(type(m).__name__, m.config._attn_implementation) for m in parts],
             [len(m._forward_pre_hooks) for m in model.modules()], model.generation_config.to_dict(),
@@ -152,7 +152,7 @@ def test_everything_is_put_back(tiny, name):
         changed = [now for was, now in zip(before[0], state(case.model)[0], strict=True) if was != now]
         assert changed and not any("Vision" in module or "Audio" in module for module, _ in changed)
         assert not case.model(**inputs).logits.equal(logits)
-        assert case.model.generation_config.disable_compile         # on GPUs a static cache turns it on
+        assert case.model.generation_config.disable_compile         # on a GPU, a static cache would compile
     assert not any(isinstance(value, torch.Tensor) for value in vars(seen).values())
     assert state(case.model) == before and case.model(**inputs).logits.equal(logits)
     with pytest.raises(KeyError, match="of the user"), attach(case.model, OutRo()):
@@ -180,7 +180,7 @@ def test_off_is_eager_attention(tiny, name):
 
 
 def answer(case, inputs, **options):
-    """The new ids of each row."""
+    """The generated ids of each row."""
     return case.model.generate(**inputs, **GREEDY, **options)[:, inputs["input_ids"].shape[1]:].tolist()
 
 
@@ -206,7 +206,7 @@ def test_beams(llama):
 
 
 def test_second_turns_of_two_caches(llama):
-    """Two conversations in turn, each with a second turn, equal each alone; no row is opened for that."""
+    """Two conversations that take turns give the same as each alone. A second turn opens no row."""
     def converse(*prompts):
         caches, logits = [DynamicCache() for _ in prompts], [[] for _ in prompts]
         with attach(llama.model, OutRo()) as seen:
@@ -225,7 +225,7 @@ def test_second_turns_of_two_caches(llama):
 
 
 def test_padding_on_the_right():
-    """As 0 and 1 a token, or as a mask of the user's own, added or boolean. Kernels round apart: float64."""
+    """Masks of 0 and 1, boolean or added. In float64, because the kernels round differently."""
     llama = TINY["Llama"]()
     llama.model.double()
     ids = torch.tensor([LONG, SHORT + [0] * (len(LONG) - len(SHORT))])
@@ -242,7 +242,7 @@ def test_padding_on_the_right():
 
 @pytest.mark.parametrize("cache", ["growing", "static"])
 def test_opened_mask_by_hand(tiny, monkeypatch, cache):
-    """A window of 6, two prompts, one padded: what a window or padding closes stays closed."""
+    """Two prompts, one of them padded, with a window of 6: keys that window or padding forbid stay closed."""
     case, masks, sdpa = tiny("Mistral"), {}, ALL_ATTENTION_FUNCTIONS["sdpa"]
     inputs = case.prompt([PLANTED, 3, 4, 5, 9, 8, 16, 17, PLANTED, 11, 12], SHORT)
 
@@ -263,7 +263,7 @@ def test_opened_mask_by_hand(tiny, monkeypatch, cache):
 
 
 def test_padding_is_not_searched(llama):
-    """With low thresholds, so that the median decides, and with the tokens that are padding's equal."""
+    """The thresholds are low, so that the median decides, which padding would change."""
     outro, both = OutRo(abs_threshold=0.0, median_multiple=3.3), llama.prompt(LONG + [31] * 9, SHORT)
     with attach(llama.model, outro) as seen:
         llama.model(**both)
@@ -275,11 +275,11 @@ def test_padding_is_not_searched(llama):
 
 
 def test_hybrid_layers(recwarn):
-    """Qwen3-Next: attention in every fourth layer, 3, 7 and 11 of 15; rows would be opened in 0, 2, 4, ..."""
+    """Qwen3-Next has attention in layers 3, 7 and 11 of 15. By default rows would be opened in 0, 2, 4, ..."""
     case = text("Qwen3Next", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
                 shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
                 linear_key_head_dim=8, linear_value_head_dim=8)
-    inputs, every = case.prompt(LONG), r"of the layers \[3, 7, 11\].*another relax_every"
+    inputs, every = case.prompt(LONG), r"attention, \[3, 7, 11\], is a.*another relax_every"
     with attach(case.model, OutRo(), untested=True) as seen, pytest.warns(UserWarning, match=every):
         case.model(**inputs)
     assert list(seen.is_sink) == [3, 7, 11] and not seen.opened
@@ -322,8 +322,8 @@ def small(name, config, **sizes):
     ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=16, n_layer=2, n_head=2), "it has no decoder with a list"),
     ("Gemma3nForCausalLM", "Gemma3nTextConfig", dict(num_kv_shared_layers=2, **GEMMA3N), "some of its lay"),
     ("Gemma4ForCausalLM", "Gemma4TextConfig", dict(num_kv_shared_layers=2, **GEMMA4), "some of its layers"),
-    ("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE, "each of its queries attends to a few chosen keys"),
-    ("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE, "each of its queries attends to a few chosen keys"),
+    ("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE, "each of its queries attends only to a few"),
+    ("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE, "each of its queries attends only to a few"),
 ])
 def test_refused_models(name, config, sizes, why):
     model = small(name, config, **sizes)
@@ -356,8 +356,8 @@ def test_second_block(llama):
 
 @pytest.mark.parametrize("option, value", [("prefill_chunk_size", 4), ("prompt_lookup_num_tokens", 3),
                                            ("assistant_early_exit", 2), ("use_cache", False)])
-def test_prompts_that_are_not_read_whole_are_refused(llama, monkeypatch, option, value):
-    """Asked for by an argument, by a config, or by the model's own config."""
+def test_prompts_not_read_whole(llama, monkeypatch, option, value):
+    """The option may come from an argument, from a config, or from the model's own config."""
     why = f"{option}.*generate without it"
     with attach(llama.model, OutRo()):
         for options in ({option: value}, {"generation_config": GenerationConfig(**{option: value})}):
@@ -370,7 +370,7 @@ def test_prompts_that_are_not_read_whole_are_refused(llama, monkeypatch, option,
 
 
 def test_cache_filled_elsewhere(llama):
-    """Before the block, in another, by a copy, or with a prompt that was not read to its end."""
+    """A cache that was filled before the block, in another block, or with a prompt that was not read to its end."""
     model, inputs, step = llama.model, llama.prompt(LONG), torch.tensor([[5]])
     caches = [DynamicCache() for _ in range(3)]
     model(**inputs, past_key_values=caches[0])
@@ -387,10 +387,10 @@ def test_cache_filled_elsewhere(llama):
                 model(step, past_key_values=cache)
 
 
-# ---- what would be wrong without a word ----
+# ---- what would otherwise be wrong without an error ----
 
 
-def test_a_type_that_was_never_tried_is_refused(llama):
+def test_type_that_was_never_tried(llama):
     case = text("Olmo2")
     with pytest.raises(ValueError, match="its type olmo2 was never tried"), attach(case.model, OutRo()):
         pass
@@ -399,13 +399,13 @@ def test_a_type_that_was_never_tried_is_refused(llama):
     assert list(seen.opened) == [4]
 
 
-def test_an_inner_model_without_a_head_is_refused(llama):
+def test_inner_model_without_a_head(llama):
     with pytest.raises(ValueError, match="in LlamaModel: it has no head"), attach(llama.model.model, OutRo()):
         pass
 
 
-def test_training_mode_is_refused(llama):
-    """There a layer may be computed a second time, for its gradient."""
+def test_training_mode(llama):
+    """In training mode a layer may be computed a second time for its gradient, so it is refused."""
     llama.model.train()
     try:
         with attach(llama.model, OutRo()), pytest.raises(ValueError, match="training mode.*eval"):
@@ -414,7 +414,7 @@ def test_training_mode_is_refused(llama):
         llama.model.eval()
 
 
-def test_a_second_thread_is_refused_while_one_is_inside(llama):
+def test_second_thread(llama):
     inputs, refused = llama.prompt(LONG), []
 
     def call():
@@ -436,7 +436,7 @@ def test_a_second_thread_is_refused_while_one_is_inside(llama):
     assert len(refused) == 1 and "another thread" in refused[0]
 
 
-def test_texts_that_are_packed_into_one_row_are_refused(llama):
+def test_texts_packed_into_one_row(llama):
     ids, positions = torch.tensor([SHORT + SHORT]), torch.tensor([[*range(5), *range(5)]])
     with attach(llama.model, OutRo()):
         with pytest.raises(ValueError, match="positions of a row step back"):
@@ -446,7 +446,7 @@ def test_texts_that_are_packed_into_one_row_are_refused(llama):
 
 @pytest.mark.parametrize("choose", [lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
                                     lambda cache: cache.batch_select_indices(torch.tensor([1]))])
-def test_a_cache_whose_rows_were_reordered_is_refused(llama, choose):
+def test_reordered_cache(llama, choose):
     inputs, cache = llama.prompt(LONG, SHORT), DynamicCache()
     with attach(llama.model, OutRo()):
         llama.model(**inputs, past_key_values=cache)
@@ -456,7 +456,7 @@ def test_a_cache_whose_rows_were_reordered_is_refused(llama, choose):
             llama.model(step, past_key_values=cache)
 
 
-def test_a_mask_with_a_bias_is_refused(llama):
+def test_mask_with_a_bias(llama):
     S = len(LONG)
     mask = torch.zeros(1, 1, S, S).masked_fill(torch.ones(S, S).triu(1) > 0, -torch.inf)
     mask[0, 0, 5, 2] = -1.5

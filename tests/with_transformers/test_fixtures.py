@@ -1,4 +1,4 @@
-"""The golden values can be made again. What needs the published code is made with a stand-in for it here."""
+"""The golden values can be computed again. A stand-in takes the place of the published code."""
 
 import json
 
@@ -22,22 +22,22 @@ def assert_same(made, golden):
 
 
 @pytest.mark.parametrize("case", write_fixtures.PLAIN)
-def test_a_checkpoint_gives_its_golden_values_again(case):
+def test_golden_values_of_checkpoints(case):
     tensors, ids = write_fixtures.plain(FIXTURES / case)
     assert_same(tensors, golden(case))
     assert ids == json.loads((FIXTURES / case / "meta.json").read_text())["generated_ids"]
 
 
-def test_the_toy_gives_its_golden_values_again():
+def test_golden_values_of_the_toy():
     assert_same(write_fixtures.toy(), load_file(FIXTURES / "toy.safetensors"))
 
 
-def test_prompts_and_pixels_are_those_of_its_processor():
+def test_prompts_and_pixels():
     assert write_fixtures.prompts() == json.loads((FIXTURES / "prompts.json").read_text())
     assert_same(write_fixtures.pixels(), load_file(FIXTURES / "pixels.safetensors"))
 
 
-# What write_fixtures calls in the published code, by our functions: the calls are tested, not that code.
+# The published code as far as write_fixtures calls it, built from our functions. So only the calls are tested.
 STAND_IN = '''
 from minioutro.model import *
 
@@ -80,7 +80,7 @@ class OutroController:
 
 
 @pytest.mark.parametrize("case", write_fixtures.OUTRO)
-def test_the_cases_of_the_published_code_can_be_made_with_a_checkout_of_it(case, tmp_path):
+def test_golden_values_of_the_release(case, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "outro.py").write_text(STAND_IN)
     tensors, decoded = write_fixtures.with_release(FIXTURES / case, tmp_path)
@@ -91,7 +91,7 @@ def test_the_cases_of_the_published_code_can_be_made_with_a_checkout_of_it(case,
         assert_close(tensors[name].float(), tensor.float())
 
 
-def test_the_script_writes_what_needs_no_release_and_elsewhere_if_it_is_told(tmp_path, monkeypatch):
+def test_script_without_a_release(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["write_fixtures.py", "--into", str(tmp_path)])
     write_fixtures.main()
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}

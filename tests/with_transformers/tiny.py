@@ -1,6 +1,6 @@
 """Models of transformers, tiny and with random weights, and prompts for them, with images or a video.
 
-In each, tokens with the id PLANTED get a massive activation behind layer 2, as in models that were trained.
+In each model, tokens with the id PLANTED get a massive activation after layer 2, as in trained models.
 """
 
 import torch
@@ -12,7 +12,7 @@ TEXT = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=15, num_atte
             num_key_value_heads=2, vocab_size=128, max_position_embeddings=256, head_dim=8, pad_token_id=0,
             bos_token_id=1, eos_token_id=2, initializer_range=0.1, tie_word_embeddings=False)
 PAD, PLANTED, IMAGE, VIDEO, START, END = 0, 7, 120, 121, 122, 123
-PLANTED_BEHIND = 2                  # the layer whose output is changed
+PLANTED_AFTER = 2                  # the layer whose output is changed
 
 
 def pixels(*shape):
@@ -20,7 +20,7 @@ def pixels(*shape):
 
 
 def grow(layer, args, output):
-    """Forward hook: what has the mark of PLANTED, which no other embedding has, becomes massive."""
+    """A forward hook that makes PLANTED massive. Only its embedding has a large coordinate 0."""
     hidden = output[0] if isinstance(output, tuple) else output
     hidden[..., 0] = torch.where(hidden[..., 0].abs() > 6, 20_000.0, hidden[..., 0])
 
@@ -32,7 +32,7 @@ class Tiny:
         torch.manual_seed(3)
         self.model = getattr(transformers, model)(config).eval().requires_grad_(False)
         self.layers = next(m.layers for m in self.model.modules() if hasattr(m, "embed_tokens"))
-        self.layers[PLANTED_BEHIND].register_forward_hook(grow)
+        self.layers[PLANTED_AFTER].register_forward_hook(grow)
         table = self.model.get_input_embeddings().weight
         table[:, 0], table[PLANTED, 0] = 0, 12
         self.media, self.types, self.given = list(media), types, given
@@ -56,7 +56,7 @@ def text(name, **more):
 
 
 def composed(name, media, given, vision=(), text=(), types=None, **more):
-    """Its own encoder, two layers of it, and its own decoder or the one that `text` names."""
+    """A model with two layers of its own encoder, and with its own decoder or the one that `text` names."""
     config = getattr(transformers, f"{name}Config")(
         text_config={**TEXT, **dict(text)}, vision_config={**VISION, **dict(vision)},
         tie_word_embeddings=False, image_token_id=IMAGE, video_token_id=VIDEO, **more)
@@ -64,7 +64,7 @@ def composed(name, media, given, vision=(), text=(), types=None, **more):
 
 
 def qwen(name, vision, frames=None):
-    """An image, or a video of so many frames; 2 x 2 patches of 4 x 4 pixels, in 2 frames, are a token."""
+    """With an image, or a video of `frames` frames. A token is 2 x 2 patches of 4 x 4 pixels, in 2 frames."""
     T = (frames or 2) // 2
     token, of_pixels, of_grid = (VIDEO, "pixel_values_videos", "video_grid_thw") if frames else \
         (IMAGE, "pixel_values", "image_grid_thw")

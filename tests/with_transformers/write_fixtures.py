@@ -1,11 +1,11 @@
-"""Write the golden values of tests/fixtures again, by transformers and the code of the paper's authors.
+"""Compute the golden values of tests/fixtures again, with transformers and the code of the paper's authors.
 
     pip install -r tests/with_transformers/requirements.txt
     PYTHONPATH=. python tests/with_transformers/write_fixtures.py [--release PATH] [--into FOLDER]
 
-PATH is a checkout of github.com/kaistmm/OutRo at commit 2bee38c; without it dev_late, dev_natural and
-decode.json stay as they are. Checkpoints, token ids, pixels and questions are read from the fixtures:
-they are what the values are computed for. Run by hand, after a new toy was trained above all.
+PATH is a checkout of github.com/kaistmm/OutRo at commit 2bee38c. Without it dev_late, dev_natural and
+decode.json stay as they are. Checkpoints, token ids, pixels and questions are read from the fixtures.
+The values are computed from these. Run this script by hand, above all after a new toy was trained.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from minioutro import Processor, read_video
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 TOY = FIXTURES.parent.parent / "minioutro" / "toy"
 PLAIN, OUTRO = ("dev_a", "dev_c"), ("dev_late", "dev_natural")
-# Golden name -> a module of transformers' model, whose output it is; {} is a layer.
+# Golden name -> the module of transformers' model that has it as output. {} is the number of a layer.
 OUTPUTS = {"vision.embeddings": "model.vision_model.embeddings",
            "vision.layer.{}": "model.vision_model.encoder.layers.{}",
            "vision.features": "model.vision_model.post_layernorm", "projected": "model.connector",
@@ -88,8 +88,8 @@ def toy(last=24) -> dict:
 
 
 def prompts() -> list[dict]:
-    """Frames and text for videos whose numbers are given. By parts of the processor: whole, it needs
-    torchvision."""
+    """Frames and text for videos whose numbers are given. Only parts of the processor are called, because
+    the whole one needs torchvision."""
     cases = json.loads((FIXTURES / "prompts.json").read_text())
     tokens = SimpleNamespace(image_seq_len=64, image_token="<image>", global_image_token="<global-img>",
                              fake_image_token="<fake_token_around_image>")
@@ -111,7 +111,7 @@ def prompts() -> list[dict]:
 
 
 def pixels() -> dict:
-    """The frames that are given, by the route of the models' release: Pillow, to the edge, to the square."""
+    """Pixels of the given frames as at the models' release: Pillow, to the longest edge, then to the square."""
     tensors = load_file(FIXTURES / "pixels.safetensors")
     process = SmolVLMImageProcessorPil(
         size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False,
@@ -128,7 +128,7 @@ def pixels() -> dict:
 
 @contextmanager
 def release_in(model, release, meta, relax=True, align=True):
-    """Calls the controller where the published class does. Yields: it, hidden by layer, rows by layer."""
+    """Call the controller where the published class does. Yields: controller, hidden and opened by layer."""
     spec = importlib.util.spec_from_file_location("outro", Path(release) / "model" / "outro.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     c, layers = model.config.text_config, model.model.text_model.layers
@@ -167,11 +167,11 @@ def release_in(model, release, meta, relax=True, align=True):
             hook.remove()
 
 
-def greedy(model, inputs, behind_prompt=lambda: None, n=24) -> tuple[list[int], list]:
-    """n ids, eos or not, and how clear each was: first over second logit, in standard deviations."""
+def greedy(model, inputs, after_prompt=lambda: None, n=24) -> tuple[list[int], list]:
+    """n greedy ids, also after eos, and how far apart the two largest logits were, in standard deviations."""
     cache, ids, gaps = DynamicCache(), [], []
     logits = model(**inputs, past_key_values=cache, use_cache=True).logits[0, -1]
-    behind_prompt()
+    after_prompt()
     while True:
         ids.append(logits.argmax().item())
         top = logits.topk(2).values
@@ -202,7 +202,7 @@ def with_release(folder, release) -> tuple[dict, dict]:
     decoded["off"], gaps = greedy(model, inputs)
     for name in ("ids", "no_decode_alignment"):
         with release_in(model, release, meta) as (controller, _, _):
-            # The prompt's sinks are forgotten, so that no generated token is taken for one; or all is.
+            # "ids" forgets only the sinks' positions, so that no generated token is taken for a sink.
             forget = controller.sink_indices_cache.clear if name == "ids" else controller.reset_runtime
             decoded[name], more = greedy(model, inputs, forget)
             gaps += more
@@ -222,7 +222,7 @@ def main():
     parser.add_argument("--release", type=Path, help="checkout of the published code, for the OutRo cases")
     parser.add_argument("--into", type=Path, default=FIXTURES, help="where to write (%(default)s)")
     a = parser.parse_args()
-    torch.set_num_threads(1)                    # sums in another order are other sums
+    torch.set_num_threads(1)                    # threads add in another order, which changes the sums
     made_by = {"transformers": transformers.__version__, "torch": torch.__version__}
     for case in (*PLAIN, *(OUTRO if a.release else ())):
         (a.into / case).mkdir(parents=True, exist_ok=True)
