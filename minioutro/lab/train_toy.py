@@ -374,10 +374,10 @@ def degrade(frame: Image.Image, rng: random.Random) -> Image.Image:
     return Image.open(buffer)
 
 
-def prompt_before_question(processor: Processor, frames: int) -> list[int]:
+def prompt_before_question(processor: Processor, stage: Stage) -> list[int]:
     """The tokens of a prompt up to its last frame."""
-    pieces = processor.pieces(frames_prompt(frames), "?")[:-3]
-    if frames == 1:
+    pieces = processor.pieces(frames_prompt(stage.frames), "?")[:-3]
+    if stage.frames == 1 and not stage.whole_prompt:
         del pieces[1]                                   # leave out a long sentence, to save time
     return processor.tokenize(pieces)
 
@@ -387,7 +387,7 @@ def draw_batch(processor: Processor, stage: Stage, seed: str, learned=frozenset(
 
     learned: kinds of questions that are asked half as often as others.
     """
-    prefix = prompt_before_question(processor, stage.frames)
+    prefix = prompt_before_question(processor, stage)
     pixel_values = []
     names = []
     rows = []
@@ -504,7 +504,7 @@ def answer_logits(model: VideoLM, batch: Batch, features: Tensor,
     same_or_prompt = (question_of_key == question_of_query) | (question_of_key == 0)    # (B,S,S)
     may_attend = causal_mask(S, S, batch.question.device) & same_or_prompt
     hidden = model.hidden_states(batch.input_ids, features=features, trace=trace,
-                                 masks=[may_attend] * TEXT["num_hidden_layers"],
+                                 masks=[may_attend] * model.config.text_config.num_hidden_layers,
                                  positions=batch.position)
     is_asked = batch.targets != NOT_ASKED
     return model.head(hidden[is_asked]), batch.targets[is_asked]
