@@ -76,7 +76,7 @@ def test_tables_1_and_2(toy, clip):
     by = analysis.detectors(hidden, mass, analysis.sink_dimensions(hidden))
     for name, definition in {"activation": "activation", "attention": "attention", "dimension": "dimensions"}.items():
         assert who[name] == by[definition][0].nonzero().flatten().tolist()
-    assert who["ratio"] == found["ratio"] == trace[f"layers.{l}.ratio"].max() and who["of"] == 0
+    assert who["ratio"] == found["ratio"] == trace[f"layers.{l}.ratio"].max() and who["at"] == 0
     assert holds["attention"] == spread(mass[0, :, 0])
     v, is_sink = cache.values(l), torch.zeros_like(ids, dtype=torch.bool)
     is_sink[0, 0] = True

@@ -290,7 +290,7 @@ def who_is_a_sink(trace: dict, l: int, mass: Tensor, sink: Sink) -> dict:
             "entropy": singular_entropy(hidden).item(),
             "others": singular_entropy(others).item(),
             "ratio": ratio.max().item(),
-            "of": ratio.argmax().item()}
+            "at": ratio.argmax().item()}
 
 
 def what_it_holds(trace: dict, cache: Cache, l: int, mass: Tensor, to_sink: Tensor,
