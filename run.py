@@ -178,7 +178,7 @@ def answer_both(asked: Asked, features: Tensor, outro: OutRo, max_new_tokens: in
     """Print the sinks and both answers. Returns: the summary of the sinks, and both answers.
 
     OutRo's prompt is read first, because the sinks are printed first. The baseline fills a trace as
-    well, so that the times differ by OutRo alone.
+    well, so that the only difference in time is OutRo.
     """
     model, trace = asked.model, {}
     asks = {"features": features, "max_new_tokens": max_new_tokens}

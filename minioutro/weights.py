@@ -82,7 +82,8 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}; give a checkpoint's folder") from None
+        raise ValueError(f"{path.parent} has no {path.name}; give the folder of a "
+                         f"checkpoint") from None
     except (ValueError, RecursionError) as error:   # not JSON, not UTF-8, or too many brackets
         raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):

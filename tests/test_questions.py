@@ -109,7 +109,7 @@ def test_format_is_given(tmp_path):
 @pytest.mark.parametrize("name, content, said", [
     ("a.jsonl", "", "has no questions"),
     ("a.json", [{**AV, "task": "AV Captioning"}], "has no questions with answers"),
-     "is the object {'0': 'x'}, not a text or a number (with orient='records', pandas writes one row for each"),
+    ("a.json", [{"foo": 1, "bar": 2}], "its format is unknown, with the keys bar, foo; give a file in one of"),
     ("a.jsonl", lines(OURS, OURS)[:-9], "line 2 is not JSON"),
     ("a.parquet", "PAR1", "read_parquet(...).to_json("),
     ("a.jsonl", lines(without(OURS, "id"), OURS), "record 1: it has no 'id'"),
@@ -126,7 +126,7 @@ def test_format_is_given(tmp_path):
     ("a.json", {"v1": {"task0": SENSE}, "v2": {"question0": SENSE}}, "video 'v2' has {'question0'"),
     ("a.json", {"v1": {"task0": SENSE, "task1": None}}, "video 'v1' has 'task1', which is None"),
     ("a.json", {"id": {"0": 1}, "video": {"0": "a"}, "question": {"0": "?"}, "answer": {"0": "x"}},
-     "is the object {'0': 'x'}, not a text or a number (with orient='records', pandas writes one row for each record)"),
+     "is the object {'0': 'x'}, not a text or a number (with orient='records', pandas writes one row"),
     ("a.json", {key: {"0": value} for key, value in MME.items()}, "(with orient='records', pandas"),
 ])
 def test_wrong_files(tmp_path, name, content, said):

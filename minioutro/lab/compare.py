@@ -14,7 +14,7 @@ import torch
 from minioutro.support.cli import escaped
 
 ALPHA = 0.05                        # p has to be below this
-RESAMPLES = 10_000                  # how often the videos are drawn anew for an interval
+RESAMPLES = 10_000                  # how often the videos are drawn again for an interval
 AT_A_TIME = 100                     # resamples that are computed together, to save memory
 MOST_KINDS = 50                     # kinds of question in the table, those with most questions
 LEAST_CHANGES = 6                   # if five answers change, p is at least 2/32, above ALPHA

@@ -339,8 +339,8 @@ def chart(image: Image.Image, box: tuple[int, int, int, int], x_ticks: dict, y_t
           titles: tuple[str, str], marks: list[tuple]) -> None:
     """Marks in axes that reach from the first to the last tick.
 
-    box: left, top, right and bottom edge in pixels; ticks: value -> label; titles: of the x axis
-    and of the y axis; marks: a list of ("line" or "dots", [(x, y), ...], colour).
+    box: left, top, right and bottom edge in pixels. ticks: value -> label. titles: of the x axis
+    and of the y axis. marks: a list of ("line" or "dots", [(x, y), ...], colour).
     """
     left, top, right, bottom = box
     x_first, x_last = min(x_ticks), max(x_ticks)

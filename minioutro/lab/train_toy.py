@@ -6,10 +6,10 @@ models learn to see before they are joined to a language model. Then the whole m
 answer questions: first about single frames, then about clips. The last stage gives it a sink. The
 second and the third stage end early if every kind of question is learned on held-out clips.
 
-Answers alone teach a decoder slowly where to look, and in some runs it never learns some kinds of
-question. So it gets two more tasks. At each form and colour in the text it has to name the shape
-that the word is about, and what that shape does. At each image token of a clip it has to name how
-the object it shows has moved.
+From answers alone, a decoder learns only slowly where to look. In some runs it never learns some
+kinds of question. So it gets two more tasks. At each form and colour in the text it has to name the
+shape that the word is about, and what that shape does. At each image token of a clip it has to name
+how the object it shows has moved.
 
 A model this small does not need an attention sink. The last stage gives it two reasons for one:
 
@@ -601,7 +601,7 @@ class Progress:
     stage: int = 0
     step: int = 0                           # steps in this stage
     done: int = 0                           # steps in all stages
-    paid: float = 1.0                       # last attention of priced heads to tokens but the first
+    paid: float = 1.0                       # attention of priced heads to others, when last priced
     right: dict[str, float] = field(default_factory=dict)   # last share of right answers, by kind
 
     @property

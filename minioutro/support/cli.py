@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 def number(least: float, most: float, kind: type = float) -> Callable[[str], float]:
     """A type for argparse: a number from `least` to `most`. kind: int or float."""
     what = "a whole number" if kind is int else "a number"
+    limits = f"{least:,} and {most:,}" if kind is int else f"{least:g} and {most:g}"
 
     def convert(text: str):
         try:
@@ -44,7 +45,7 @@ def number(least: float, most: float, kind: type = float) -> Callable[[str], flo
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text[:20]!r} is not {what}") from None
         if not least <= value <= most:             # NaN is refused here too
-            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not between {least} and {most}")
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not between {limits}")
         return value
     return convert
 

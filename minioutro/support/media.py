@@ -418,7 +418,7 @@ def duration_of_last(times: list[int], durations: list[int]) -> int:
 
 
 def median_step(times: list[int]) -> int:
-    """The median distance from one time to the next; at least 1."""
+    """The median distance from one time to the next, at least 1."""
     times = sorted(times)
     steps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
     if not steps:
