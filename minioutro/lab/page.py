@@ -69,7 +69,8 @@ def write_page(path, model: VideoLM, processor: Processor, video: Video, questio
     text = model.config.text_config
     data = {
         "L": text.num_hidden_layers, "H": text.num_attention_heads,
-        "question": question, "answers": answers, "seconds": video.seconds,
+        "question": question, "answers": answers,
+        "seconds": [f"{second:.1f}" for second in video.seconds],
         "frames": [picture(frame, processor.size) for frame in video.frames],
         "tokens": [processor.token_text(token_id) for token_id in input_ids[0].tolist()],
         "image": (input_ids[0] == model.config.image_token_id).nonzero().flatten().tolist(),
