@@ -588,8 +588,8 @@ def read_layer(sinks, l, found):
     check(closed.equal(causal_mask(5, 5)), "open_rows changes the mask it is given; all layers share that mask")
     rows = (may_attend & ~closed).any(-1).view(-1, 5)
     check(rows.any() or may_attend is closed,
-          f"layer {l}: no row is opened here, and open_rows returns a copy. It should return may_attend itself, because "
-          "that is how the layer knows that it may use the fast kernel")
+          f"layer {l}: no row is opened here, and open_rows returns a copy. It should return may_attend itself: that is "
+          "how the layer knows that it may use the fast kernel")
     return rows[0].nonzero().flatten().tolist(), aligned
 
 
@@ -604,8 +604,8 @@ def test_find_by_hand(impl):
         check(mine == found, f"is_sink[{l}] has tokens {mine}, and the rule finds {found} in layer {l}")
     mine = sinks_in(sinks.ever_sink)[0]
     check(mine == [0, 2], f"ever_sink has tokens {mine} after layers with sinks [0], [] and [2], not [0, 2]")
-    check(not sinks.opened.any(), "find changes `opened` as well. At first ever_sink and opened are the same tensor, so "
-                                  "assign a new one and do not change it in place")
+    check(not sinks.opened.any(), "find changes `opened` as well. At first ever_sink and opened are the same tensor. "
+                                  "So assign a new one, and do not change it in place")
     sinks.find(14, hidden_with(4))
     check(14 not in sinks.is_sink and not sinks.ever_sink[0, 4],
           "find searches layer 14 of 16, and with skip_last 2 the last two layers are left alone")
@@ -668,7 +668,7 @@ def test_alignment_of_a_prompt(impl):
 
 @pytest.mark.exercise_10
 def test_tokens_after_the_prompt_are_turned(impl):
-    """One new token, two at once, five at once. The index of a new token in its call is not a position of the prompt."""
+    """One new token, two at once, five. The index of a new token in its call is not a position of the prompt."""
     sinks, found = new_sinks(impl), dict.fromkeys(range(L), [3]) | {0: [], 1: [], 4: [0, 1]}
     for l in range(L):
         read_layer(sinks, l, found[l])
@@ -688,9 +688,10 @@ def test_tokens_after_the_prompt_are_turned(impl):
               f"{where}: open_rows returns another mask or changes `opened`, and rows are opened in prompts only")
         v_sink = sink_value(heads_of(l)[1], hidden_with(*found[l])[..., 1] < 0)
         expected = align_with_sink(out, v_sink, NEVER[:1, :n], 3.0, 0.1)
-        what = (f"each is turned towards v_sink[{l}] of the prompt, whose sinks here are {found[l]}. A new token is not a "
-                "sink, whatever its index in the call" if found[l] else
-                f"the prompt has no sink in this layer, so v_sink[{l}] is zero and nothing turns")
+        what = f"the prompt has no sink in this layer, so v_sink[{l}] is zero and nothing turns"
+        if found[l]:
+            what = (f"each is turned towards v_sink[{l}] of the prompt, whose sinks here are {found[l]}. A new token is "
+                    "not a sink, whatever its index in the call")
         assert_turned(aligned, out, expected, f"{where}: {what}")
 
 
@@ -727,9 +728,11 @@ def test_prompts_as_in_the_published_code(impl, golden, monkeypatch):
                                      f"{away:.2g} standard deviations, and at most 0.0001 is rounding")
 
 
-STEPS = {"is_sink": "the sinks that find leaves in is_sink[{l}]", "relaxed": "the rows that open_rows opens in layer {l}",
+STEPS = {"is_sink": "the sinks that find leaves in is_sink[{l}]",
+         "relaxed": "the rows that open_rows opens in layer {l}",
          "out": "what the heads read through the mask that open_rows returns in layer {l}",
-         "v_sink": "the value that align leaves in v_sink[{l}]", "aligned": "the outputs that align returns in layer {l}"}
+         "v_sink": "the value that align leaves in v_sink[{l}]",
+         "aligned": "the outputs that align returns in layer {l}"}
 
 
 def first_difference(mine, right):
