@@ -99,6 +99,9 @@ def test_crash_or_loop_costs_its_own_exercise(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "   1  Pixel shuffle                      5 of   5" and "5 of  15" in lines[2]
     assert grade.run_tests(EXERCISES[2], module, seconds=1).startswith("did not end within 1 seconds")
+    module.write_text("while True: pass")
+    found = grade.grade(module, seconds=1)              # two runs and not nine
+    assert {test["output"][:39] for test in found["tests"]} == {"the module did not load within 1 seconds"[:39]}
 
 
 def test_points_are_zero_until_the_end(tmp_path, monkeypatch):
