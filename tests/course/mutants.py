@@ -243,8 +243,11 @@ def find_with(largest=lambda h: h.abs().amax(-1), middle=lambda h: h.abs().flatt
     return find_sinks
 
 
-wrong(6, "activation_ratio", mean_of_the_two_middle_values=lambda hidden:
-      (hidden.abs().amax(-1), hidden.abs().flatten(1).quantile(0.5, dim=1, keepdim=True)))
+wrong(6, "activation_ratio",
+      mean_of_the_two_middle_values=lambda hidden:
+          (hidden.abs().amax(-1), hidden.abs().flatten(1).quantile(0.5, dim=1, keepdim=True)),
+      median_of_medians=lambda hidden:
+          (hidden.abs().amax(-1), hidden.abs().median(1).values.median(1, keepdim=True).values))
 wrong(6, "find_sinks",
       greater_instead_of_at_least=find_with(enough=torch.gt),
       median_of_the_token=find_with(middle=lambda h: h.abs().median(dim=-1).values),
