@@ -16,6 +16,7 @@ from helpers import check
 from minioutro import model
 
 OURS = "minioutro.model"
+MUTANTS = Path(__file__).with_name("mutants.py")
 
 
 def pytest_addoption(parser):
@@ -114,8 +115,18 @@ def course(pytestconfig):
 @pytest.fixture(scope="session")
 def impl(request):
     given = request.config.getoption("--impl", OURS)
-    if given == OURS:
-        # Imported here, because a class may have been given this folder without mutants.py.
-        from mutants import looks_like_a_sink
-        return SimpleNamespace(**vars(model), looks_like_a_sink=looks_like_a_sink)
-    return Implementation(load(given))
+    if given != OURS:
+        return Implementation(load(given))
+    solutions = SimpleNamespace(**vars(model))
+    if MUTANTS.exists():
+        solutions.looks_like_a_sink = importlib.import_module("mutants").looks_like_a_sink
+    return solutions
+
+
+def pytest_collection_modifyitems(config, items):
+    """Our own solution of exercise 7 is in mutants.py. A class may have been given this folder without it."""
+    if config.getoption("--impl", OURS) != OURS or MUTANTS.exists():
+        return
+    unsolved = [item for item in items if item.get_closest_marker("exercise_7")]
+    config.hook.pytest_deselected(items=unsolved)
+    items[:] = [item for item in items if item not in unsolved]

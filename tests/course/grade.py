@@ -57,6 +57,32 @@ WITH_TESTS = [e for e in EXERCISES if e.names]
 IN_WORDS = ", ".join(f"{e.number} ({e.in_words})" for e in EXERCISES if e.in_words)
 
 
+def run(command: list, seconds: float) -> int | None:
+    """Run a command in the project's root. Returns: its code, None if it did not end within these seconds."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("PYTHONOPTIMIZE", "PYTEST_ADDOPTS")}
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):       # the child, and what it has started
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def does_not_load(module: Path, seconds: float) -> bool:
+    """Whether the module loops outside of its functions."""
+    return run([sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1])", module], seconds) is None
+
+
+def did_not_end(seconds: float) -> str:
+    return (f"did not end within {seconds:g} seconds; is there a loop that never ends? On a busy machine, give more time "
+            "with --seconds 60")
+
+
 def run_tests(exercise: Exercise, module: Path, seconds: float) -> str:
     """Run the tests of one exercise. Returns: what is wrong in words, "" if all of them pass."""
     with tempfile.TemporaryDirectory() as folder:
@@ -65,18 +91,9 @@ def run_tests(exercise: Exercise, module: Path, seconds: float) -> str:
                    "-m", f"exercise_{exercise.number}", f"--junitxml={results}", f"--rootdir={ROOT}",
                    "-p", "no:xdist", "-p", "no:cacheprovider",
                    "-c", os.devnull]        # without it, a pytest.ini in a folder around the project would count
-        environment = {name: value for name, value in os.environ.items()
-                       if name not in ("PYTHONOPTIMIZE", "PYTEST_ADDOPTS")}
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            code = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return f"did not end within {seconds:g} seconds (--seconds); is there a loop that never ends?"
-        finally:
-            with contextlib.suppress(ProcessLookupError):       # the child, and what it has started
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        code = run(command, seconds)
+        if code is None:
+            return did_not_end(seconds)
         return what_failed(results, code, module)
 
 
@@ -122,8 +139,12 @@ def grade(module: Path, points: Path | None = None, seconds: float = SECONDS, ex
     """Run the tests of these exercises, print the table of points, and write the file if one is given."""
     wrong = {e.number: "not graded: the grading did not come to its end" for e in WITH_TESTS}
     write(points, report(wrong))
+    not_loaded = ""
     for e in exercises:
-        wrong[e.number] = run_tests(e, module, seconds)
+        wrong[e.number] = not_loaded or run_tests(e, module, seconds)
+        if wrong[e.number] == did_not_end(seconds) and does_not_load(module, seconds):
+            not_loaded = f"the module did not load within {seconds:g} seconds; is there a loop outside of its functions?"
+            wrong[e.number] = not_loaded
         score = 0 if wrong[e.number] else e.by_tests
         first, *_ = wrong[e.number].splitlines() or [""]
         print(f"{e.number:>4}  {e.title:<33}{score:>3} of {e.by_tests:>3}   {first[:150]}".rstrip(), flush=True)

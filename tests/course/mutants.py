@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from minioutro import model
+from minioutro.lab.analysis import attention_mass
 from minioutro.model import cosine, repeat_heads
 
 WRONG = []          # (exercise, name in model.py, the wrong function or class, what is wrong)
@@ -30,7 +31,14 @@ def squares(x, scale, *order):
     return x.permute(order).reshape(B, P // scale**2, Cv * scale**2)
 
 
-wrong(1, "pixel_shuffle",
+def a_loop_over_squares(x, scale):
+    B, P, Cv = x.shape
+    n = int(P**0.5)
+    rows = x.view(B, n, n, Cv).split(scale, dim=1)
+    return torch.stack([square.flatten(1) for row in rows for square in row.split(scale, dim=2)], dim=1)
+
+
+wrong(1, "pixel_shuffle", a_loop_over_squares=a_loop_over_squares,
       patches_in_a_line_instead_of_squares=lambda x, scale: squares(x, scale, 0, 1, 2, 3, 4, 5),
       columns_of_a_square_first=lambda x, scale: squares(x, scale, 0, 1, 3, 4, 2, 5),
       tokens_column_by_column=lambda x, scale: squares(x, scale, 0, 3, 1, 2, 4, 5),
@@ -69,7 +77,10 @@ def quarter_turn(x):
 wrong(2, "rotate",
       neighbours_as_pairs=lambda x, cos, sin:
           x * cos + torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2) * sin,
-      clockwise=lambda x, cos, sin: x * cos - quarter_turn(x) * sin)
+      clockwise=lambda x, cos, sin: x * cos - quarter_turn(x) * sin,
+      angles_of_one_position_table_alone=lambda x, cos, sin: x * cos[None, None] + quarter_turn(x) * sin[None, None],
+      positions_of_the_first_item_for_all=lambda x, cos, sin:
+          x * cos.view(-1, *x.shape[2:])[0] + quarter_turn(x) * sin.view(-1, *x.shape[2:])[0])
 
 
 # ---- exercise 3 ----
@@ -126,10 +137,21 @@ def the_mean_weights_of_all_heads_returned(q, k, v, may_attend):
     return out, weights.mean(1, keepdim=True).expand_as(weights)
 
 
+def exponentials_less_the_largest_score_of_all(q, k, v, may_attend):
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scores = (q @ k.mT / q.shape[-1]**0.5).masked_fill(~for_all_heads(may_attend), float("-inf"))
+    weights = (scores - scores.max()).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ v, weights
+
+
+imported = F.scaled_dot_product_attention           # before a test could replace it
+
+
 def scaled_dot_product_attention_called(q, k, v, may_attend):
     _, weights = softmax_attention(q, k, v, for_all_heads(may_attend))
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, for_all_heads(may_attend)), weights
+    return imported(q, k, v, for_all_heads(may_attend)), weights
 
 
 wrong(4, "repeat_heads", heads_repeated_in_turn=in_turn)
@@ -144,6 +166,7 @@ wrong(4, "attention",
           softmax_attention(q, k, v, may_attend if may_attend.dim() == 2 else may_attend[0]),
       masked_after_the_softmax=masked_after_the_softmax,
       the_mean_weights_of_all_heads_returned=the_mean_weights_of_all_heads_returned,
+      exponentials_less_the_largest_score_of_all=exponentials_less_the_largest_score_of_all,
       scaled_dot_product_attention_called=scaled_dot_product_attention_called)
 
 
@@ -193,7 +216,18 @@ class ACopyThatNoEditChanges(Cache):
         return super().keys(layer).clone()
 
 
-for solution in (LengthMovedByEachLayer, TheOldestForgottenFrom512On, KeysWithThoseJustAdded, ACopyThatNoEditChanges):
+class ABufferOfFloat32(Cache):
+    def extend(self, layer, k, v):
+        return super().extend(layer, k.float(), v.float())
+
+
+class ABufferForOneItem(Cache):
+    def extend(self, layer, k, v):
+        return super().extend(layer, k[:1], v[:1])
+
+
+for solution in (LengthMovedByEachLayer, TheOldestForgottenFrom512On, KeysWithThoseJustAdded, ACopyThatNoEditChanges,
+                 ABufferOfFloat32, ABufferForOneItem):
     wrong(5, "Cache", **{solution.__name__: solution})
 
 
@@ -209,8 +243,11 @@ def find_with(largest=lambda h: h.abs().amax(-1), middle=lambda h: h.abs().flatt
     return find_sinks
 
 
-wrong(6, "activation_ratio", mean_of_the_two_middle_values=lambda hidden:
-      (hidden.abs().amax(-1), hidden.abs().flatten(1).quantile(0.5, dim=1, keepdim=True)))
+wrong(6, "activation_ratio",
+      mean_of_the_two_middle_values=lambda hidden:
+          (hidden.abs().amax(-1), hidden.abs().flatten(1).quantile(0.5, dim=1, keepdim=True)),
+      median_of_medians=lambda hidden:
+          (hidden.abs().amax(-1), hidden.abs().median(1).values.median(1, keepdim=True).values))
 wrong(6, "find_sinks",
       greater_instead_of_at_least=find_with(enough=torch.gt),
       median_of_the_token=find_with(middle=lambda h: h.abs().median(dim=-1).values),
@@ -236,6 +273,7 @@ wrong(7, "looks_like_a_sink",
       the_first_token_always=lambda weights, v: (torch.arange(weights.shape[-1]) == 0).expand(len(weights), -1),
       average_over_queries_that_cannot_see_it=lambda weights, v: weights.mean(-2).mean(1) > 1 / 3,
       one_query_is_enough=lambda weights, v: weights.amax(-2).mean(1) > 1 / 2,
+      attention_mass_called=lambda weights, v: attention_mass(weights).mean(1) > 1 / 3,
       judged_by_the_last_query_alone=lambda weights, v: weights[:, :, -1].mean(1) > 1 / 3,
       the_first_item_for_all=lambda weights, v: looks_like_a_sink(weights[:1], v).expand(len(weights), -1))
 
@@ -252,6 +290,7 @@ def mean_of(v, chosen):
 
 
 wrong(8, "sink_value",
+      a_loop_over_items=lambda v, is_sink: torch.cat([mean_of(v[b:b + 1], is_sink[b:b + 1]) for b in range(len(v))]),
       mean_over_all_tokens=lambda v, is_sink: sum_of(v, is_sink) / v.shape[2],
       sum_instead_of_mean_value=sum_of,
       nan_without_sinks=lambda v, is_sink: sum_of(v, is_sink) / is_sink.sum(1)[:, None, None],
@@ -281,6 +320,7 @@ wrong(8, "align_with_sink",
       projection_over_the_length_not_its_square=align_with(power=1),
       towards_the_value_of_another_head=align_with(repeat=in_turn),
       sinks_turned_too=align_with(who_stays=torch.zeros_like),
+      the_sinks_of_the_first_item_left_alone_in_all=align_with(who_stays=lambda ever_sink: ever_sink[:1]),
       computed_in_half_precision=align_with(dtype=None))
 
 
@@ -318,6 +358,13 @@ for what, old, new in (
         ("a_value_only_if_aligned", "if is_prompt:\n            self.v_sink[l] =",
          "if is_prompt and self.outro.align:\n            self.v_sink[l] ="),
         ("the_value_of_all_tokens_so_far", "is_prompt = l not in self.v_sink", "is_prompt = True"),
+        ("joined_in_place", "self.ever_sink = self.ever_sink | is_sink", "self.ever_sink |= is_sink"),
+        ("a_row_opened_in_one_item_closes_that_of_others", "self.is_sink[l] & ~self.opened",
+         "self.is_sink[l] & ~self.opened.any(0)"),
+        ("a_copy_of_the_mask_where_no_row_opens", "if not new_sinks.any():\n            return may_attend",
+         "if not new_sinks.any():\n            return may_attend.clone()"),
+        ("a_call_as_long_as_the_prompt_searched", "l not in self.searched or l in self.v_sink",
+         "l not in self.searched or hidden.shape[1] != self.ever_sink.shape[1]"),
         ("the_first_item_for_all", "sink_value(v, self.is_sink[l])",
          "sink_value(v, self.is_sink[l][:1].expand(len(v), -1))")):
     wrong(10, "Sinks", **{what: sinks_with(old, new)})

@@ -274,8 +274,8 @@ Exercise 11: A few answers more (5 points)
 (c)
 
 Exercise 12: Predict, then measure (10 points)
-Prediction. Hand this line in, or commit it, BEFORE you measure. I expect that ..., because ...; the opposite
-would be ...:
+Prediction. Hand this in, or commit it, BEFORE you measure. I expect that ..., because ...:
+The opposite would be ...:
 What is measured, and against what:
 The control, the same measurement with only ... removed:
 On the first 40 clips, mean difference ± standard error of question and control:

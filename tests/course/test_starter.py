@@ -4,7 +4,10 @@ import inspect
 import json
 import os
 import re
+import subprocess
+import sys
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import grade
@@ -49,6 +52,22 @@ def test_each_answer_in_words_has_its_heading():
     assert before == [9, 12]
 
 
+def test_words_of_all_modules_by_exercise(tmp_path):
+    """Each answer below its exercise and the name of its module, also from a file that is not utf-8."""
+    module = Path(starter.__file__).read_text(encoding="utf-8")
+    for name, answer in (("one.py", "w = 1"), ("two.py", "w = \x9b2J \xe9")):
+        (tmp_path / name).write_bytes(module.replace("\n(a)\n", f"\n(a) {answer}\n").encode("latin-1", "replace"))
+    (tmp_path / "three.py").write_text("Exercise 7: I forgot the rest\nEverything is a sink.")
+    command = [sys.executable, Path(grade.HERE) / "words.py", "one.py", "two.py", "three.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
+    of = re.split(r"^======== Exercise (\d+): ", done.stdout, flags=re.M)[1:]
+    assert of[::2] == [str(e.number) for e in EXERCISES if e.in_words]
+    assert re.findall(r"^---- (\w+)", of[7], re.M) == ["one", "two", "three"]
+    assert "\n\n(a) w = 1\n(b)\n(c)\n\n---- two.py\n\n(a) w = \ufffd2J \ufffd\n(b)" in of[7]
+    assert "is missing" in of[7] and "Everything is a sink." in of[1]
+
+
 # ---- the grader ----
 
 MODULE = """
@@ -80,6 +99,9 @@ def test_crash_or_loop_costs_its_own_exercise(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "   1  Pixel shuffle                      5 of   5" and "5 of  15" in lines[2]
     assert grade.run_tests(EXERCISES[2], module, seconds=1).startswith("did not end within 1 seconds")
+    module.write_text("while True: pass")
+    found = grade.grade(module, seconds=1)              # two runs and not nine
+    assert {test["output"][:39] for test in found["tests"]} == {"the module did not load within 1 seconds"[:39]}
 
 
 def test_points_are_zero_until_the_end(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ WORDS = [e for e in EXERCISES if e.in_words]
 def test_each_answer_in_words_has_a_rubric(exercise):
     heading = rf"### {exercise.number}\. {re.escape(exercise.title)} \({exercise.in_words} points\)\n"
     section, = re.findall(rf"(?s)^{heading}(.+?)(?=^##|\Z)", TEACHER, re.M)
-    points = [int(n) for n in re.findall(r"^\| (\d+) \|", section, re.M)]
+    points = [int(n) for n in re.findall(r"^\| (\d+) \| [^|]+ \| [^|]+ \|$", section, re.M)]     # with a half
     assert sum(points) == exercise.in_words and 3 <= len(points) <= 5
     assert section.count("**Full answer.**") == section.count("**Commonest wrong answers.**") == 1
 
@@ -81,13 +81,18 @@ def test_a_lecture_fills_its_ninety_minutes(heading):
     assert {title for _, title, _ in rows_after(TEACHER, heading)} - {""} <= set(titles)
 
 
-def test_the_copy_for_a_lecture_shows_no_results():
-    command, = re.findall(r"^    (python -c .+) > lecture\.md$", TEACHER, re.M)
-    command = command.replace("python", sys.executable, 1)
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+def test_a_lecture_has_no_results_and_shows_pictures():
+    command, = re.findall(r"^    python (tests/course/lecture.py) > lecture\.md$", TEACHER, re.M)
+    done = subprocess.run([sys.executable, command], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("```python\n") == TUTORIAL.count("```python\n")
-    assert not re.search(r"^```\n\n?```\n", done.stdout, re.M) and len(done.stdout) < 0.95 * len(TUTORIAL)
+    blocks = re.findall(r"^```python\n(.*?)^```\n", done.stdout, re.S | re.M)
+    lines = [line for block in blocks for line in block.splitlines() if not line.startswith("picture    ")]
+    original = re.findall(r"^```python\n(.*?)^```\n", TUTORIAL, re.S | re.M)
+    assert lines == "".join(original).splitlines()
+    drawing = [block for block in blocks if re.search(r"^picture = ", block, re.M)]
+    assert drawing and all(block.splitlines()[-1].split()[0] == "picture" for block in drawing)
+    assert not re.search(r"^```\n\n?(```\n|!\[)", done.stdout, re.M)
+    assert re.findall(r"^[#>*-].*", done.stdout, re.M) == re.findall(r"^[#>*-].*", TUTORIAL, re.M)
 
 
 def test_the_problem_set_has_each_exercise_once():
@@ -108,6 +113,6 @@ def test_constants_of_another_year_are_there():
 
 def test_the_p_values_of_exercise_11():
     """With one more answer that changed for the worse, the gain no longer has p < 0.05."""
-    for gain, w, changed, p in [map(float, row) for row in rows_after(TEACHER, "The answers to 11 (b)")]:
+    for gain, w, changed, p in [map(float, row) for row in rows_after(TEACHER, "the answers to 11 (b)")]:
         assert changed == gain + 2 * w and sign_test(int(gain + w), int(w)) == pytest.approx(p, abs=6e-4)
         assert sign_test(int(gain + w + 1), int(w + 1)) >= 0.05
