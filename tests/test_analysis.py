@@ -158,22 +158,6 @@ def test_token_losses_by_hand(asked):
     assert asked.is_scored.sum(1).unique().numel() > 1
 
 
-def test_image_token_masks(toy, asked):
-    model = toy[0]
-    S, is_image = asked.both_ids.shape[1], asked.both_ids == model.config.image_token_id
-    scores = torch.rand(asked.input_ids.shape, generator=torch.Generator().manual_seed(1))
-    masks = analysis.image_token_masks(model, asked, scores, l=2, share=0.25)
-    causal = causal_mask(S, S)
-    assert all(mask is masks[0] for mask in masks[:3]) and masks[0].equal(causal) and len(masks) == 8
-    for b in range(3):
-        last = masks[3][b, -1]
-        for frame in is_image[b].nonzero().flatten().view(8, 16):               # its positions
-            best = sorted(frame.tolist(), key=lambda i: -scores[b, i])[:4]
-            assert frame[last[frame]].tolist() == sorted(best)
-        assert last[~is_image[b]].all() and masks[7][b].diagonal().all()
-        assert not masks[7][b][~causal].any()
-
-
 # ---- Many directions or one, and rows opened in one layer ----
 
 

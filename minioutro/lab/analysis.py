@@ -364,38 +364,3 @@ def probe(states: Tensor, labels: list[str], n_train: int) -> float:
     guesses = (x[n_train:] @ weight + target_mean).argmax(-1)                   # (N - n_train,)
     is_right = guesses == target[n_train:].argmax(-1)
     return is_right.double().mean().item()
-
-
-# ---- Further: the sink's query as a judge of image tokens ---------------------------------------
-
-
-def image_token_masks(model: VideoLM, asked: Examples, scores: Tensor, l: int,
-                      share: float = 0.2) -> list[Tensor]:
-    """Masks for `loss_of` that hide all but the best image tokens of each frame after layer l.
-
-    scores: float[B,S]. Only those of image tokens count. The same number is kept in each frame. If
-    it were free, scores that favour a few frames would lose the others, however well they judge
-    tokens.
-    """
-    ids = asked.both_ids
-    S = ids.shape[1]
-    is_image = ids == model.config.image_token_id                               # (B,S)
-    is_kept = ~is_image
-    is_kept[is_image] = best_of_each_frame(model, scores, is_image, share).flatten()
-
-    causal = causal_mask(S, S, ids.device)
-    itself = torch.eye(S, dtype=torch.bool, device=ids.device)  # no row may be empty
-    pruned = causal & is_kept[:, None, :] | itself                              # (B,S,S)
-    L = model.config.text_config.num_hidden_layers
-    return [causal] * (l + 1) + [pruned] * (L - l - 1)
-
-
-def best_of_each_frame(model: VideoLM, scores: Tensor, is_image: Tensor, share: float) -> Tensor:
-    """Which image tokens have the highest scores of their frame: bool[B,F,M]."""
-    vision = model.config.vision_config
-    M = (vision.image_size // vision.patch_size // model.config.scale_factor)**2
-    B, S = is_image.shape
-    scores = F.pad(scores, (0, S - scores.shape[1]))        # the answer has no image tokens
-    scores = scores[is_image].view(B, -1, M)                                    # (B,F,M)
-    best = scores.topk(round(share * M), dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
