@@ -1,5 +1,10 @@
-"""Store the picture of the page: `python tests/with_browser/screenshot.py` writes minioutro/pictures/page.png."""
+"""Store a picture of the page. `python tests/with_browser/screenshot.py` writes minioutro/pictures/page.png.
 
+The picture of the decoder that sees: `--model FOLDER --sight "#layer=12&head=5&token=276&run=outro"
+--out minioutro/pictures/seeing.png`, with the folder of `real_decoder.py --see`.
+"""
+
+import argparse
 import base64
 import io
 import sys
@@ -23,22 +28,27 @@ PICTURE = ROOT / "minioutro" / "pictures" / "page.png"
 
 
 def main() -> None:
-    model, processor = load(TOY)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=TOY)
+    parser.add_argument("--sight", default=SIGHT)
+    parser.add_argument("--out", type=Path, default=PICTURE)
+    args = parser.parse_args()
+    model, processor = load(args.model)
     video = read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sink.html"
         write_page(path, model, processor, video, "What happens in this video?")
         browser = Chromium(width=1440, height=1510)
         try:
-            browser.open(path, SIGHT)
+            browser.open(path, args.sight)
             picture = Image.open(io.BytesIO(base64.b64decode(browser.screenshot())))
         finally:
             browser.close()
     # 256 colours. MAXCOVERAGE keeps rare ones, for example the orange of a sink
     picture = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    with written_whole(PICTURE) as half:
+    with written_whole(args.out) as half:
         picture.save(half, optimize=True)
-    print(f"{PICTURE}: {picture.width} x {picture.height}, {PICTURE.stat().st_size:,} bytes")
+    print(f"{args.out}: {picture.width} x {picture.height}, {args.out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
