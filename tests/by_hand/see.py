@@ -12,7 +12,8 @@ and a connector between them. The weights of SmolLM2 are held. These parts learn
   the encoder     at a lower rate.
 
 Clips, questions and tasks are those of train_toy.py, and the prompts are those of the project. The
-first stage asks about single frames, the second about clips. At each form and colour in the text
+first stage asks about single frames, the second about clips, and the third about frames again,
+because places are learned last. At each form and colour in the text
 the model also names the shape that the word is about. The linear heads for that are thrown away in
 the end.
 
@@ -52,14 +53,15 @@ RANK = 8
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 NAMING_LAYER, DEEDS_LAYER = 15, 22          # whose inputs name what a word is about
 FRAMES = Stage(steps=430, frames=1, clips=6, questions=10, rate=0.7, whole_prompt=True)
-CLIPS = Stage(steps=260, frames=8, clips=4, questions=12, rate=0.3)
-STAGES = (FRAMES, CLIPS)
-FRAMES_EVERY = 4                            # every fourth step of the second stage is of frames
+CLIPS = Stage(steps=200, frames=8, clips=4, questions=12, rate=0.3)
+AGAIN = Stage(steps=120, frames=1, clips=8, questions=10, rate=0.4, whole_prompt=True)
+STAGES = (FRAMES, CLIPS, AGAIN)
+OTHERS = (FRAMES, FRAMES, CLIPS)            # every fourth step of each stage is of one of these
 # Learning rates, by the beginning of the parameter's name.
 RATES = {"model.model.vision_model": 3e-4, "model.model.connector": 2e-3,
          "model.model.text_model": 3e-3, "words": 3e-3, "deeds": 3e-3}
 SHARE_OF_NAMES = 0.3                        # of the loss
-SAVE_EVERY = 50                             # steps
+SAVE_EVERY = 40                             # steps
 
 
 def untrained(reader) -> dict[str, Tensor]:
@@ -223,7 +225,7 @@ def begin(folder: Path, begin_with: Path | None) -> tuple[Learner, Processor]:
 
 
 def train(folder: Path, begin_with: Path | None) -> None:
-    """Run both stages, or go on where an earlier run in the same folder was interrupted."""
+    """Run all stages, or go on where an earlier run in the same folder was interrupted."""
     learner, processor = begin(folder, begin_with)
     optimizer = optimizer_of(learner)
     at = Progress(random_seed=0)
@@ -232,7 +234,7 @@ def train(folder: Path, begin_with: Path | None) -> None:
     begun = time.time()
     while at.stage < len(STAGES):
         stage = STAGES[at.stage]
-        drawn = FRAMES if at.step % FRAMES_EVERY == 0 else stage
+        drawn = OTHERS[at.stage] if at.step % 4 == 0 else stage
         batch = train_toy.draw_batch(processor, drawn, f"{at.done}", at.learned)
         share = train_toy.rate_at(at.step, stage)
         answers, named = one_step(learner, optimizer, batch, share)
@@ -249,14 +251,14 @@ def train(folder: Path, begin_with: Path | None) -> None:
 
 
 def test(folder: Path, learner: Learner, processor: Processor, at: Progress, loss: float) -> None:
-    """Ask held-out questions of all stages up to this one, and add to the log.
+    """Ask held-out questions about frames and, after the first stage, about clips. Add to the log.
 
     A kind that both frames and clips have counts as right as in the worse of the two.
     """
     at.right = {}
     with open(folder / "log.txt", "a") as log:
         log.write(f"step {at.done}, stage {at.stage}: loss {loss:.3f}\n")
-        for stage in STAGES[:at.stage + 1]:
+        for stage in (FRAMES, CLIPS)[:at.stage + 1]:
             found = learner.right_by_kind(processor, stage, "cpu")
             shares = ", ".join(f"{kind} {share:.2f}" for kind, share in found.items())
             log.write(f"    {stage.frames} frames: {shares}\n")
