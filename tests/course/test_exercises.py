@@ -762,8 +762,11 @@ def test_generated_tokens_are_aligned(impl, golden, decoded, monkeypatch):
         with explained(f"the model stops when it writes an answer {when}. Are only prompts searched and opened?"):
             found = g.model.generate(g.input_ids, g.pixels, max_new_tokens=8, outro=g.outro())
         n = next((n for n, (mine, theirs) in enumerate(zip(found, right)) if mine != theirs), None)
+        check(n != 0, f"{when}, the first token of the answer is {found[0]}, and {right[0]} is right. It comes from the "
+                      f"prompt, so begin with the tests of prompts")
         check(found == right, f"{when}, token {n} of the answer is the first that differs: {found} is written, and "
-                              f"{right} is right. Does your code align the tokens that follow the prompt?")
+                              f"{right} is right. If the tests of prompts pass: does your code align the tokens that "
+                              f"follow the prompt?")
 
 
 @pytest.mark.exercise_10
