@@ -52,8 +52,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x: float[B,H,S,D].
 
     Pair i of a head is (x[i], x[i + D/2]), the split halves of the Hugging Face checkpoints. The
-    original Llama pairs neighbours, (x[2i], x[2i+1]); its weights are the same up to a permutation
-    of the rows of q_proj and k_proj, and the wrong convention looks almost right for ten tokens.
+    original Llama pairs neighbours, (x[2i], x[2i+1]). Its weights are the same up to a permutation
+    of the rows of q_proj and k_proj. The wrong convention looks almost right for ten tokens.
     """
     raise NotImplementedError("not written yet: exercise 2")
 
