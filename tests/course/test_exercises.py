@@ -513,7 +513,7 @@ def test_alignment_equals_a_loop(impl):
 @pytest.mark.exercise_8
 def test_who_is_not_turned(impl):
     """Item 0 has sinks at 0 and 3, item 1 has one at 1, item 2 has none."""
-    out, v_sink = [numbers.abs() for numbers in drawn((3, 6, 5, 4), (3, 3, 4))]         # below 90 degrees: all would turn
+    out, v_sink = [numbers.abs() for numbers in drawn((3, 6, 5, 4), (3, 3, 4))]      # all angles below 90 degrees
     ever_sink = torch.zeros(3, 5, dtype=torch.bool)
     ever_sink[0, [0, 3]] = ever_sink[1, 1] = True
     v_sink[2] = 0
