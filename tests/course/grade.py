@@ -43,15 +43,15 @@ EXERCISES = (
     Exercise(2, "Norm and positions", 5, 0, ("RMSNorm.forward", "rotate"), 20, "section 4"),
     Exercise(3, "The masks", 5, 0, ("causal_mask", "open_sink_rows"), 10, "sections 5, 9"),
     Exercise(4, "Grouped-query attention", 10, 0, ("repeat_heads", "attention"), 25, "section 5"),
-    Exercise(5, "The cache", 10, 0, ("Cache.extend", "Cache.keys", "Cache.values"), 35, "section 11"),
+    Exercise(5, "The cache", 10, 0, ("Cache.extend", "Cache.keys", "Cache.values"), 35, "section 5"),
     Exercise(6, "Find the sinks", 5, 0, ("activation_ratio", "find_sinks"), 10, "section 6"),
     Exercise(7, "Does it look like a sink to you?", 10, 5, ("looks_like_a_sink",), 60, "sections 6, 7; exercise 6"),
     Exercise(8, "Alignment", 10, 0, ("sink_value", "align_with_sink"), 40, "section 9; exercise 4"),
     Exercise(9, "A row opened in the last layer", 5, 5, (), 20, "section 9; exercise 3"),
     Exercise(10, "The method", 20, 5, ("Sinks.find", "Sinks.open_rows", "Sinks.align"), 80,
              "sections 9, 11; exercises 3, 6, 8"),
-    Exercise(11, "A few answers more", 5, 5, (), 30, "sections 11, 12"),
-    Exercise(12, "Predict, then measure", 10, 10, (), 100, "sections 7, 13; exercises 7, 11"),
+    Exercise(11, "A few answers more", 5, 5, (), 30, "section 12"),
+    Exercise(12, "Predict, then measure", 10, 10, (), 100, "sections 7, 12, 13; exercises 7, 11"),
 )
 WITH_TESTS = [e for e in EXERCISES if e.names]
 IN_WORDS = ", ".join(f"{e.number} ({e.in_words})" for e in EXERCISES if e.in_words)

@@ -254,7 +254,7 @@ def test_attention_equals_a_loop(impl):
             expected = torch.zeros(5)
             expected[allowed] = scores[allowed].softmax(0)
             where = (f"of item {b}, query head {h} on key-value head {h // 2}, query {i}, which may attend to keys "
-                     f"{allowed.nonzero().flatten().tolist()}")
+                     f"{allowed.nonzero().flatten().tolist()}. Scores are divided by sqrt(D) = sqrt(10)")
             assert_values(weights[b, h, i], expected, f"weights {where}", 1e-5)
             assert_values(out[b, h, i], expected @ v[b, h // 2], f"out {where}", 1e-5)
 
@@ -406,7 +406,7 @@ def assert_clear_cases(impl, weights, v, names):
         mean = f"on average over the {n_queries[token]} queries that may see it"
         check(least <= SINK_FROM or found[b, token],
               f"{names[b]}: every head gives token {token} {least:.2f} of its attention or more, {mean}, and you do "
-              "not call it a sink")
+              f"not call it a sink. What token {token} gets is column {token} of the weights")
         check(most >= NONE_BELOW or not found[b, token],
               f"{names[b]}: no head gives token {token} more than {most:.2f} of its attention, {mean}, and you call "
               "it a sink")
@@ -513,7 +513,7 @@ def test_alignment_equals_a_loop(impl):
 @pytest.mark.exercise_8
 def test_who_is_not_turned(impl):
     """Item 0 has sinks at 0 and 3, item 1 has one at 1, item 2 has none."""
-    out, v_sink = drawn((3, 6, 5, 4), (3, 3, 4))
+    out, v_sink = [numbers.abs() for numbers in drawn((3, 6, 5, 4), (3, 3, 4))]      # all angles below 90 degrees
     ever_sink = torch.zeros(3, 5, dtype=torch.bool)
     ever_sink[0, [0, 3]] = ever_sink[1, 1] = True
     v_sink[2] = 0
@@ -538,9 +538,12 @@ def test_values_and_alignment_have_no_loop(impl):
 def test_alignment_in_half_precision(impl):
     """In float16 the squares of 1e-4 are zero, and so is the 1e-8 that is added to them."""
     out, v_sink = [1e-4 * numbers.half() for numbers in drawn(*HEADS)]
+    expected = align_with_sink(out.float(), v_sink.float(), NEVER, 3.0, 0.1)
+    in_float32 = impl.align_with_sink(out.float(), v_sink.float(), NEVER, 3.0, 0.1)
+    assert_values(1e4 * in_float32, 1e4 * expected,
+                  "float32 in units of 1e-4, not yet float16. Do the tests before this one pass?", 0.01)
     turned = impl.align_with_sink(out, v_sink, NEVER, 3.0, 0.1)
     check(turned.dtype == torch.float16, f"float16 goes in and {turned.dtype} comes out")
-    expected = align_with_sink(out.float(), v_sink.float(), NEVER, 3.0, 0.1)
     assert_values(1e4 * turned.float(), 1e4 * expected,
                   "float16 in units of 1e-4, against float32: in float16 the squares of small numbers are zero", 0.01)
 

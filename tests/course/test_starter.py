@@ -66,6 +66,11 @@ def test_words_of_all_modules_by_exercise(tmp_path):
     assert re.findall(r"^---- (\w+)", of[7], re.M) == ["one", "two", "three"]
     assert "\n\n(a) w = 1\n(b)\n(c)\n\n---- two.py\n\n(a) w = \ufffd2J \ufffd\n(b)" in of[7]
     assert "is missing" in of[7] and "Everything is a sink." in of[1]
+    assert of[3].count("(nothing written)") == 2 and "Prediction" not in of[3]
+    for names, told in (([], "no module"), (["missing.py", "one.py"], "missing.py")):
+        done = subprocess.run(command[:2] + names, cwd=tmp_path, capture_output=True, encoding="utf-8")
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"{told} cannot be read; give")
+        assert done.stderr.count("\n") == 1
 
 
 # ---- the grader ----

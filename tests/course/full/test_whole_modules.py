@@ -68,6 +68,13 @@ def in_shell(command: str, folder: Path, **environment) -> subprocess.CompletedP
                           text=True)
 
 
+def commit(project: Path) -> None:
+    """Make a repository of a folder, with one commit that has all of it."""
+    done = in_shell("git init --quiet && git add . && git -c user.name=a -c user.email=a@b commit --quiet -m all", project,
+                    GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1")
+    assert done.returncode == 0, done.stderr
+
+
 def script(path: Path, lines: str) -> None:
     path.write_text(f"#!/usr/bin/env bash\n{lines}\n", encoding="utf-8")
     path.chmod(0o755)
@@ -81,9 +88,9 @@ def test_autograder(tmp_path):
         folder.mkdir(parents=True)
     (project / ".venv" / "gigabyte").touch()
     make_zip, = commands_of("**Gradescope.**", "git archive")
-    for command in ("git init --quiet", "git add .", "git -c user.name=a -c user.email=a@b commit --quiet -m all", make_zip):
-        done = in_shell(command, project, GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1")
-        assert done.returncode == 0, done.stderr
+    commit(project)
+    done = in_shell(make_zip, project)
+    assert done.returncode == 0, done.stderr
     ZipFile(project / "autograder.zip").extractall(home / "source")         # from here on, what Gradescope does
     assert not (home / "source" / ".venv").exists()
     shutil.copy(home / "source" / "run_autograder", home)
@@ -132,11 +139,17 @@ def attention(q, k, v, may_attend): return v, v
 
 
 def test_a_hand_out_passes_its_tests(tmp_path):
-    """What the page leaves out can be left out. Then somebody's pytest.ini around the project changes no points."""
-    project = project_in(tmp_path)
-    for command in commands_of("**What can be left out of a hand-out.**", "rm ", "sed "):
-        done = in_shell(command, project)
-        assert done.returncode == 0, done.stderr
+    """What the page leaves out can be left out, of a copy. Then somebody's pytest.ini around the project changes no
+    points."""
+    original, project = project_in(tmp_path), tmp_path / "handout"
+    commit(original)
+    before = sorted(original.rglob("*"))
+    commands = commands_of("**What can be left out of a hand-out.**", "mkdir ", "python ", "rm ", "sed ")
+    done = in_shell(" && ".join(commands), original, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(original.rglob("*")) == before
+    assert not (project / ".git").exists() and (project / "lecture.md").exists()
+    assert "eacher" not in (project / "README.md").read_text()
     left = {path.name for path in (project / "tests" / "course").iterdir()}
     assert left == {"starter.py", "grade.py", "conftest.py", "test_exercises.py"}
     tests = "tests/course tests/test_readme.py tests/test_tutorial.py --deselect tests/test_tutorial.py::test_every_block"
