@@ -1,7 +1,8 @@
 """Store a picture of the page. `python tests/with_browser/screenshot.py` writes minioutro/pictures/page.png.
 
-The picture of the decoder that sees: `--model FOLDER --sight "#layer=12&head=5&token=276&run=outro"
---out minioutro/pictures/seeing.png`, with the folder of `real_decoder.py --see`.
+The picture of the decoder that sees: `--model FOLDER --question "How many shapes are there?"
+--sight "#layer=12&head=1&token=276&run=outro" --out minioutro/pictures/seeing.png`, with the folder of
+`real_decoder.py --see`.
 """
 
 import argparse
@@ -30,6 +31,7 @@ PICTURE = ROOT / "minioutro" / "pictures" / "page.png"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=TOY)
+    parser.add_argument("--question", default="What happens in this video?")
     parser.add_argument("--sight", default=SIGHT)
     parser.add_argument("--out", type=Path, default=PICTURE)
     args = parser.parse_args()
@@ -37,7 +39,7 @@ def main() -> None:
     video = read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sink.html"
-        write_page(path, model, processor, video, "What happens in this video?")
+        write_page(path, model, processor, video, args.question)
         browser = Chromium(width=1440, height=1510)
         try:
             browser.open(path, args.sight)
