@@ -9,7 +9,6 @@ from minioutro import Cache, OutRo
 from minioutro.lab import analysis
 from minioutro.lab.analysis import Examples, logits_of, loss_of
 from minioutro.lab.sink_report import sources
-from minioutro.model import causal_mask
 
 WEIGHTS = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.7, 0.1]])         # one head, (Q,K)
 SELFISH = torch.eye(3)

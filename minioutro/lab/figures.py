@@ -385,8 +385,9 @@ def draw_cosines(before: Tensor, after: Tensor, counts: Tensor) -> Image.Image:
     layers = counts.any(1).nonzero().flatten().tolist()
     image, draw = canvas(310, (
         f"Cosine of the attention outputs to the sink's value, before (black) and after (red) the "
-        f"alignment: the mean over all heads and over the tokens that have not been a sink so far, in "
-        f"{len(layers) or 'none'} of {L} layers, those with a sink and with such tokens."))
+        f"alignment: the mean over all heads and over the tokens that have not been a sink so far. "
+        f"It is drawn for {len(layers) or 'none'} of {L} layers, those with a sink and such tokens."
+    ))
     marks = [("line", [(-1, 0), (L, 0)], PALE)]
     if layers:
         for cosines, colour in ((before, INK), (after, MARK)):
